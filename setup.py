@@ -50,7 +50,9 @@ class CMakeBuild(build_ext):
                 raise
             reason = f"native core not built: {_one_line(error)}"
             note.write_text(reason + "\n")
-            print(f"qrlora_kernels: {reason}; installing the pure PyTorch package.", file=sys.stderr)
+            print(
+                f"qrlora_kernels: {reason}; installing the pure PyTorch package.", file=sys.stderr
+            )
 
     def _run_cmake(self, out_dir: Path) -> None:
         cmake = shutil.which("cmake")
@@ -78,7 +80,11 @@ class CMakeBuild(build_ext):
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        step = "compiling" if "--build" in error.cmd else "configuring (is a C++17 compiler installed?)"
+        step = (
+            "compiling"
+            if "--build" in error.cmd
+            else "configuring (is a C++17 compiler installed?)"
+        )
         return f"CMake failed while {step}, exit status {error.returncode}"
     return " ".join(str(error).split())
 

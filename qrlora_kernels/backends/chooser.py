@@ -1,0 +1,120 @@
+"""Pick the backend of one call from its shape, dtype and device, and say why.
+
+``choose`` walks ``BACKENDS`` in order of preference and takes the first that supports the problem.
+A backend forced by argument, by :func:`use_backend` or by ``QRLORA_BACKEND`` runs or raises: it is
+never silently replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+# In order of preference. Modules are imported on first use, so importing the package is cheap.
+BACKENDS: dict[str, str] = {
+    "composed": "qrlora_kernels.backends.composed",
+    "reference": "qrlora_kernels.backends.reference",
+}
+
+
+class Problem(NamedTuple):
+    """What a choice may depend on; hashable, so that a choice is made once per problem.
+
+    ``op`` is ``"qr_linear"``, ``"lora_xs_linear"`` or ``"kron_linear"``; ``device`` is the device
+    with its index; ``m, n, k, r`` are tokens, output features, input features and the rank.
+    """
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    m: int
+    n: int
+    k: int
+    r: int
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and why it and not a preferred one."""
+
+    name: str
+    reason: str
+
+
+_forced: str | None = None
+_last: dict[str, Choice] = {}
+
+
+def load(name: str) -> ModuleType:
+    """The module of backend ``name``."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {name!r}")
+    return importlib.import_module(BACKENDS[name])
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the block on backend ``name``; a call that it cannot run raises ``ValueError``."""
+    global _forced
+    load(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(problem: Problem, backend: str | None = None) -> Choice:
+    """The backend for ``problem``, with the reason.
+
+    Raises
+    ------
+    ValueError
+        If a backend was forced (argument, :func:`use_backend`, ``QRLORA_BACKEND``, in this order)
+        and it is unknown or cannot run the problem.
+    """
+    return _choose(problem, pinned_backend(backend) or os.environ.get("QRLORA_BACKEND") or None)
+
+
+def pinned_backend(backend: str | None = None) -> str | None:
+    """The backend asked for in code; a forward passes it on, so that its backward agrees."""
+    return backend or _forced
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, forced: str | None) -> Choice:
+    if forced is not None:
+        ok, reason = load(forced).supports(problem)
+        if not ok:
+            raise ValueError(f"backend {forced!r} cannot run {problem.op} here: {reason}")
+        return Choice(forced, "asked for")
+    refusals = []
+    for name in BACKENDS:
+        ok, reason = load(name).supports(problem)
+        if ok:
+            return Choice(name, "; ".join([reason, *refusals]))
+        refusals.append(f"not {name}: {reason}")
+    raise AssertionError("the reference supports every problem")
+
+
+def run(problem: Problem, step: str, backend: str | None, *operands: Any) -> Any:
+    """Run ``problem.op``'s ``step`` (``"fwd"`` or ``"bwd"``) on the chosen backend."""
+    choice = choose(problem, backend)
+    _last[problem.op] = choice
+    return getattr(load(choice.name), f"{problem.op}_{step}")(*operands)
+
+
+def last_choice(op: str) -> Choice | None:
+    """The choice made for the last call of ``op`` (as in ``Problem.op``), if there was one."""
+    return _last.get(op)
+
+
+def report() -> dict[str, tuple[bool, str]]:
+    """For each backend whether it is available on this machine, and why (not)."""
+    return {name: load(name).available() for name in BACKENDS}

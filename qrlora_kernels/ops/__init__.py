@@ -1,0 +1,1 @@
+"""One file per operation: checks, the registered operators with their fakes, the autograd.Function."""

@@ -1,0 +1,145 @@
+"""What the three operations share: the operator library, argument checks and autocast."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.chooser import Problem, run
+
+LIBRARY = torch.library.Library("qrlora", "DEF")
+
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
+
+
+class Step(NamedTuple):
+    """One registered operator: its arguments, its fake, and where the problem's sizes are read."""
+
+    schema: str  # "(arguments) -> (results)"; the last argument is ``str? backend``
+    fake: Callable[..., Any]
+    weight_at: int  # position of weight [N, K]
+    trainable_at: int  # position of the operand whose last dimension is the rank
+
+
+def register(op: str, **steps: Step) -> None:
+    """Define ``qrlora::<op>_<step>`` for each step, with one implementation for every device.
+
+    The implementation takes its operands in their final dtypes, asks the chooser who runs them, and
+    stands in a placeholder for each result that was not asked for: operators return tensors only.
+    """
+    for step, (schema, fake, weight_at, trainable_at) in steps.items():
+        name = f"{op}_{step}"
+
+        def impl(
+            rows: Tensor,
+            *rest: Any,
+            step: str = step,
+            weight_at: int = weight_at,
+            trainable_at: int = trainable_at,
+        ) -> Any:
+            *operands, backend = (rows, *rest)
+            n, k = operands[weight_at].shape
+            r = operands[trainable_at].shape[-1]
+            problem = Problem(op, rows.device, rows.dtype, rows.shape[0], n, k, r)
+            with _outside_autocast(rows.device.type):
+                results = run(problem, step, backend, *operands)
+            if isinstance(results, Tensor):
+                return results
+            return tuple(placeholder(rows) if t is None else t for t in results)
+
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
+
+
+def _outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def flatten(x: Tensor) -> Tensor:
+    """[..., K] to [M, K]."""
+    # The product, not -1: that is ambiguous where K = 0.
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def placeholder(like: Tensor) -> Tensor:
+    """What an operator returns in place of a result that nobody asked for."""
+    return like.new_empty(0)
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """x [..., K], weight [N, K], bias [N] or None, one floating dtype, one device."""
+    _check_tensor("x", x)
+    _check_tensor("weight", weight)
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must have {weight.shape[1]} features in its last dimension (weight is "
+            f"{tuple(weight.shape)}), got shape {tuple(x.shape)}"
+        )
+    same("weight", weight, x)
+    if bias is not None:
+        shaped("bias", bias, (weight.shape[0],))
+        same("bias", bias, x)
+
+
+def shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """``tensor`` has exactly ``shape``."""
+    _check_tensor(name, tensor)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def same(name: str, tensor: Tensor, x: Tensor, or_fp32: bool = False) -> None:
+    """``tensor`` has x's device and dtype (or fp32, for trainables over half-precision weights)."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+    if tensor.dtype != x.dtype and not (
+        or_fp32 and x.dtype in _HALF and tensor.dtype == torch.float32
+    ):
+        expected = f"{x.dtype} like x" + (" or torch.float32" if or_fp32 else "")
+        raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_scaling(scaling: object) -> None:
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling must be a float, got {type(scaling).__name__}")
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def wants_plain_autograd(*frozen: Tensor | None) -> bool:
+    """True where the fused operators do not apply and autograd must see plain PyTorch.
+
+    That is inside ``torch.func`` transforms, and when an operand that the adapters freeze (weight,
+    factors) asks for a gradient: rather than dropping that gradient, the plain expression gives it.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -1,0 +1,112 @@
+"""y = x Wᵀ + b + addend in one rounding: the base product accumulates on a given update.
+
+For an adapter whose update is computed apart (with dropout on its input, or one that is not in this
+package). In half precision ``F.linear(x, W, b) + update`` loses an update that is small against y.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.chooser import pinned_backend
+from ..reference import linear_add_ref
+from .common import (
+    Step,
+    autocast,
+    check_linear,
+    flatten,
+    register,
+    same,
+    shaped,
+    wants_plain_autograd,
+)
+
+
+def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+register(
+    "linear_add",
+    fwd=Step(
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor addend, str? backend) -> Tensor",
+        _fwd_fake,
+        weight_at=1,
+        trainable_at=3,
+    ),
+)
+
+
+class LinearAddFunction(torch.autograd.Function):
+    """Autograd of the fused sum on x [M, K]; gradients for x, bias and addend; nothing of x saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        addend: Tensor,
+        backend: str | None,
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.ops.qrlora.linear_add_fwd(  # type: ignore[no-any-return]
+            x, weight, bias, addend, backend
+        )
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_dx, _, need_dbias, need_daddend, _ = ctx.needs_input_grad
+        (weight,) = ctx.saved_tensors
+        return (
+            dy @ weight if need_dx else None,
+            None,
+            dy.sum(0) if need_dbias else None,
+            dy if need_daddend else None,
+            None,
+        )
+
+
+def linear_add(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    addend: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``F.linear(x, weight, bias) + addend`` with fp32 accumulation and one rounding.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        Any number of leading dimensions and any strides; fp16, bf16, fp32 or fp64.
+    weight : Tensor [N, K]
+    bias : Tensor [N] or None
+    addend : Tensor [..., N]
+        In x's dtype.
+    backend : str, optional
+        Force a backend (see ``qrlora_kernels.backends``) instead of choosing one.
+
+    Returns
+    -------
+    Tensor [..., N] in x's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an operand's type, shape, dtype or device does not fit the others; the message names it.
+    """
+    x, weight, bias, addend = autocast(x, weight, bias, addend)
+    check_linear(x, weight, bias)
+    shaped("addend", addend, (*x.shape[:-1], weight.shape[0]))
+    same("addend", addend, x)
+    if wants_plain_autograd(weight):
+        return linear_add_ref(x, weight, bias, addend)
+    y = LinearAddFunction.apply(flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
+    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]

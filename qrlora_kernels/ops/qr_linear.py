@@ -1,0 +1,154 @@
+"""QR-LoRA: y = x Wᵀ + b + s (x R̃ᵀ ∘ λ) Qᵀ, saving only h = x R̃ᵀ [M, r] for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.chooser import pinned_backend
+from ..reference import qr_linear_ref
+from .common import (
+    Step,
+    autocast,
+    check_linear,
+    check_scaling,
+    flatten,
+    placeholder,
+    register,
+    same,
+    shaped,
+    wants_plain_autograd,
+)
+
+
+def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    lam = operands[3]
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lam.shape[0])
+
+
+def _bwd_fake(dy: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    lam, (need_dx, need_dlam) = operands[2], operands[5:7]
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if need_dx else placeholder(dy)
+    return dx, lam.new_empty(lam.shape) if need_dlam else placeholder(dy)
+
+
+register(
+    "qr_linear",
+    fwd=Step(
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor q, Tensor r, Tensor lam, float scaling, "
+        "str? backend) -> (Tensor, Tensor)",
+        _fwd_fake,
+        weight_at=1,
+        trainable_at=5,
+    ),
+    bwd=Step(
+        "(Tensor dy, Tensor weight, Tensor q, Tensor r, Tensor lam, Tensor h, float scaling, "
+        "bool need_dx, bool need_dlam, str? backend) -> (Tensor, Tensor)",
+        _bwd_fake,
+        weight_at=1,
+        trainable_at=4,
+    ),
+)
+
+
+class QRLinearFunction(torch.autograd.Function):
+    """Autograd of the fused operator on x [M, K]; gradients for x, bias and lam only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        q: Tensor,
+        r: Tensor,
+        lam: Tensor,
+        scaling: float,
+        backend: str | None,
+    ) -> Tensor:
+        y, h = torch.ops.qrlora.qr_linear_fwd(x, weight, bias, q, r, lam, scaling, backend)
+        ctx.save_for_backward(weight, q, r, lam, h)
+        ctx.scaling, ctx.backend = scaling, backend
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_dx, _, need_dbias, _, _, need_dlam, *_ = ctx.needs_input_grad
+        dx = dlam = None
+        if need_dx or need_dlam:
+            dx, dlam = torch.ops.qrlora.qr_linear_bwd(
+                dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dlam, ctx.backend
+            )
+        return (
+            dx if need_dx else None,
+            None,
+            dy.sum(0) if need_dbias else None,
+            None,
+            None,
+            dlam if need_dlam else None,
+            None,
+            None,
+        )
+
+
+def qr_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q: Tensor,
+    r: Tensor,
+    lam: Tensor,
+    scaling: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """QR-LoRA over a frozen linear layer (arXiv 2508.21810, eq. 3).
+
+    Equivalent to ``F.linear(x, weight, bias) + scaling * (x @ r.T * lam) @ q.T`` with fp32
+    accumulation and one rounding of the sum.
+
+    Parameters
+    ----------
+    x : Tensor [..., K]
+        Any number of leading dimensions and any strides; fp16, bf16, fp32 or fp64.
+    weight : Tensor [N, K]
+    bias : Tensor [N] or None
+    q : Tensor [N, r]
+        Orthonormal columns of the pivoted QR.
+    r : Tensor [r, K]
+        Its triangular factor with the column permutation undone.
+    lam : Tensor [r]
+        The trainable diagonal; x's dtype, or fp32 over half-precision operands.
+    scaling : float
+    backend : str, optional
+        Force a backend (see ``qrlora_kernels.backends``) instead of choosing one.
+
+    Returns
+    -------
+    Tensor [..., N] in x's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an operand's type, shape, dtype or device does not fit the others; the message names it.
+    """
+    check_scaling(scaling)
+    x, weight, bias, q, r = autocast(x, weight, bias, q, r)
+    check_linear(x, weight, bias)
+    rank = lam.shape[0] if lam.dim() == 1 else -1
+    shaped("lam", lam, (max(rank, 0),))
+    shaped("q", q, (weight.shape[0], rank))
+    shaped("r", r, (rank, weight.shape[1]))
+    for name, factor in (("q", q), ("r", r)):
+        same(name, factor, x)
+    same("lam", lam, x, or_fp32=True)
+    if wants_plain_autograd(weight, q, r):
+        return qr_linear_ref(x, weight, bias, q, r, lam, scaling)
+    y = QRLinearFunction.apply(
+        flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend)
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
