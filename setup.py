@@ -6,7 +6,7 @@ All sources and compiler flags are listed in CMakeLists.txt alone.
 
 Environment:
   QRLORA_BUILD_NATIVE=0   skip the native core; =require fails the installation instead of going on
-  QRLORA_BUILD_CUDA=0|1   leave the CUDA part out, or fail when it cannot be built (default: if nvcc)
+  QRLORA_BUILD_CUDA=0|1   leave the CUDA part out, or fail without it (default: build it if nvcc)
   QRLORA_CUDA_ARCHS=...   CMake architecture list (default "80-real;90a-real;100-real")
 """
 

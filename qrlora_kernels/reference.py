@@ -4,9 +4,9 @@ Every fast path is tested against this file, and it is the fallback where none a
 ``x [M, K]`` tokens, ``W [N, K]`` the frozen weight, ``s`` the scaling. Half-precision operands are
 computed in fp32 and rounded once, at the output.
 
-For each adapter there are three functions: ``*_ref`` is the forward as autograd would differentiate
-it (any leading dimensions), ``*_fwd_ref`` and ``*_bwd_ref`` work on ``[M, K]`` and show exactly what
-is saved and how the gradients follow from it.
+For each adapter there are three functions: ``*_ref`` is the forward as autograd would
+differentiate it (any leading dimensions), ``*_fwd_ref`` and ``*_bwd_ref`` work on ``[M, K]`` and
+show exactly what is saved and how the gradients follow from it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-# --- The sum both other forms end in: y = x Wᵀ + b + addend -----------------------------------------
+# --- The sum both other forms end in: y = x Wᵀ + b + addend
 
 
 def linear_add_ref(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def linear_add_ref(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tenso
     return (y + addend.to(y.dtype)).to(x.dtype)
 
 
-# --- QR-LoRA: ΔW = s · Q diag(λ) R̃ (arXiv 2508.21810, eq. 3), R̃ = R Pᵀ ------------------------------
+# --- QR-LoRA: ΔW = s · Q diag(λ) R̃ (arXiv 2508.21810, eq. 3), R̃ = R Pᵀ
 
 
 def qr_delta_ref(q: Tensor, r: Tensor, lam: Tensor, scaling: float = 1.0) -> Tensor:
@@ -116,7 +116,7 @@ def qr_linear_bwd_ref(
     return dx, dlam
 
 
-# --- LoRA-XS: ΔW = s · B Cᵀ A with A = Σ_r V_rᵀ [r, K], B = U_r [N, r] (arXiv 2405.17604, eq. 2) ------
+# --- LoRA-XS: ΔW = s · B Cᵀ A with A = Σ_r V_rᵀ, B = U_r (arXiv 2405.17604, eq. 2)
 
 
 def lora_xs_delta_ref(a: Tensor, b: Tensor, core: Tensor, scaling: float = 1.0) -> Tensor:
@@ -175,7 +175,7 @@ def lora_xs_linear_bwd_ref(
     return dx, dcore
 
 
-# --- OHoRA: ΔW = s · (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ), applied as vec(BᵀZAᵀ) (EMNLP 2025, eq. 6) -------------------
+# --- OHoRA: ΔW = s · (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ), applied as vec(BᵀZAᵀ) (EMNLP 2025, eq. 6)
 
 
 def kron_delta_ref(

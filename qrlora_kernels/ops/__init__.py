@@ -1,1 +1,1 @@
-"""One file per operation: checks, the registered operators with their fakes, the autograd.Function."""
+"""One file per operation: checks, registered operators with fakes, the autograd.Function."""

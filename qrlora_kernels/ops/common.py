@@ -122,7 +122,7 @@ def check_scaling(scaling: object) -> None:
         raise TypeError(f"scaling must be a float, got {type(scaling).__name__}")
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def autocast(*tensors: Tensor | None) -> list[Any]:
     """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):

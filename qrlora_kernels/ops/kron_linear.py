@@ -77,12 +77,10 @@ class KronLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, a0, b0)
         ctx.scaling, ctx.backend = scaling, backend
-        return torch.ops.qrlora.kron_linear_fwd(  # type: ignore[no-any-return]
-            x, weight, bias, a, b, a0, b0, scaling, backend
-        )
+        return torch.ops.qrlora.kron_linear_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, _, need_dbias, need_da, need_db, *_ = ctx.needs_input_grad
         dx = da = db = None
@@ -153,7 +151,7 @@ def kron_linear(
     y = KronLinearFunction.apply(
         flatten(x), weight, bias, a, b, a0, b0, float(scaling), pinned_backend(backend)
     )
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check_factors(

@@ -42,7 +42,7 @@ register(
 
 
 class LinearAddFunction(torch.autograd.Function):
-    """Autograd of the fused sum on x [M, K]; gradients for x, bias and addend; nothing of x saved."""
+    """Autograd of the fused sum on x [M, K]; gradients for x, bias and addend; x is not saved."""
 
     @staticmethod
     def forward(
@@ -54,12 +54,10 @@ class LinearAddFunction(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.ops.qrlora.linear_add_fwd(  # type: ignore[no-any-return]
-            x, weight, bias, addend, backend
-        )
+        return torch.ops.qrlora.linear_add_fwd(x, weight, bias, addend, backend)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, _, need_dbias, need_daddend, _ = ctx.needs_input_grad
         (weight,) = ctx.saved_tensors
@@ -109,4 +107,4 @@ def linear_add(
     if wants_plain_autograd(weight):
         return linear_add_ref(x, weight, bias, addend)
     y = LinearAddFunction.apply(flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -72,10 +72,10 @@ class LoRAXSLinearFunction(torch.autograd.Function):
         y, h = torch.ops.qrlora.lora_xs_linear_fwd(x, weight, bias, a, b, core, scaling, backend)
         ctx.save_for_backward(weight, a, b, core, h)
         ctx.scaling, ctx.backend = scaling, backend
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, _, need_dbias, _, _, need_dcore, *_ = ctx.needs_input_grad
         dx = dcore = None
@@ -151,4 +151,4 @@ def lora_xs_linear(
     y = LoRAXSLinearFunction.apply(
         flatten(x), weight, bias, a, b, core, float(scaling), pinned_backend(backend)
     )
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return y.view(*x.shape[:-1], weight.shape[0])

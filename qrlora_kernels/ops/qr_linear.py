@@ -72,10 +72,10 @@ class QRLinearFunction(torch.autograd.Function):
         y, h = torch.ops.qrlora.qr_linear_fwd(x, weight, bias, q, r, lam, scaling, backend)
         ctx.save_for_backward(weight, q, r, lam, h)
         ctx.scaling, ctx.backend = scaling, backend
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, _, need_dbias, _, _, need_dlam, *_ = ctx.needs_input_grad
         dx = dlam = None
@@ -151,4 +151,4 @@ def qr_linear(
     y = QRLinearFunction.apply(
         flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend)
     )
-    return y.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+    return y.view(*x.shape[:-1], weight.shape[0])
