@@ -94,7 +94,7 @@ def _choose(problem: Problem, forced: str | None) -> Choice:
         if not ok:
             raise ValueError(f"backend {forced!r} cannot run {problem.op} here: {reason}")
         return Choice(forced, "asked for")
-    refusals = []
+    refusals: list[str] = []
     for name in BACKENDS:
         ok, reason = load(name).supports(problem)
         if ok:

@@ -1,0 +1,170 @@
+"""Whole models: adapt the matched layers as one batch, merge, take off, summarise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .matching import Targets, find_targets, within
+from .nn import ADAPTERS, AdapterLinear
+from .nn.base import Options, State
+from .nn.frozen import frozen_matrix
+
+
+def adapt(
+    model: nn.Module,
+    target_modules: Targets,
+    adapter: str = "qr",
+    *,
+    trainable: Sequence[str] = (),
+    progress: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Swap the matched linear layers for adapted ones and freeze everything else, in place.
+
+    All weights are factorised as one batch before anything is swapped, so an error leaves the model
+    as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+    target_modules : str, compiled pattern, or list of str
+        Full names or suffixes of names (``"query"``, ``"attention.self.query"``), a regular
+        expression for full names, or ``"all-linear"``: every linear layer but the output embedding
+        and what ``trainable`` names.
+    adapter : "qr", "lora_xs" or "ohora"
+    trainable : list of str
+        Modules that train in full beside the adapter, such as a task head, by name or suffix. They
+        are saved with the adapter.
+    progress : bool
+        Show a bar over the layers while they are factorised.
+    **options
+        As ``from_linear`` of :class:`QRLinear`, :class:`LoRAXSLinear` or :class:`OHoRALinear`.
+
+    Returns
+    -------
+    nn.Module
+        The same model.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If nothing matches, a match cannot be adapted (quantised, meta, shared weight, ...) or an
+        option is out of range; the message names the layer or the option.
+    """
+    kind = adapter_type(adapter)
+    opts = _options(kind, options)
+    for name in trainable:
+        if not any(within(n, [name]) for n, _ in model.named_parameters()):
+            raise ValueError(f"trainable names {name!r}, but the model has no such module")
+    layers = find_targets(model, target_modules, exclude=trainable)
+    weights = [frozen_matrix(layer) for layer in layers.values()]
+    states = _start(kind, list(layers), weights, opts, progress)
+    kept = [p for layer in adapted_layers(model).values() for p in trained(layer)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for (name, layer), state in zip(layers.items(), states, strict=True):
+        replace_module(model, name, kind.from_state(layer, opts, state))
+    for parameter in kept:
+        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if within(name, trainable):
+            parameter.requires_grad_(True)
+    return model
+
+
+def adapter_type(adapter: str) -> type[AdapterLinear]:
+    if adapter not in ADAPTERS:
+        raise ValueError(f"adapter must be one of {sorted(ADAPTERS)}, got {adapter!r}")
+    return ADAPTERS[adapter]
+
+
+def _options(kind: type[AdapterLinear], options: dict[str, Any]) -> Options:
+    known = kind.options_type.__dataclass_fields__
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"adapter {kind.kind!r} takes the options {sorted(known)}, got {', '.join(unknown)}"
+        )
+    return kind.options_type(**options)
+
+
+def _start(
+    kind: type[AdapterLinear],
+    names: list[str],
+    weights: list[Any],
+    options: Options,
+    progress: bool,
+) -> list[State]:
+    """One batched start; an error about ``weights[3]`` is told by the layer's name."""
+    try:
+        return kind.start(weights, options, progress)
+    except ValueError as error:
+        message = str(error)
+        for i, name in reversed(list(enumerate(names))):
+            message = message.replace(f"weights[{i}]", f"{name}.weight")
+        raise ValueError(message) from None
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule called ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    owner._modules[leaf] = module
+    if isinstance(owner, nn.TransformerEncoderLayer):
+        # Its inference fast path reads the weights of linear1 and linear2 and would skip the
+        # adapter; this flag is what it consults to take the ordinary path.
+        owner.activation_relu_or_gelu = 0
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdapterLinear]:
+    """The adapted layers of ``model`` by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLinear)}
+
+
+def require_adapted(model: nn.Module) -> dict[str, AdapterLinear]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model must hold adapted layers, got none: call adapt() first")
+    return layers
+
+
+def trained(layer: AdapterLinear) -> Iterator[nn.Parameter]:
+    """The adapter's own parameters of one layer."""
+    return (getattr(layer, name) for name in layer.trainables)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """How many numbers there are: ``adapter`` (trained by adapted layers), ``other`` (trained
+    elsewhere, a task head say) and ``frozen``; a parameter used twice counts once."""
+    own = {id(p) for layer in adapted_layers(model).values() for p in trained(layer)}
+    counts = {"adapter": 0, "other": 0, "frozen": 0}
+    for parameter in model.parameters():
+        kind = "adapter" if id(parameter) in own else "other"
+        counts[kind if parameter.requires_grad or kind == "adapter" else "frozen"] += (
+            parameter.numel()
+        )
+    return counts
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge every adapted layer; see :meth:`AdapterLinear.merge`. Raises ValueError if none is."""
+    for layer in require_adapted(model).values():
+        layer.merge()
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put every original weight back, bit for bit."""
+    for layer in require_adapted(model).values():
+        layer.unmerge()
+    return model
+
+
+def unload(model: nn.Module, merge: bool = True) -> nn.Module:
+    """Swap every adapted layer for a plain one: with the update merged in, or as it first was."""
+    for name, layer in require_adapted(model).items():
+        replace_module(model, name, layer.to_linear(merge))
+    return model

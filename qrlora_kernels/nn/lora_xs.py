@@ -1,0 +1,193 @@
+"""LoRA-XS (Bałazy et al. 2024, arXiv 2405.17604): W + s · U_r Cᵀ Σ_r V_rᵀ, only C [r, r] trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, linalg
+from ..reference import accumulation_dtype, lora_xs_delta_ref
+from .base import AdapterLinear, Options, State, check_alpha, energy, one_of
+
+VECTORS = ("top", "middle", "bottom")
+SIGMA = ("in", "out", "split", "none")
+BASES = ("svd", "random_svd", "random")
+
+
+@dataclass(frozen=True)
+class LoRAXSOptions(Options):
+    """Options of :class:`LoRAXSLinear`; see :meth:`LoRAXSLinear.from_linear`."""
+
+    rank: int = 16
+    alpha: float | None = None
+    vectors: str = "top"
+    sigma: str = "in"
+    basis: str = "svd"
+    init_std: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_alpha(self.alpha)
+        one_of("vectors", self.vectors, VECTORS)
+        one_of("sigma", self.sigma, SIGMA)
+        one_of("basis", self.basis, BASES)
+        if not self.init_std >= 0.0:
+            raise ValueError(f"init_std must be at least 0, got {self.init_std}")
+
+
+class LoRAXSLinear(AdapterLinear):
+    """y = x (W + s · B Cᵀ A)ᵀ + b with the core C [r, r] trainable and everything else frozen.
+
+    Attributes
+    ----------
+    core : Parameter [r, r]
+        Starts as N(0, init_std²), from PyTorch's global generator.
+    a : Tensor [r, K]
+        Σ_r V_rᵀ; the side of Σ is an option.
+    b : Tensor [N, r]
+        U_r; both in the weight's dtype.
+    """
+
+    kind = "lora_xs"
+    operation = "lora_xs_linear"
+    trainables = ("core",)
+    factors = ("a", "b")
+    options_type = LoRAXSOptions
+
+    options: LoRAXSOptions
+    core: nn.Parameter
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int = 16,
+        alpha: float | None = None,
+        *,
+        vectors: str = "top",
+        sigma: str = "in",
+        basis: str = "svd",
+        init_std: float = 1e-5,
+        seed: int = 0,
+        dropout: float = 0.0,
+    ) -> LoRAXSLinear:
+        """Adapt a linear layer; its weight is shared and frozen, not copied.
+
+        Parameters
+        ----------
+        linear : nn.Linear or transformers Conv1D
+        rank : int
+            At most min(N, K).
+        alpha : float, optional
+            s = alpha / rank; without it s = 1.
+        vectors : "top", "middle" or "bottom"
+            Which singular vectors make the basis (the paper's ablation).
+        sigma : "in", "out", "split" or "none"
+            Σ_r on the input side (the paper), the output side, its root on both, or left out.
+        basis : "svd", "random_svd" or "random"
+            The SVD of W, the SVD of a Gaussian matrix of W's shape and scale, or Gaussian factors
+            with columns of unit expected norm.
+        init_std : float
+            Standard deviation σ of the core's start.
+        seed : int
+            Of the randomised SVD and of the random bases.
+        dropout : float
+            Probability of dropping an element of the adapter's input in training.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a layer that cannot be adapted or an option out of range; the message names it.
+        """
+        options = LoRAXSOptions(dropout, rank, alpha, vectors, sigma, basis, init_std, seed)
+        return cls._from_linear(linear, options)  # type: ignore[no-any-return]
+
+    @classmethod
+    def start(
+        cls, weights: Sequence[Tensor], options: Any, progress: bool = False
+    ) -> list[State]:
+        bases = _bases(list(weights), options, progress)
+        return [
+            {
+                "a": a.to(w.dtype).contiguous(),
+                "b": b.to(w.dtype).contiguous(),
+                "core": torch.randn(a.shape[0], a.shape[0]).to(w.device) * options.init_std,
+            }
+            for w, (a, b) in zip(weights, bases, strict=True)
+        ]
+
+    def _configure(self) -> None:
+        self.rank = self.core.shape[0]
+        alpha = self.options.alpha
+        self.scaling = 1.0 if alpha is None else float(alpha) / self.rank
+
+    def _fused(self, x: Tensor) -> Tensor:
+        return functional.lora_xs_linear(
+            x, self.matrix(), self.bias, self.a, self.b, self.core, self.scaling
+        )
+
+    def _update(self, x: Tensor) -> Tensor:
+        h = nn.functional.linear(x, self.a)
+        return nn.functional.linear(h @ (self.scaling * self.core).to(h.dtype), self.b)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        return lora_xs_delta_ref(self.a, self.b, self.core, self.scaling)
+
+    @torch.no_grad()
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(self.a.dtype)
+        b = self.scaling * self.b.to(dtype) @ self.core.to(dtype).mT
+        return self.a.to(dtype), b
+
+    def energy_kept(self) -> float | None:
+        """Σ of the chosen σ_i² over ‖W‖², where the basis is W's and carries Σ."""
+        if self.options.basis != "svd" or self.options.sigma not in ("in", "out"):
+            return None
+        carrier = self.a if self.options.sigma == "in" else self.b
+        return energy(carrier) / energy(self.matrix())
+
+
+def _bases(
+    weights: list[Tensor], options: LoRAXSOptions, progress: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """(a, b) for each weight, with Σ on the side that the options ask for."""
+    rank = options.rank
+    if options.basis == "random":
+        return [_random_factors(w, rank, options.seed) for w in weights]
+    if options.basis == "random_svd":
+        weights = [_random_like(w, options.seed) for w in weights]
+    results = linalg.truncated_svd(
+        weights, rank, which=options.vectors, seed=options.seed, progress=progress
+    )
+    return [_place_sigma(u, s, vh, options.sigma) for u, s, vh in results]
+
+
+def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    s = s.to(torch.promote_types(u.dtype, torch.float32))
+    to_a = {"in": s, "out": torch.ones_like(s), "split": s.sqrt(), "none": torch.ones_like(s)}[side]
+    to_b = {"in": torch.ones_like(s), "out": s, "split": s.sqrt(), "none": torch.ones_like(s)}[side]
+    return to_a[:, None] * vh, u * to_b
+
+
+def _random_like(weight: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(weight.shape, generator=generator).to(weight.device)
+    return draw * float(weight.detach().float().std())
+
+
+def _random_factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    n, k = weight.shape
+    if not 1 <= rank <= min(n, k):
+        raise ValueError(f"rank must be in [1, {min(n, k)}] for a weight {[n, k]}, got {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, k, generator=generator) / k**0.5
+    b = torch.randn(n, rank, generator=generator) / n**0.5
+    return a.to(weight.device), b.to(weight.device)

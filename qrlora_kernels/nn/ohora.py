@@ -1,0 +1,199 @@
+"""OHoRA (Zhang et al., EMNLP 2025): W + s · (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ), A [N/r, r] and B [K/r, r] train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, linalg
+from ..reference import accumulation_dtype, kron_delta_ref
+from .base import AdapterLinear, Options, State, check_alpha, one_of
+
+COLUMNS = ("leading", "selected")
+STARTS = ("qr", "svd", "random", "kaiming")
+PRODUCTS = ("kron", "materialised", "lora")
+
+
+@dataclass(frozen=True)
+class OHoRAOptions(Options):
+    """Options of :class:`OHoRALinear`; see :meth:`OHoRALinear.from_linear`."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    columns: str = "leading"
+    start: str = "qr"
+    product: str = "kron"
+    fold: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_alpha(self.alpha)
+        one_of("columns", self.columns, COLUMNS)
+        one_of("start", self.start, STARTS)
+        one_of("product", self.product, PRODUCTS)
+        if self.fold and self.product != "kron":
+            raise ValueError(f"fold needs product='kron', got {self.product!r}")
+        if self.product == "lora" and self.start not in ("qr", "svd"):
+            raise ValueError(
+                f"product='lora' needs start 'qr' or 'svd', got {self.start!r}"
+            )
+
+
+class OHoRALinear(AdapterLinear):
+    """y = x (W + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ))ᵀ + b with A and B trainable and everything else frozen.
+
+    Attributes
+    ----------
+    a : Parameter [N/r, r]
+    b : Parameter [K/r, r]
+        Start at a0 and b0, so the model starts unchanged. With ``product="lora"`` they are
+        [N, r] and [K, r].
+    a0, b0 : Tensor
+        The start, in the trainables' dtype.
+    """
+
+    kind = "ohora"
+    operation = "kron_linear"
+    trainables = ("a", "b")
+    factors = ("a0", "b0")
+    options_type = OHoRAOptions
+
+    options: OHoRAOptions
+    a: nn.Parameter
+    b: nn.Parameter
+    a0: Tensor
+    b0: Tensor
+    folded: Tensor | None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int | None = None,
+        alpha: float | None = None,
+        columns: str = "leading",
+        *,
+        start: str = "qr",
+        product: str = "kron",
+        fold: bool = False,
+        seed: int = 0,
+        dropout: float = 0.0,
+    ) -> OHoRALinear:
+        """Adapt a linear layer; its weight is shared and frozen, not copied.
+
+        Parameters
+        ----------
+        linear : nn.Linear or transformers Conv1D
+        rank : int, optional
+            A common divisor r of N and K, at most both square roots. Without it the largest,
+            r_high (section 3.2).
+        alpha : float, optional
+            s = alpha / r; without it s = 1.
+        columns : "leading" or "selected"
+            Which columns of R the start takes: the first r (eq. 8 and 9 to the letter), or those
+            of the chosen indices, which keeps the rank.
+        start : "qr", "svd", "random" or "kaiming"
+            Factors of W chosen by |R_ii|, SVD in place of QR, random indices of the QR, or
+            Kaiming-uniform factors.
+        product : "kron", "materialised" or "lora"
+            Apply the Kronecker product per token, or through the materialised N × K matrix (R-Kron,
+            the reference), or multiply uncut factors as A Bᵀ (the paper's ablation).
+        fold : bool
+            Keep W − s A₀ ⊗ B₀ᵀ as a second, non-persistent copy of the weight and skip the start
+            in every call. In half precision that copy is rounded once more than W.
+        seed : int
+            Of the random starts.
+        dropout : float
+            Probability of dropping an element of the adapter's input in training.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a layer that cannot be adapted or an option out of range; the message names it.
+        """
+        options = OHoRAOptions(dropout, rank, alpha, columns, start, product, fold, seed)
+        return cls._from_linear(linear, options)  # type: ignore[no-any-return]
+
+    @classmethod
+    def start(
+        cls, weights: Sequence[Tensor], options: Any, progress: bool = False
+    ) -> list[State]:
+        results = linalg.kron_factors(
+            list(weights),
+            rank=options.rank,
+            columns=options.columns,
+            start=options.start,
+            seed=options.seed,
+            cut=options.product != "lora",
+            out_dtype=torch.float64,
+            progress=progress,
+        )
+        states = []
+        for weight, (a0, b0) in zip(weights, results, strict=True):
+            dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
+            a0, b0 = a0.to(dtype), b0.to(dtype)
+            states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
+        return states
+
+    def _configure(self) -> None:
+        self.rank = self.a.shape[1]
+        alpha = self.options.alpha
+        self.scaling = 1.0 if alpha is None else float(alpha) / self.rank
+        self.register_buffer("folded", self._fold() if self.options.fold else None, False)
+
+    def _fold(self) -> Tensor:
+        start = kron_delta_ref(self.a0, self.b0, scaling=self.scaling)
+        return (self.matrix().detach().to(start.dtype) - start).to(self.weight.dtype)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        if self.options.product == "lora":
+            return functional.linear_add(x, self.matrix(), self.bias, self._update(x))
+        if self.options.product == "materialised":
+            return nn.functional.linear(x, self._materialised(x), self.bias)
+        a, b = self.a, self.b
+        if self.folded is not None:
+            return functional.kron_linear(
+                x, self.folded, self.bias, a, b, scaling=self.scaling
+            )
+        return functional.kron_linear(
+            x, self.matrix(), self.bias, a, b, self.a0, self.b0, self.scaling
+        )
+
+    def _materialised(self, x: Tensor) -> Tensor:
+        delta = kron_delta_ref(self.a, self.b, self.a0, self.b0, self.scaling)
+        return (self.matrix().to(delta.dtype) + delta).to(x.dtype)
+
+    def _update(self, x: Tensor) -> Tensor:
+        dtype = accumulation_dtype(x.dtype)
+        tokens = x.to(dtype)
+        start = _apply_factors(tokens, self.a0, self.b0, self.options.product)
+        update = _apply_factors(tokens, self.a, self.b, self.options.product) - start
+        return (self.scaling * update).to(x.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        if self.options.product == "lora":
+            dtype = accumulation_dtype(self.a.dtype)
+            a, b, a0, b0 = (t.to(dtype) for t in (self.a, self.b, self.a0, self.b0))
+            return self.scaling * (a @ b.mT - a0 @ b0.mT)
+        return kron_delta_ref(self.a, self.b, self.a0, self.b0, self.scaling)
+
+    @torch.no_grad()
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        if self.options.product != "lora":
+            return super().lora_factors()
+        # A Bᵀ − A₀ B₀ᵀ = [A, −A₀] [B, B₀]ᵀ has rank 2r.
+        a = torch.cat([self.a, -self.a0], dim=1)
+        return torch.cat([self.b, self.b0], dim=1).mT, self.scaling * a
+
+
+def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:
+    if product == "lora":
+        return x @ b @ a.mT
+    tokens = x.reshape(*x.shape[:-1], a.shape[1], b.shape[0])
+    return (a @ (tokens @ b)).flatten(-2)
