@@ -1,0 +1,38 @@
+"""Starts of the adapters: pivoted QR, truncated SVD, Kronecker factors."""
+
+from qrlora_kernels.linalg.kron import KronFactors, effective_rank, high_rank, kron_factors
+from qrlora_kernels.linalg.pivoted_qr import PivotedQR, pivoted_qr, rebuild_pivoted_qr
+from qrlora_kernels.linalg.profile import RankProfile, rank_profile
+from qrlora_kernels.linalg.rules import (
+    RANK_RULES,
+    RankRule,
+    abs_sum_rank,
+    check_rank_options,
+    energy_rank,
+    magnitude_rank,
+    rank_bracket,
+    rank_from_diagonal,
+)
+from qrlora_kernels.linalg.svd import TruncatedSVD, truncated_svd
+
+__all__ = [
+    "RANK_RULES",
+    "KronFactors",
+    "PivotedQR",
+    "RankProfile",
+    "RankRule",
+    "TruncatedSVD",
+    "abs_sum_rank",
+    "check_rank_options",
+    "effective_rank",
+    "energy_rank",
+    "high_rank",
+    "kron_factors",
+    "magnitude_rank",
+    "pivoted_qr",
+    "rank_bracket",
+    "rank_from_diagonal",
+    "rank_profile",
+    "rebuild_pivoted_qr",
+    "truncated_svd",
+]

@@ -1,0 +1,61 @@
+"""Checks shared by the factorisations: which tensors they take, and how a list's error is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MATRIX_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def named_matrices(weights: Tensor | Sequence[Tensor]) -> tuple[list[tuple[str, Tensor]], bool]:
+    """Checked (name, matrix) pairs and whether ``weights`` was a single tensor.
+
+    Raises
+    ------
+    TypeError
+        Not a tensor or sequence of tensors, or not a dense tensor of a floating dtype.
+    ValueError
+        Not 2-D, empty, or on the meta device. The message names the matrix of the list.
+    """
+    single = isinstance(weights, Tensor)
+    if not single and (isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence)):
+        raise TypeError(f"weights must be a tensor or a list of them, got {type(weights).__name__}")
+    items = [weights] if isinstance(weights, Tensor) else list(weights)
+    names = ["weights"] if single else [f"weights[{i}]" for i in range(len(items))]
+    for name, item in zip(names, items, strict=True):
+        _check_matrix(name, item)
+    return [(name, item.detach()) for name, item in zip(names, items, strict=True)], single
+
+
+def check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and out_dtype not in MATRIX_DTYPES:
+        raise TypeError(f"out_dtype must be one of {_names(MATRIX_DTYPES)}, got {out_dtype}")
+
+
+def check_rank_fits(name: str, rank: int, weight: Tensor) -> None:
+    limit = min(weight.shape)
+    if rank > limit:
+        raise ValueError(
+            f"rank must be at most min(N, K) = {limit} for {name} of shape "
+            f"{tuple(weight.shape)}, got {rank}"
+        )
+
+
+def _check_matrix(name: str, weight: object) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.is_quantized or weight.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {weight.dtype}, {weight.layout}")
+    if weight.dtype not in MATRIX_DTYPES:
+        raise TypeError(f"{name} must have a dtype of {_names(MATRIX_DTYPES)}, got {weight.dtype}")
+    if weight.device.type == "meta":
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix [N, K], got {tuple(weight.shape)}")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

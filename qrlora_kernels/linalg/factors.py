@@ -1,0 +1,27 @@
+"""From pivots to factors: the last step of the pivoted QR and, alone, the reload of an adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qrlora_kernels.linalg.panels import project
+
+
+def factors_from_pivots(
+    weight: Tensor, pivots: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [N, r], r [r, K] in the original column order and the diagonal [r] (fp64).
+
+    Householder QR in fp64 of the pivot columns, signs chosen so that the diagonal is positive,
+    then one pass Qᵀ W (fp64 for an fp64 weight, fp32 otherwise). The block at the pivots is the
+    exact triangle: r[j, pivots[i]] is 0 for i < j and the diagonal for i = j.
+    """
+    q, triangle = torch.linalg.qr(weight[:, pivots].double())
+    sign = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q)
+    q *= sign
+    triangle *= sign[:, None]
+    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    r = project(q.to(work), weight).to(out_dtype)
+    r[:, pivots] = triangle.to(out_dtype)
+    return q.to(out_dtype).contiguous(), r, triangle.diagonal().clone()

@@ -1,0 +1,193 @@
+"""Starting factors of OHoRA (Zhang et al., EMNLP 2025): a Kronecker product of high rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isqrt
+from typing import Literal, NamedTuple, get_args, overload
+
+import torch
+from torch import Tensor
+
+from qrlora_kernels.linalg.checks import check_out_dtype, named_matrices
+from qrlora_kernels.linalg.rules import check_rank_options
+
+Columns = Literal["leading", "selected"]
+Start = Literal["qr", "svd", "random", "kaiming"]
+
+
+class KronFactors(NamedTuple):
+    """a0 [N/r, r] and b0 [K/r, r] of A₀ ⊗ B₀ᵀ [N, K]."""
+
+    a0: Tensor
+    b0: Tensor
+
+
+def high_rank(rows: int, columns: int) -> int:
+    """r_high = max{k : k ≤ √N, k ≤ √K, k | N, k | K}; at least 1."""
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns must be positive, got {rows} and {columns}")
+    for k in range(isqrt(min(rows, columns)), 1, -1):
+        if rows % k == 0 and columns % k == 0:
+            return k
+    return 1
+
+
+def effective_rank(matrix: Tensor) -> float:
+    """exp of the entropy of the singular values of ``matrix`` [N, K] scaled to sum to 1 (eq. 17).
+
+    Lies between 1 and min(N, K); 0 for a zero matrix.
+    """
+    values = torch.linalg.svdvals(matrix.double())
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    share = values / total
+    return float(torch.special.entr(share).sum().exp())
+
+
+@overload
+def kron_factors(
+    weights: Tensor,
+    rank: int | None = ...,
+    columns: Columns = ...,
+    start: Start = ...,
+    seed: int = ...,
+    out_dtype: torch.dtype | None = ...,
+) -> KronFactors: ...
+@overload
+def kron_factors(
+    weights: Sequence[Tensor],
+    rank: int | None = ...,
+    columns: Columns = ...,
+    start: Start = ...,
+    seed: int = ...,
+    out_dtype: torch.dtype | None = ...,
+) -> list[KronFactors]: ...
+@torch.no_grad()
+def kron_factors(
+    weights: Tensor | Sequence[Tensor],
+    rank: int | None = None,
+    columns: Columns = "leading",
+    start: Start = "qr",
+    seed: int = 0,
+    out_dtype: torch.dtype | None = None,
+) -> KronFactors | list[KronFactors]:
+    """A₀ [N/r, r] and B₀ [K/r, r] of a matrix W [N, K] or of each matrix of a list.
+
+    With W = Q R unpivoted, I₁ the r largest \\|R_ii\\| and I₂ the next r (eq. 8, 9):
+    A₀ = Q[:N/r, I₁] R[I₁, :r], B₀ = Q[:K/r, I₂] R[I₂, :r]. The signs of Q and R cancel in both.
+
+    Parameters
+    ----------
+    weights : Tensor [N, K] or sequence of them
+    rank : int, optional
+        A divisor of N and K, at most ``high_rank(N, K)``, the default.
+    columns : {"leading", "selected"}
+        "leading" is the paper's R[I, :r]. Rows of R past the r-th are zero there, which loses rank;
+        "selected" takes R[I, I] and keeps it.
+    start : {"qr", "svd", "random", "kaiming"}
+        "svd": U for Q, diag(S) Vᵀ for R and S for the diagonal. "random": the 2r indices of the QR
+        drawn without replacement. "kaiming": Kaiming-uniform, independent of W.
+    seed : int
+        Of "random" and "kaiming"; the same for every matrix. The global state is not touched.
+    out_dtype : torch.dtype, optional
+        dtype of the factors; the weight's by default. Computed in fp64 for fp64, else in fp32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Name the argument, and which matrix of the list. Among them: ``rank`` does not divide N and
+        K or exceeds r_high; fewer than 2r diagonal entries; K/r rows asked of a Q that has N < K/r
+        (a matrix more than r times wider than tall: the paper's formula has no B₀ there, use
+        "kaiming").
+    """
+    check_rank_options(rank, None, "magnitude", None)
+    check_out_dtype(out_dtype)
+    for argument, value, allowed in (
+        ("columns", columns, get_args(Columns)),
+        ("start", start, get_args(Start)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+    named, single = named_matrices(weights)
+    results = []
+    for name, weight in named:
+        r = _check_rank(name, weight, rank, start)
+        if start == "kaiming":
+            pair = _kaiming(weight, r, seed)
+        else:
+            pair = _from_factors(name, weight, r, columns, start, seed)
+        dtype = out_dtype or weight.dtype
+        results.append(KronFactors(pair.a0.to(dtype), pair.b0.to(dtype)))
+    return results[0] if single else results
+
+
+def _check_rank(name: str, weight: Tensor, rank: int | None, start: Start) -> int:
+    rows, columns = weight.shape
+    highest = high_rank(rows, columns)
+    r = highest if rank is None else rank
+    if r > highest or rows % r or columns % r:
+        raise ValueError(
+            f"rank must divide N and K and be at most r_high = {highest} for {name} of shape "
+            f"{(rows, columns)}, got {r}"
+        )
+    if start == "kaiming":
+        return r
+    if 2 * r > min(rows, columns):
+        raise ValueError(
+            f"{name} of shape {(rows, columns)} must have 2r = {2 * r} diagonal entries"
+        )
+    if columns // r > rows:
+        raise ValueError(
+            f"{name} of shape {(rows, columns)} must have at least K/r = {columns // r} rows for "
+            f"B0 = Q[:K/r, I2] R[I2, :r] at rank {r}; use start='kaiming'"
+        )
+    return r
+
+
+def _from_factors(
+    name: str, weight: Tensor, r: int, columns: Columns, start: Start, seed: int
+) -> KronFactors:
+    work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    if not bool(torch.isfinite(work.sum(0)).all()):
+        raise ValueError(f"{name} must be finite, got NaN or Inf")
+    if start == "svd":
+        u, s, vh = torch.linalg.svd(work, full_matrices=False)
+        chosen = torch.arange(2 * r, device=work.device)  # S is in descending order
+        left, right = u[:, chosen], s[chosen, None] * vh[chosen]
+    else:
+        reflectors, scales = torch.geqrf(work)
+        chosen = _indices(reflectors.diagonal(), r, start, seed)
+        # Only the 2r columns of Q that are used are formed.
+        unit = torch.zeros(work.shape[0], 2 * r, dtype=work.dtype, device=work.device)
+        unit[chosen, torch.arange(2 * r, device=work.device)] = 1.0
+        left, right = torch.ormqr(reflectors, scales, unit), reflectors.triu()[chosen]
+
+    def factor(rows: int, part: slice) -> Tensor:
+        kept = right[part, :r] if columns == "leading" else right[part, chosen[part]]
+        return torch.mm(left[:rows, part], kept)
+
+    n, k = weight.shape
+    return KronFactors(factor(n // r, slice(0, r)), factor(k // r, slice(r, 2 * r)))
+
+
+def _indices(diagonal: Tensor, r: int, start: Start, seed: int) -> Tensor:
+    """I₁ and I₂, one after the other, [2r]."""
+    if start == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(diagonal), generator=generator)[: 2 * r].to(diagonal.device)
+    order = torch.sort(diagonal.abs(), descending=True, stable=True).indices
+    return order[: 2 * r]
+
+
+def _kaiming(weight: Tensor, r: int, seed: int) -> KronFactors:
+    """Uniform in ±1/√fan_in with fan_in = r, as nn.Linear starts."""
+    generator = torch.Generator().manual_seed(seed)
+    n, k = weight.shape
+
+    def draw(rows: int) -> Tensor:
+        unit = torch.rand(rows, r, generator=generator, dtype=torch.float64)
+        return unit.mul_(2).sub_(1).div_(r**0.5).to(weight.device)
+
+    return KronFactors(draw(n // r), draw(k // r))

@@ -1,0 +1,226 @@
+"""Batched, truncated, column-pivoted QR: the start of QR-LoRA (arXiv 2508.21810)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qrlora_kernels.linalg.blocked import Pivots, greedy_pivots
+from qrlora_kernels.linalg.checks import check_out_dtype, check_rank_fits, named_matrices
+from qrlora_kernels.linalg.factors import factors_from_pivots
+from qrlora_kernels.linalg.panels import column_norms2
+from qrlora_kernels.linalg.rules import (
+    RankRule,
+    check_rank_options,
+    rank_bracket,
+    rank_from_diagonal,
+)
+
+
+@dataclass(frozen=True)
+class PivotedQR:
+    """Rank-r factors of W [N, K]: W ≈ q r, with equality at r = rank(W).
+
+    Attributes
+    ----------
+    q : Tensor [N, r]
+        Orthonormal columns.
+    r : Tensor [r, K]
+        R with the permutation undone: columns in the order of W's. r[i, pivots[i]] > 0, and
+        r[j, pivots[i]] = 0 for j > i.
+    pivots : Tensor [r] int64
+        Columns of W in the order in which they were taken.
+    diagonal : Tensor [r] fp64
+        r at the pivots, positive and non-increasing up to rounding.
+    rank : int
+        r.
+    deficient : bool
+        The matrix ran out of independent columns at r.
+    bracket : (int, int) or None
+        With ``exact=False``: certified bounds of the exact rule's rank; ``rank`` is the upper one.
+    """
+
+    q: Tensor
+    r: Tensor
+    pivots: Tensor
+    diagonal: Tensor
+    rank: int
+    deficient: bool = False
+    bracket: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Options:
+    rank: int | None
+    tau: float | None
+    rank_rule: RankRule
+    max_rank: int | None
+    exact: bool
+
+
+@overload
+def pivoted_qr(
+    weights: Tensor,
+    rank: int | None = ...,
+    tau: float | None = ...,
+    rank_rule: RankRule = ...,
+    max_rank: int | None = ...,
+    exact: bool = ...,
+    axis: int = ...,
+    out_dtype: torch.dtype | None = ...,
+    progress: bool = ...,
+) -> PivotedQR: ...
+@overload
+def pivoted_qr(
+    weights: Sequence[Tensor],
+    rank: int | None = ...,
+    tau: float | None = ...,
+    rank_rule: RankRule = ...,
+    max_rank: int | None = ...,
+    exact: bool = ...,
+    axis: int = ...,
+    out_dtype: torch.dtype | None = ...,
+    progress: bool = ...,
+) -> list[PivotedQR]: ...
+@torch.no_grad()
+def pivoted_qr(
+    weights: Tensor | Sequence[Tensor],
+    rank: int | None = None,
+    tau: float | None = None,
+    rank_rule: RankRule = "magnitude",
+    max_rank: int | None = None,
+    exact: bool = True,
+    axis: int = 1,
+    out_dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> PivotedQR | list[PivotedQR]:
+    """Column-pivoted QR of a matrix or a list of matrices, stopped at the rank that is wanted.
+
+    The pivots are the greedy ones of LAPACK's geqp3 for the same values in fp64. Ties (norms²
+    within a relative 1e-13) go to the lowest column index. Results do not depend on the other
+    matrices of a list. Inputs are not modified and not copied whole.
+
+    Parameters
+    ----------
+    weights : Tensor [N, K] or sequence of them
+        bf16, fp16, fp32 or fp64, any strides, shapes and dtypes mixed.
+    rank : int, optional
+        Number of pivots. Without ``rank`` and ``tau``: min(N, K).
+    tau : float in (0, 1), optional
+        Threshold of ``rank_rule``.
+    rank_rule : {"magnitude", "energy", "abs_sum"}
+        How ``tau`` gives the rank, see :mod:`qrlora_kernels.linalg.rules`. "magnitude" stops early;
+        the others need the whole diagonal.
+    max_rank : int, optional
+        Upper limit of the rank a rule may give.
+    exact : bool
+        False, for "energy" and "abs_sum": stop as soon as the rank is bracketed (or known to be
+        beyond ``max_rank``) and take the upper end; ``bracket`` holds both.
+    axis : int
+        Dimension that is pivoted: 1 (columns), or 0 to factorise the transpose.
+    out_dtype : torch.dtype, optional
+        dtype of q and r; the weight's by default.
+    progress : bool
+        Show a progress bar over the list.
+
+    Returns
+    -------
+    PivotedQR, or a list of them for a sequence
+
+    Raises
+    ------
+    TypeError, ValueError
+        Name the argument, and which matrix of the list: not a floating 2-D matrix, NaN or Inf, all
+        zero, ``rank`` beyond min(N, K), ``tau`` outside (0, 1).
+    """
+    check_rank_options(rank, tau, rank_rule, max_rank)
+    check_out_dtype(out_dtype)
+    if axis not in (-2, -1, 0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis!r}")
+    named, single = named_matrices(weights)
+    if axis in (-2, 0):
+        named = [(name, weight.mT) for name, weight in named]
+    for name, weight in named:
+        if rank is not None:
+            check_rank_fits(name, rank, weight)
+    options = _Options(rank, tau, rank_rule, max_rank, exact)
+    bar = tqdm(named, desc="pivoted QR", unit="matrix", disable=not progress)
+    results = [_factorise(name, weight, options, out_dtype or weight.dtype) for name, weight in bar]
+    return results[0] if single else results
+
+
+@torch.no_grad()
+def rebuild_pivoted_qr(
+    weight: Tensor, pivots: Tensor, out_dtype: torch.dtype | None = None
+) -> PivotedQR:
+    """The factors that ``pivoted_qr`` gave for ``weight``, from its stored pivots alone.
+
+    The same code makes the factors in both places, so on the machine and thread count that stored
+    the pivots the bits are the same.
+
+    Parameters
+    ----------
+    weight : Tensor [N, K]
+    pivots : Tensor [r] of integers
+        Distinct columns of ``weight``.
+    """
+    [(name, weight)], _ = named_matrices(weight)
+    check_out_dtype(out_dtype)
+    if pivots.ndim != 1 or pivots.is_floating_point() or not 1 <= len(pivots) <= min(weight.shape):
+        raise ValueError(
+            f"pivots must be 1 to min(N, K) = {min(weight.shape)} column indices, got "
+            f"{pivots.dtype} of shape {tuple(pivots.shape)}"
+        )
+    pivots = pivots.to(weight.device, torch.int64)
+    if int(pivots.min()) < 0 or int(pivots.max()) >= weight.shape[1]:
+        raise ValueError(f"pivots must lie in [0, K = {weight.shape[1]}), got {pivots.tolist()}")
+    if len(torch.unique(pivots)) != len(pivots):
+        raise ValueError(f"pivots must be distinct columns of {name}, got {pivots.tolist()}")
+    q, r, diagonal = factors_from_pivots(weight, pivots, out_dtype or weight.dtype)
+    return PivotedQR(q, r, pivots, diagonal, len(pivots))
+
+
+def _factorise(name: str, weight: Tensor, options: _Options, dtype: torch.dtype) -> PivotedQR:
+    found, rank, bracket = _search(name, weight, options)
+    pivots = found.columns[:rank]
+    q, r, diagonal = factors_from_pivots(weight, pivots, dtype)
+    deficient = found.deficient and rank == len(found.columns)
+    return PivotedQR(q, r, pivots, diagonal, rank, deficient, bracket)
+
+
+def _search(
+    name: str, weight: Tensor, options: _Options
+) -> tuple[Pivots, int, tuple[int, int] | None]:
+    """Pivots of one matrix, how many of them to keep, and the bracket if one was asked for."""
+    norms2 = column_norms2(weight)
+    if not bool(torch.isfinite(norms2).all()):
+        raise ValueError(f"{name} must be finite, got NaN, Inf or values whose squares overflow")
+    if not bool((norms2 > 0).any()):
+        raise ValueError(f"{name} must not be zero, got a matrix of norm 0")
+    whole = min(weight.shape)
+    cap = min(options.max_rank or whole, whole)
+    tau, rule = options.tau, options.rank_rule
+    if tau is None:
+        found = greedy_pivots(weight, min(options.rank or whole, cap), norms2=norms2)
+        return found, len(found.columns), None
+    if rule == "magnitude":
+        found = greedy_pivots(weight, cap, tau=tau, norms2=norms2)
+        return found, len(found.columns), None
+    if options.exact:
+        found = greedy_pivots(weight, whole, norms2=norms2)
+        return found, min(rank_from_diagonal(found.norms, tau, rule), cap), None
+
+    def bracketed(norms: Tensor, bounds: Tensor) -> bool:
+        low, high = rank_bracket(norms, bounds.sqrt(), whole, tau, rule)
+        return high is not None or low >= cap
+
+    found = greedy_pivots(weight, whole, stop=bracketed, norms2=norms2)
+    low, high = rank_bracket(found.norms, found.bounds.sqrt(), whole, tau, rule)
+    low = min(low, cap)
+    high = low if high is None else min(high, cap)
+    return found, high, (low, high)
