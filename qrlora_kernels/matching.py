@@ -98,9 +98,7 @@ def _bypassed(name: str, modules: dict[str, nn.Module]) -> bool:
     return isinstance(parent, nn.MultiheadAttention)
 
 
-def _check(
-    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, nn.Module]
-) -> None:
+def _check(model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> None:
     reached = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     owners: dict[int, str] = {}
     for name, layer in layers.items():

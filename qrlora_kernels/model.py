@@ -9,7 +9,7 @@ from torch import nn
 
 from .matching import Targets, find_targets, within
 from .nn import ADAPTERS, AdapterLinear
-from .nn.base import Options, State
+from .nn.base import Options
 from .nn.frozen import frozen_matrix
 
 
@@ -60,8 +60,8 @@ def adapt(
         if not any(within(n, [name]) for n, _ in model.named_parameters()):
             raise ValueError(f"trainable names {name!r}, but the model has no such module")
     layers = find_targets(model, target_modules, exclude=trainable)
-    weights = [frozen_matrix(layer) for layer in layers.values()]
-    states = _start(kind, list(layers), weights, opts, progress)
+    weights = {name: frozen_matrix(layer) for name, layer in layers.items()}
+    states = kind.start_named(weights, opts, progress)
     kept = [p for layer in adapted_layers(model).values() for p in trained(layer)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -89,23 +89,6 @@ def _options(kind: type[AdapterLinear], options: dict[str, Any]) -> Options:
             f"adapter {kind.kind!r} takes the options {sorted(known)}, got {', '.join(unknown)}"
         )
     return kind.options_type(**options)
-
-
-def _start(
-    kind: type[AdapterLinear],
-    names: list[str],
-    weights: list[Any],
-    options: Options,
-    progress: bool,
-) -> list[State]:
-    """One batched start; an error about ``weights[3]`` is told by the layer's name."""
-    try:
-        return kind.start(weights, options, progress)
-    except ValueError as error:
-        message = str(error)
-        for i, name in reversed(list(enumerate(names))):
-            message = message.replace(f"weights[{i}]", f"{name}.weight")
-        raise ValueError(message) from None
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

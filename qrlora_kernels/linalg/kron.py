@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from qrlora_kernels.linalg.checks import check_out_dtype, named_matrices
 from qrlora_kernels.linalg.rules import check_rank_options
@@ -54,6 +55,8 @@ def kron_factors(
     start: Start = ...,
     seed: int = ...,
     out_dtype: torch.dtype | None = ...,
+    cut: bool = ...,
+    progress: bool = ...,
 ) -> KronFactors: ...
 @overload
 def kron_factors(
@@ -63,6 +66,8 @@ def kron_factors(
     start: Start = ...,
     seed: int = ...,
     out_dtype: torch.dtype | None = ...,
+    cut: bool = ...,
+    progress: bool = ...,
 ) -> list[KronFactors]: ...
 @torch.no_grad()
 def kron_factors(
@@ -72,6 +77,8 @@ def kron_factors(
     start: Start = "qr",
     seed: int = 0,
     out_dtype: torch.dtype | None = None,
+    cut: bool = True,
+    progress: bool = False,
 ) -> KronFactors | list[KronFactors]:
     """A₀ [N/r, r] and B₀ [K/r, r] of a matrix W [N, K] or of each matrix of a list.
 
@@ -93,6 +100,10 @@ def kron_factors(
         Of "random" and "kaiming"; the same for every matrix. The global state is not touched.
     out_dtype : torch.dtype, optional
         dtype of the factors; the weight's by default. Computed in fp64 for fp64, else in fp32.
+    cut : bool
+        False keeps all rows, a0 [N, r] and b0 [K, r] with K ≤ N, for the ablation A₀ B₀ᵀ.
+    progress : bool
+        Show a progress bar over the list.
 
     Raises
     ------
@@ -112,12 +123,12 @@ def kron_factors(
             raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
     named, single = named_matrices(weights)
     results = []
-    for name, weight in named:
+    for name, weight in tqdm(named, desc="Kronecker start", unit="matrix", disable=not progress):
         r = _check_rank(name, weight, rank, start)
         if start == "kaiming":
             pair = _kaiming(weight, r, seed)
         else:
-            pair = _from_factors(name, weight, r, columns, start, seed)
+            pair = _from_factors(name, weight, r, columns, start, seed, cut)
         dtype = out_dtype or weight.dtype
         results.append(KronFactors(pair.a0.to(dtype), pair.b0.to(dtype)))
     return results[0] if single else results
@@ -147,7 +158,7 @@ def _check_rank(name: str, weight: Tensor, rank: int | None, start: Start) -> in
 
 
 def _from_factors(
-    name: str, weight: Tensor, r: int, columns: Columns, start: Start, seed: int
+    name: str, weight: Tensor, r: int, columns: Columns, start: Start, seed: int, cut: bool
 ) -> KronFactors:
     work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if not bool(torch.isfinite(work.sum(0)).all()):
@@ -169,6 +180,10 @@ def _from_factors(
         return torch.mm(left[:rows, part], kept)
 
     n, k = weight.shape
+    if not cut:
+        if k > n:
+            raise ValueError(f"{name} must not be wider than tall without cut, got {[n, k]}")
+        return KronFactors(factor(n, slice(0, r)), factor(k, slice(r, 2 * r)))
     return KronFactors(factor(n // r, slice(0, r)), factor(k // r, slice(r, 2 * r)))
 
 

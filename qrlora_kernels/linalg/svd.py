@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from qrlora_kernels.linalg.checks import check_out_dtype, check_rank_fits, named_matrices
 from qrlora_kernels.linalg.rules import check_rank_options
@@ -30,6 +31,7 @@ def truncated_svd(
     seed: int = ...,
     tol: float = ...,
     out_dtype: torch.dtype | None = ...,
+    progress: bool = ...,
 ) -> TruncatedSVD: ...
 @overload
 def truncated_svd(
@@ -39,6 +41,7 @@ def truncated_svd(
     seed: int = ...,
     tol: float = ...,
     out_dtype: torch.dtype | None = ...,
+    progress: bool = ...,
 ) -> list[TruncatedSVD]: ...
 @torch.no_grad()
 def truncated_svd(
@@ -48,6 +51,7 @@ def truncated_svd(
     seed: int = 0,
     tol: float = 1e-3,
     out_dtype: torch.dtype | None = None,
+    progress: bool = False,
 ) -> TruncatedSVD | list[TruncatedSVD]:
     """``rank`` singular triplets of a matrix or of each matrix of a list.
 
@@ -68,6 +72,8 @@ def truncated_svd(
         Largest accepted ‖Wᵀu - σv‖ over the triplets, relative to σ_1.
     out_dtype : torch.dtype, optional
         dtype of the factors; the weight's by default. Computed in fp64 for fp64, else in fp32.
+    progress : bool
+        Show a progress bar over the list.
 
     Returns
     -------
@@ -86,7 +92,7 @@ def truncated_svd(
         raise ValueError(f"tol must be positive, got {tol}")
     named, single = named_matrices(weights)
     results = []
-    for name, weight in named:
+    for name, weight in tqdm(named, desc="SVD", unit="matrix", disable=not progress):
         check_rank_fits(name, rank, weight)
         work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         if not bool(torch.isfinite(work.sum(0)).all()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -61,6 +62,7 @@ class AdapterLinear(nn.Linear):
     operation: ClassVar[str]  # its Problem.op
     trainables: ClassVar[tuple[str, ...]]
     factors: ClassVar[tuple[str, ...]]  # frozen buffers that the start computes
+    wide: ClassVar[tuple[str, ...]] = ()  # factors that stay in fp32 or wider, as trainables do
     options_type: ClassVar[type[Options]]
 
     options: Options
@@ -68,7 +70,7 @@ class AdapterLinear(nn.Linear):
     scaling: float
     conv1d: bool
 
-    # --- construction -----------------------------------------------------------------------------
+    # --- construction
 
     def __init__(
         self,
@@ -90,8 +92,21 @@ class AdapterLinear(nn.Linear):
     @classmethod
     def _from_linear(cls, linear: nn.Module, options: Options) -> Any:
         check_base(linear)
-        state = cls.start([frozen_matrix(linear)], options)[0]
+        (state,) = cls.start_named({"linear": frozen_matrix(linear)}, options)
         return cls.from_state(linear, options, state)
+
+    @classmethod
+    def start_named(
+        cls, weights: dict[str, Tensor], options: Options, progress: bool = False
+    ) -> list[State]:
+        """:meth:`start`, with errors that name the layer instead of a position in the list."""
+        try:
+            return cls.start(list(weights.values()), options, progress)
+        except ValueError as error:
+            message = re.sub(
+                r"weights\[(\d+)\]", lambda m: f"{list(weights)[int(m[1])]}.weight", str(error)
+            )
+            raise ValueError(message) from None
 
     @classmethod
     def from_state(cls, linear: nn.Module, options: Options, state: State) -> Any:
@@ -101,9 +116,7 @@ class AdapterLinear(nn.Linear):
         return layer
 
     @classmethod
-    def start(
-        cls, weights: Sequence[Tensor], options: Any, progress: bool = False
-    ) -> list[State]:
+    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
         """Factors and initial trainables for each W [N, K], computed as one batch."""
         raise NotImplementedError
 
@@ -130,14 +143,14 @@ class AdapterLinear(nn.Linear):
         """Set ``rank`` and ``scaling`` from the options and the tensors just registered."""
         raise NotImplementedError
 
-    # --- the update ---------------------------------------------------------------------------------
+    # --- the update
 
     def _fused(self, x: Tensor) -> Tensor:
         """y [..., N] by the fused operator."""
         raise NotImplementedError
 
     def _update(self, x: Tensor) -> Tensor:
-        """The update alone, x ΔWᵀ [..., N], in plain PyTorch: for dropout on the adapter's input."""
+        """The update alone, x ΔWᵀ [..., N], in plain PyTorch: where dropout changes its input."""
         raise NotImplementedError
 
     def delta_weight(self) -> Tensor:
@@ -173,7 +186,7 @@ class AdapterLinear(nn.Linear):
             return linear_add(x, self.matrix(), self.bias, update)
         return self._fused(x)
 
-    # --- merge --------------------------------------------------------------------------------------
+    # --- merge
 
     @property
     def merged(self) -> bool:
@@ -195,7 +208,7 @@ class AdapterLinear(nn.Linear):
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit. No effect on a layer that is not merged."""
         if self.merged:
-            (self.weight,), self._unmerged = self._unmerged, ()
+            self.weight, self._unmerged = self._unmerged[0], ()
 
     def _merged_weight(self) -> Tensor:
         delta = self.delta_weight()
@@ -213,21 +226,23 @@ class AdapterLinear(nn.Linear):
             data = self.weight.clone() if self.merged else self._merged_weight()
             weight = nn.Parameter(data, requires_grad=False)
         linear = _empty_base(self)
-        linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        linear.weight, linear.bias = weight, self.bias
         return linear.train(self.training)
 
-    # --- nn.Module ----------------------------------------------------------------------------------
+    # --- nn.Module
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ``nn.Module``, but trainables stay in fp32 when the weight becomes half precision."""
-        kept = {id(p) for n in self.trainables for p in (self._parameters[n],)}
-        kept |= {id(p.grad) for n in self.trainables if (p := self._parameters[n]) is not None}
+        own = [getattr(self, name) for name in (*self.trainables, *self.wide)]
+        kept = {id(t) for tensor in own for t in (tensor, tensor.grad) if t is not None}
 
         def convert(tensor: Tensor) -> Tensor:
             out = fn(tensor)
             if id(tensor) not in kept or out.dtype not in (torch.float16, torch.bfloat16):
                 return out
-            return out if tensor.is_meta else tensor.to(device=out.device, dtype=torch.float32)
+            if tensor.is_meta or out.is_meta:
+                return torch.empty_like(tensor, device=out.device)
+            return tensor.to(out.device)
 
         for weight in self._unmerged:
             weight.data = fn(weight.data)
@@ -275,5 +290,5 @@ def _empty_base(layer: AdapterLinear) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
-            return Conv1D(layer.out_features, layer.in_features)  # type: ignore[no-any-return]
+            return Conv1D(layer.out_features, layer.in_features)
     return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

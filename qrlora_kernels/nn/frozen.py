@@ -54,12 +54,10 @@ def check_weight(weight: object, name: str) -> None:
             "weights are not supported)"
         )
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"{name} must be a matrix with elements, got shape {list(weight.shape)}"
-        )
+        raise ValueError(f"{name} must be a matrix with elements, got shape {list(weight.shape)}")
 
 
 def frozen_matrix(linear: nn.Module) -> Tensor:
     """The weight as W [N, K]: for Conv1D a transposed view, never a copy."""
-    weight: Tensor = linear.weight.detach()  # type: ignore[union-attr, operator]
+    weight: Tensor = linear.weight.detach()
     return weight.t() if is_conv1d(linear) else weight

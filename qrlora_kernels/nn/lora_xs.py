@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
+from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, energy, one_of
 
-VECTORS = ("top", "middle", "bottom")
-SIGMA = ("in", "out", "split", "none")
-BASES = ("svd", "random_svd", "random")
+Sigma = Literal["in", "out", "split", "none"]
+Basis = Literal["svd", "random_svd", "random"]
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class LoRAXSOptions(Options):
 
     rank: int = 16
     alpha: float | None = None
-    vectors: str = "top"
-    sigma: str = "in"
-    basis: str = "svd"
+    vectors: Which = "top"
+    sigma: Sigma = "in"
+    basis: Basis = "svd"
     init_std: float = 1e-5
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self.alpha)
-        one_of("vectors", self.vectors, VECTORS)
-        one_of("sigma", self.sigma, SIGMA)
-        one_of("basis", self.basis, BASES)
+        one_of("vectors", self.vectors, get_args(Which))
+        one_of("sigma", self.sigma, get_args(Sigma))
+        one_of("basis", self.basis, get_args(Basis))
         if not self.init_std >= 0.0:
             raise ValueError(f"init_std must be at least 0, got {self.init_std}")
 
@@ -71,9 +71,9 @@ class LoRAXSLinear(AdapterLinear):
         rank: int = 16,
         alpha: float | None = None,
         *,
-        vectors: str = "top",
-        sigma: str = "in",
-        basis: str = "svd",
+        vectors: Which = "top",
+        sigma: Sigma = "in",
+        basis: Basis = "svd",
         init_std: float = 1e-5,
         seed: int = 0,
         dropout: float = 0.0,
@@ -107,12 +107,10 @@ class LoRAXSLinear(AdapterLinear):
             For a layer that cannot be adapted or an option out of range; the message names it.
         """
         options = LoRAXSOptions(dropout, rank, alpha, vectors, sigma, basis, init_std, seed)
-        return cls._from_linear(linear, options)  # type: ignore[no-any-return]
+        return cls._from_linear(linear, options)
 
     @classmethod
-    def start(
-        cls, weights: Sequence[Tensor], options: Any, progress: bool = False
-    ) -> list[State]:
+    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
         bases = _bases(list(weights), options, progress)
         return [
             {
@@ -165,13 +163,17 @@ def _bases(
     if options.basis == "random_svd":
         weights = [_random_like(w, options.seed) for w in weights]
     results = linalg.truncated_svd(
-        weights, rank, which=options.vectors, seed=options.seed, progress=progress
+        weights,
+        rank,
+        which=options.vectors,
+        seed=options.seed,
+        out_dtype=torch.float64,
+        progress=progress,
     )
     return [_place_sigma(u, s, vh, options.sigma) for u, s, vh in results]
 
 
 def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    s = s.to(torch.promote_types(u.dtype, torch.float32))
     to_a = {"in": s, "out": torch.ones_like(s), "split": s.sqrt(), "none": torch.ones_like(s)}[side]
     to_b = {"in": torch.ones_like(s), "out": s, "split": s.sqrt(), "none": torch.ones_like(s)}[side]
     return to_a[:, None] * vh, u * to_b

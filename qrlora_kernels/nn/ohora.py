@@ -1,21 +1,20 @@
-"""OHoRA (Zhang et al., EMNLP 2025): W + s · (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ), A [N/r, r] and B [K/r, r] train."""
+"""OHoRA (Zhang et al., EMNLP 2025): W + s · (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ), where A and B train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
+from ..linalg.kron import Columns, Start
 from ..reference import accumulation_dtype, kron_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, one_of
 
-COLUMNS = ("leading", "selected")
-STARTS = ("qr", "svd", "random", "kaiming")
-PRODUCTS = ("kron", "materialised", "lora")
+Product = Literal["kron", "materialised", "lora"]
 
 
 @dataclass(frozen=True)
@@ -24,24 +23,22 @@ class OHoRAOptions(Options):
 
     rank: int | None = None
     alpha: float | None = None
-    columns: str = "leading"
-    start: str = "qr"
-    product: str = "kron"
+    columns: Columns = "leading"
+    start: Start = "qr"
+    product: Product = "kron"
     fold: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self.alpha)
-        one_of("columns", self.columns, COLUMNS)
-        one_of("start", self.start, STARTS)
-        one_of("product", self.product, PRODUCTS)
+        one_of("columns", self.columns, get_args(Columns))
+        one_of("start", self.start, get_args(Start))
+        one_of("product", self.product, get_args(Product))
         if self.fold and self.product != "kron":
             raise ValueError(f"fold needs product='kron', got {self.product!r}")
         if self.product == "lora" and self.start not in ("qr", "svd"):
-            raise ValueError(
-                f"product='lora' needs start 'qr' or 'svd', got {self.start!r}"
-            )
+            raise ValueError(f"product='lora' needs start 'qr' or 'svd', got {self.start!r}")
 
 
 class OHoRALinear(AdapterLinear):
@@ -61,6 +58,7 @@ class OHoRALinear(AdapterLinear):
     operation = "kron_linear"
     trainables = ("a", "b")
     factors = ("a0", "b0")
+    wide = ("a0", "b0")
     options_type = OHoRAOptions
 
     options: OHoRAOptions
@@ -76,10 +74,10 @@ class OHoRALinear(AdapterLinear):
         linear: nn.Module,
         rank: int | None = None,
         alpha: float | None = None,
-        columns: str = "leading",
+        columns: Columns = "leading",
         *,
-        start: str = "qr",
-        product: str = "kron",
+        start: Start = "qr",
+        product: Product = "kron",
         fold: bool = False,
         seed: int = 0,
         dropout: float = 0.0,
@@ -117,12 +115,10 @@ class OHoRALinear(AdapterLinear):
             For a layer that cannot be adapted or an option out of range; the message names it.
         """
         options = OHoRAOptions(dropout, rank, alpha, columns, start, product, fold, seed)
-        return cls._from_linear(linear, options)  # type: ignore[no-any-return]
+        return cls._from_linear(linear, options)
 
     @classmethod
-    def start(
-        cls, weights: Sequence[Tensor], options: Any, progress: bool = False
-    ) -> list[State]:
+    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
         results = linalg.kron_factors(
             list(weights),
             rank=options.rank,
@@ -157,9 +153,7 @@ class OHoRALinear(AdapterLinear):
             return nn.functional.linear(x, self._materialised(x), self.bias)
         a, b = self.a, self.b
         if self.folded is not None:
-            return functional.kron_linear(
-                x, self.folded, self.bias, a, b, scaling=self.scaling
-            )
+            return functional.kron_linear(x, self.folded, self.bias, a, b, scaling=self.scaling)
         return functional.kron_linear(
             x, self.matrix(), self.bias, a, b, self.a0, self.b0, self.scaling
         )

@@ -14,7 +14,6 @@ from ..ops.common import check_scaling
 from ..reference import accumulation_dtype, qr_delta_ref
 from .base import AdapterLinear, Options, State, energy, one_of
 
-RANK_RULES = ("magnitude", "energy", "abs_sum")
 DEFAULT_TAU = 0.5  # what the paper's main experiments ran
 
 
@@ -24,13 +23,13 @@ class QROptions(Options):
 
     rank: int | None = None
     tau: float | None = None
-    rank_rule: str = "magnitude"
+    rank_rule: linalg.RankRule = "magnitude"
     max_rank: int | None = None
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("rank_rule", self.rank_rule, RANK_RULES)
+        one_of("rank_rule", self.rank_rule, linalg.RANK_RULES)
         if self.rank is not None and self.tau is not None:
             raise ValueError(
                 f"rank and tau exclude each other, got rank={self.rank} and tau={self.tau}"
@@ -58,6 +57,7 @@ class QRLinear(AdapterLinear):
     operation = "qr_linear"
     trainables = ("lam",)
     factors = ("q", "r", "pivots", "diagonal")
+    wide = ("diagonal",)
     options_type = QROptions
 
     options: QROptions
@@ -73,7 +73,7 @@ class QRLinear(AdapterLinear):
         linear: nn.Module,
         rank: int | None = None,
         tau: float | None = None,
-        rank_rule: str = "magnitude",
+        rank_rule: linalg.RankRule = "magnitude",
         max_rank: int | None = None,
         scaling: float = 1.0,
         *,
@@ -104,12 +104,10 @@ class QRLinear(AdapterLinear):
             For a layer that cannot be adapted or an option out of range; the message names it.
         """
         options = QROptions(dropout, rank, tau, rank_rule, max_rank, scaling)
-        return cls._from_linear(linear, options)  # type: ignore[no-any-return]
+        return cls._from_linear(linear, options)
 
     @classmethod
-    def start(
-        cls, weights: Sequence[Tensor], options: Any, progress: bool = False
-    ) -> list[State]:
+    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
         tau = DEFAULT_TAU if options.rank is None and options.tau is None else options.tau
         results = linalg.pivoted_qr(
             list(weights),
