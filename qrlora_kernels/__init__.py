@@ -1,24 +1,29 @@
 """Fused kernels and modules for QR-LoRA, LoRA-XS and OHoRA over frozen linear layers."""
 
 from . import backends, functional, linalg, nn
+from .adapter_file import load_adapter, save_adapter
 from .model import adapt, adapted_layers, count_parameters, merge, unload, unmerge
+from .native import build_config
 from .nn import LoRAXSLinear, OHoRALinear, QRLinear
 from .summary import summary
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "LoRAXSLinear",
     "OHoRALinear",
     "QRLinear",
+    "__version__",
     "adapt",
     "adapted_layers",
     "backends",
+    "build_config",
     "count_parameters",
     "functional",
     "linalg",
+    "load_adapter",
     "merge",
     "nn",
+    "save_adapter",
     "summary",
     "unload",
     "unmerge",

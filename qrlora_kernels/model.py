@@ -62,13 +62,8 @@ def adapt(
     layers = find_targets(model, target_modules, exclude=trainable)
     weights = {name: frozen_matrix(layer) for name, layer in layers.items()}
     states = kind.start_named(weights, opts, progress)
-    kept = [p for layer in adapted_layers(model).values() for p in trained(layer)]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for (name, layer), state in zip(layers.items(), states, strict=True):
-        replace_module(model, name, kind.from_state(layer, opts, state))
-    for parameter in kept:
-        parameter.requires_grad_(True)
+    adapted = zip(layers.items(), states, strict=True)
+    install(model, {name: kind.from_state(base, opts, state) for (name, base), state in adapted})
     for name, parameter in model.named_parameters():
         if within(name, trainable):
             parameter.requires_grad_(True)
@@ -89,6 +84,15 @@ def _options(kind: type[AdapterLinear], options: dict[str, Any]) -> Options:
             f"adapter {kind.kind!r} takes the options {sorted(known)}, got {', '.join(unknown)}"
         )
     return kind.options_type(**options)
+
+
+def install(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
+    """Put adapted layers in place and freeze all but the parameters of adapted layers."""
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    own = {id(p) for layer in adapted_layers(model).values() for p in trained(layer)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

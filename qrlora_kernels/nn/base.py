@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,7 @@ class AdapterLinear(nn.Linear):
     operation: ClassVar[str]  # its Problem.op
     trainables: ClassVar[tuple[str, ...]]
     factors: ClassVar[tuple[str, ...]]  # frozen buffers that the start computes
+    compact: ClassVar[tuple[str, ...]] = ()  # factors that are small and give back the others
     wide: ClassVar[tuple[str, ...]] = ()  # factors that stay in fp32 or wider, as trainables do
     options_type: ClassVar[type[Options]]
 
@@ -119,6 +120,18 @@ class AdapterLinear(nn.Linear):
     def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
         """Factors and initial trainables for each W [N, K], computed as one batch."""
         raise NotImplementedError
+
+    @classmethod
+    def rebuild(cls, weight: Tensor, options: Any, compact: State) -> State:
+        """The factors of a saved layer from its weight and the small tensors in ``compact``.
+
+        Raises
+        ------
+        ValueError
+            If they cannot be the factors that were trained with.
+        """
+        (state,) = cls.start([weight], options)
+        return {name: state[name] for name in cls.factors}
 
     def _take_over(self, linear: nn.Module, options: Options, state: State) -> None:
         nn.Module.__init__(self)
@@ -201,7 +214,7 @@ class AdapterLinear(nn.Linear):
         """
         if self.merged:
             return
-        kept = self.weight
+        kept = cast(nn.Parameter, self.weight)
         merged = nn.Parameter(self._merged_weight(), requires_grad=False)
         self.weight, self._unmerged = merged, (kept,)
 

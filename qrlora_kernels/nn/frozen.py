@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -59,5 +61,5 @@ def check_weight(weight: object, name: str) -> None:
 
 def frozen_matrix(linear: nn.Module) -> Tensor:
     """The weight as W [N, K]: for Conv1D a transposed view, never a copy."""
-    weight: Tensor = linear.weight.detach()
+    weight = cast(Tensor, linear.weight).detach()
     return weight.t() if is_conv1d(linear) else weight

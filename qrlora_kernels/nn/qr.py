@@ -57,6 +57,7 @@ class QRLinear(AdapterLinear):
     operation = "qr_linear"
     trainables = ("lam",)
     factors = ("q", "r", "pivots", "diagonal")
+    compact = ("pivots", "diagonal")
     wide = ("diagonal",)
     options_type = QROptions
 
@@ -127,6 +128,13 @@ class QRLinear(AdapterLinear):
             }
             for result in results
         ]
+
+    @classmethod
+    def rebuild(cls, weight: Tensor, options: Any, compact: State) -> State:
+        result = linalg.rebuild_pivoted_qr(weight, compact["pivots"])
+        if not torch.allclose(result.diagonal, compact["diagonal"].to(result.diagonal), rtol=1e-4):
+            raise ValueError("the stored pivots do not give the stored diagonal of R")
+        return {name: getattr(result, name) for name in cls.factors}
 
     def _configure(self) -> None:
         self.rank = self.lam.shape[0]

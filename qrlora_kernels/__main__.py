@@ -1,0 +1,52 @@
+"""``python -m qrlora_kernels``: versions, backends and why each is or is not available."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__, backends, native
+
+OPTIONAL = ("triton", "transformers", "peft", "scipy", "matplotlib")
+
+
+def report() -> str:
+    """The environment report as text."""
+    lines = [
+        f"qrlora_kernels {__version__}",
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+        "optional: " + ", ".join(f"{name} {_version(name)}" for name in OPTIONAL),
+        f"GPU: {_gpus()}",
+        "",
+        f"native core: {native.REASON}",
+        *(f"  {key}: {value}" for key, value in sorted(native.build_config().items())),
+        "",
+        "backends, in order of preference:",
+    ]
+    for name, (ok, reason) in backends.report().items():
+        lines.append(f"  {name:10s} {'yes' if ok else 'no '}  {reason}")
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return f"none that torch {torch.__version__} can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

@@ -1,0 +1,28 @@
+"""The compiled core ``qrlora_kernels._C``: loaded if it is there, otherwise the reason it is not."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  loaded first, so that the core shares its OpenMP runtime
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    note = Path(__file__).with_name("_build_note.txt")
+    try:
+        core = importlib.import_module("qrlora_kernels._C")
+    except ImportError as error:
+        if note.is_file():
+            return None, note.read_text().strip()
+        return None, f"native core not importable: {error}"
+    return core, "native core built with " + core.build_config()["compiler"]
+
+
+CORE, REASON = _load()
+
+
+def build_config() -> dict[str, str]:
+    """What the native core was built from and for, read from the binary; empty without one."""
+    return {} if CORE is None else dict(CORE.build_config())
