@@ -1,4 +1,4 @@
-"""The compiled core ``qrlora_kernels._C``: loaded if it is there, otherwise the reason it is not."""
+"""The compiled core ``qrlora_kernels._C``, or the reason why it is not there."""
 
 from __future__ import annotations
 
