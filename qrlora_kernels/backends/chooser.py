@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -103,7 +103,7 @@ def _choose(problem: Problem, forced: str | None) -> Choice:
     raise AssertionError("the reference supports every problem")
 
 
-def run(problem: Problem, step: str, backend: str | None, *operands: Any) -> Any:
+def run(problem: Problem, step: str, backend: str | None, operands: Sequence[Any]) -> Any:
     """Run ``problem.op``'s ``step`` (``"fwd"`` or ``"bwd"``) on the chosen backend."""
     choice = choose(problem, backend)
     _last[problem.op] = choice

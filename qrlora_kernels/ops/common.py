@@ -1,67 +1,15 @@
-"""What the three operations share: the operator library, argument checks and autocast."""
+"""What the operations share: argument checks, autocast, and when not to fuse."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends.chooser import Problem, run
-
-LIBRARY = torch.library.Library("qrlora", "DEF")
-
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
-
-
-class Step(NamedTuple):
-    """One registered operator: its arguments, its fake, and where the problem's sizes are read."""
-
-    schema: str  # "(arguments) -> (results)"; the last argument is ``str? backend``
-    fake: Callable[..., Any]
-    weight_at: int  # position of weight [N, K]
-    trainable_at: int  # position of the operand whose last dimension is the rank
-
-
-def register(op: str, **steps: Step) -> None:
-    """Define ``qrlora::<op>_<step>`` for each step, with one implementation for every device.
-
-    The implementation takes its operands in their final dtypes, asks the chooser who runs them, and
-    stands in a placeholder for each result that was not asked for: operators return tensors only.
-    """
-    for step, (schema, fake, weight_at, trainable_at) in steps.items():
-        name = f"{op}_{step}"
-
-        def impl(
-            rows: Tensor,
-            *rest: Any,
-            step: str = step,
-            weight_at: int = weight_at,
-            trainable_at: int = trainable_at,
-        ) -> Any:
-            *operands, backend = (rows, *rest)
-            n, k = operands[weight_at].shape
-            r = operands[trainable_at].shape[-1]
-            problem = Problem(op, rows.device, rows.dtype, rows.shape[0], n, k, r)
-            with _outside_autocast(rows.device.type):
-                results = run(problem, step, backend, *operands)
-            if isinstance(results, Tensor):
-                return results
-            return tuple(placeholder(rows) if t is None else t for t in results)
-
-        LIBRARY.define(name + schema)
-        LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
-
-
-def _outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -70,9 +18,9 @@ def flatten(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def placeholder(like: Tensor) -> Tensor:
-    """What an operator returns in place of a result that nobody asked for."""
-    return like.new_empty(0)
+def restore(y: Tensor, x: Tensor) -> Tensor:
+    """[M, N] to x's leading dimensions."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -134,12 +82,17 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
     ]
 
 
+def wants_gradient(*operands: Tensor | None) -> bool:
+    """Whether autograd must record the call at all."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
 def wants_plain_autograd(*frozen: Tensor | None) -> bool:
     """True where the fused operators do not apply and autograd must see plain PyTorch.
 
     That is inside ``torch.func`` transforms, and when an operand that the adapters freeze (weight,
     factors) asks for a gradient: rather than dropping that gradient, the plain expression gives it.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in frozen):
+    if wants_gradient(*frozen):
         return True
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -11,17 +11,17 @@ from torch.autograd.function import once_differentiable
 from ..backends.chooser import pinned_backend
 from ..reference import kron_linear_ref
 from .common import (
-    Step,
     autocast,
     check_linear,
     check_scaling,
     flatten,
-    placeholder,
-    register,
+    restore,
     same,
     shaped,
+    wants_gradient,
     wants_plain_autograd,
 )
+from .operator import Operator, placeholder
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> Tensor:
@@ -39,23 +39,24 @@ def _bwd_fake(
     )
 
 
-register(
+_fwd = Operator(
     "kron_linear",
-    fwd=Step(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
-        "float scaling, str? backend) -> Tensor",
-        _fwd_fake,
-        weight_at=1,
-        trainable_at=3,
-    ),
-    bwd=Step(
-        "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
-        "float scaling, bool need_dx, bool need_da, bool need_db, str? backend) "
-        "-> (Tensor, Tensor, Tensor)",
-        _bwd_fake,
-        weight_at=2,
-        trainable_at=3,
-    ),
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
+    "float scaling, str? backend) -> Tensor",
+    _fwd_fake,
+    weight_at=1,
+    trainable_at=3,
+)
+_bwd = Operator(
+    "kron_linear",
+    "bwd",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
+    "float scaling, bool need_dx, bool need_da, bool need_db, str? backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    weight_at=2,
+    trainable_at=3,
 )
 
 
@@ -77,7 +78,7 @@ class KronLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, a0, b0)
         ctx.scaling, ctx.backend = scaling, backend
-        return torch.ops.qrlora.kron_linear_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
+        return _fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
 
     @staticmethod
     @once_differentiable
@@ -85,7 +86,7 @@ class KronLinearFunction(torch.autograd.Function):
         need_dx, _, need_dbias, need_da, need_db, *_ = ctx.needs_input_grad
         dx = da = db = None
         if need_dx or need_da or need_db:
-            dx, da, db = torch.ops.qrlora.kron_linear_bwd(
+            dx, da, db = _bwd(
                 dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_da, need_db, ctx.backend
             )
         return (
@@ -148,10 +149,11 @@ def kron_linear(
     _check_factors(x, weight, a, b, a0, b0)
     if wants_plain_autograd(weight, a0, b0):
         return kron_linear_ref(x, weight, bias, a, b, a0, b0, scaling)
-    y = KronLinearFunction.apply(
-        flatten(x), weight, bias, a, b, a0, b0, float(scaling), pinned_backend(backend)
+    operands = (flatten(x), weight, bias, a, b, a0, b0, float(scaling), pinned_backend(backend))
+    fused = (
+        KronLinearFunction.apply(*operands) if wants_gradient(x, bias, a, b) else _fwd(*operands)
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return restore(fused, x)
 
 
 def _check_factors(

@@ -15,29 +15,29 @@ from torch.autograd.function import once_differentiable
 from ..backends.chooser import pinned_backend
 from ..reference import linear_add_ref
 from .common import (
-    Step,
     autocast,
     check_linear,
     flatten,
-    register,
+    restore,
     same,
     shaped,
+    wants_gradient,
     wants_plain_autograd,
 )
+from .operator import Operator
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-register(
+_fwd = Operator(
     "linear_add",
-    fwd=Step(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor addend, str? backend) -> Tensor",
-        _fwd_fake,
-        weight_at=1,
-        trainable_at=3,
-    ),
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor addend, str? backend) -> Tensor",
+    _fwd_fake,
+    weight_at=1,
+    trainable_at=3,
 )
 
 
@@ -54,7 +54,7 @@ class LinearAddFunction(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        return torch.ops.qrlora.linear_add_fwd(x, weight, bias, addend, backend)
+        return _fwd(x, weight, bias, addend, backend)
 
     @staticmethod
     @once_differentiable
@@ -106,5 +106,8 @@ def linear_add(
     same("addend", addend, x)
     if wants_plain_autograd(weight):
         return linear_add_ref(x, weight, bias, addend)
-    y = LinearAddFunction.apply(flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    operands = (flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
+    fused = (
+        LinearAddFunction.apply(*operands) if wants_gradient(x, bias, addend) else _fwd(*operands)
+    )
+    return restore(fused, x)

@@ -11,17 +11,17 @@ from torch.autograd.function import once_differentiable
 from ..backends.chooser import pinned_backend
 from ..reference import lora_xs_linear_ref
 from .common import (
-    Step,
     autocast,
     check_linear,
     check_scaling,
     flatten,
-    placeholder,
-    register,
+    restore,
     same,
     shaped,
+    wants_gradient,
     wants_plain_autograd,
 )
+from .operator import Operator, placeholder
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -35,22 +35,23 @@ def _bwd_fake(dy: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tenso
     return dx, core.new_empty(core.shape) if need_dcore else placeholder(dy)
 
 
-register(
+_fwd = Operator(
     "lora_xs_linear",
-    fwd=Step(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor core, float scaling, "
-        "str? backend) -> (Tensor, Tensor)",
-        _fwd_fake,
-        weight_at=1,
-        trainable_at=5,
-    ),
-    bwd=Step(
-        "(Tensor dy, Tensor weight, Tensor a, Tensor b, Tensor core, Tensor h, float scaling, "
-        "bool need_dx, bool need_dcore, str? backend) -> (Tensor, Tensor)",
-        _bwd_fake,
-        weight_at=1,
-        trainable_at=4,
-    ),
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor core, float scaling, "
+    "str? backend) -> (Tensor, Tensor)",
+    _fwd_fake,
+    weight_at=1,
+    trainable_at=5,
+)
+_bwd = Operator(
+    "lora_xs_linear",
+    "bwd",
+    "(Tensor dy, Tensor weight, Tensor a, Tensor b, Tensor core, Tensor h, float scaling, "
+    "bool need_dx, bool need_dcore, str? backend) -> (Tensor, Tensor)",
+    _bwd_fake,
+    weight_at=1,
+    trainable_at=4,
 )
 
 
@@ -69,7 +70,7 @@ class LoRAXSLinearFunction(torch.autograd.Function):
         scaling: float,
         backend: str | None,
     ) -> Tensor:
-        y, h = torch.ops.qrlora.lora_xs_linear_fwd(x, weight, bias, a, b, core, scaling, backend)
+        y, h = _fwd(x, weight, bias, a, b, core, scaling, backend)
         ctx.save_for_backward(weight, a, b, core, h)
         ctx.scaling, ctx.backend = scaling, backend
         return y
@@ -80,9 +81,7 @@ class LoRAXSLinearFunction(torch.autograd.Function):
         need_dx, _, need_dbias, _, _, need_dcore, *_ = ctx.needs_input_grad
         dx = dcore = None
         if need_dx or need_dcore:
-            dx, dcore = torch.ops.qrlora.lora_xs_linear_bwd(
-                dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dcore, ctx.backend
-            )
+            dx, dcore = _bwd(dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dcore, ctx.backend)
         return (
             dx if need_dx else None,
             None,
@@ -148,7 +147,10 @@ def lora_xs_linear(
     same("core", core, x, or_fp32=True)
     if wants_plain_autograd(weight, a, b):
         return lora_xs_linear_ref(x, weight, bias, a, b, core, scaling)
-    y = LoRAXSLinearFunction.apply(
-        flatten(x), weight, bias, a, b, core, float(scaling), pinned_backend(backend)
+    operands = (flatten(x), weight, bias, a, b, core, float(scaling), pinned_backend(backend))
+    fused = (
+        LoRAXSLinearFunction.apply(*operands)
+        if wants_gradient(x, bias, core)
+        else _fwd(*operands)[0]
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return restore(fused, x)

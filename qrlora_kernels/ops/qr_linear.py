@@ -11,17 +11,17 @@ from torch.autograd.function import once_differentiable
 from ..backends.chooser import pinned_backend
 from ..reference import qr_linear_ref
 from .common import (
-    Step,
     autocast,
     check_linear,
     check_scaling,
     flatten,
-    placeholder,
-    register,
+    restore,
     same,
     shaped,
+    wants_gradient,
     wants_plain_autograd,
 )
+from .operator import Operator, placeholder
 
 
 def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
@@ -35,22 +35,23 @@ def _bwd_fake(dy: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tenso
     return dx, lam.new_empty(lam.shape) if need_dlam else placeholder(dy)
 
 
-register(
+_fwd = Operator(
     "qr_linear",
-    fwd=Step(
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor q, Tensor r, Tensor lam, float scaling, "
-        "str? backend) -> (Tensor, Tensor)",
-        _fwd_fake,
-        weight_at=1,
-        trainable_at=5,
-    ),
-    bwd=Step(
-        "(Tensor dy, Tensor weight, Tensor q, Tensor r, Tensor lam, Tensor h, float scaling, "
-        "bool need_dx, bool need_dlam, str? backend) -> (Tensor, Tensor)",
-        _bwd_fake,
-        weight_at=1,
-        trainable_at=4,
-    ),
+    "fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor q, Tensor r, Tensor lam, float scaling, "
+    "str? backend) -> (Tensor, Tensor)",
+    _fwd_fake,
+    weight_at=1,
+    trainable_at=5,
+)
+_bwd = Operator(
+    "qr_linear",
+    "bwd",
+    "(Tensor dy, Tensor weight, Tensor q, Tensor r, Tensor lam, Tensor h, float scaling, "
+    "bool need_dx, bool need_dlam, str? backend) -> (Tensor, Tensor)",
+    _bwd_fake,
+    weight_at=1,
+    trainable_at=4,
 )
 
 
@@ -69,7 +70,7 @@ class QRLinearFunction(torch.autograd.Function):
         scaling: float,
         backend: str | None,
     ) -> Tensor:
-        y, h = torch.ops.qrlora.qr_linear_fwd(x, weight, bias, q, r, lam, scaling, backend)
+        y, h = _fwd(x, weight, bias, q, r, lam, scaling, backend)
         ctx.save_for_backward(weight, q, r, lam, h)
         ctx.scaling, ctx.backend = scaling, backend
         return y
@@ -80,9 +81,7 @@ class QRLinearFunction(torch.autograd.Function):
         need_dx, _, need_dbias, _, _, need_dlam, *_ = ctx.needs_input_grad
         dx = dlam = None
         if need_dx or need_dlam:
-            dx, dlam = torch.ops.qrlora.qr_linear_bwd(
-                dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dlam, ctx.backend
-            )
+            dx, dlam = _bwd(dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dlam, ctx.backend)
         return (
             dx if need_dx else None,
             None,
@@ -148,7 +147,8 @@ def qr_linear(
     same("lam", lam, x, or_fp32=True)
     if wants_plain_autograd(weight, q, r):
         return qr_linear_ref(x, weight, bias, q, r, lam, scaling)
-    y = QRLinearFunction.apply(
-        flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend)
+    operands = (flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend))
+    fused = (
+        QRLinearFunction.apply(*operands) if wants_gradient(x, bias, lam) else _fwd(*operands)[0]
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return restore(fused, x)
