@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import accumulation_dtype
 from .chooser import Problem
 
 HALF = (torch.bfloat16, torch.float16)
@@ -132,13 +133,13 @@ def kron_linear_fwd(
     """
     (n, r), k = a.shape, b.shape[0]
     m = x.shape[0]
-    left, right = _kron_terms(a, b, a0, b0, scaling, x.dtype)
+    left, right = kron_terms(a, b, a0, b0, scaling, x.dtype)
     tokens = x.reshape(m * r, k)
     update = x.new_empty(m, n, r)
     for i, (la, rb) in enumerate(zip(left, right, strict=True)):
         s = torch.mm(tokens, rb).view(m, r, r)
         _bmm_onto(update, la.expand(m, n, r), s, first=i == 0)
-    return _add_base(update.view(m, n * r), x, weight, bias)
+    return add_base(update.view(m, n * r), x, weight, bias)
 
 
 def kron_linear_bwd(
@@ -168,7 +169,7 @@ def kron_linear_bwd(
         t = torch.bmm(a.mT.to(x.dtype).expand(m, r, n), grads)
         db = (scaling * _gram(tokens.reshape(m * r, k), t.view(m * r, r))).to(b.dtype)
     if need_dx:
-        left, right = _kron_terms(a, b, a0, b0, scaling, x.dtype)
+        left, right = kron_terms(a, b, a0, b0, scaling, x.dtype)
         update = x.new_empty(m * r, k)
         for i, (la, rb) in enumerate(zip(left, right, strict=True)):
             t = torch.bmm(la.mT.expand(m, r, n), grads).view(m * r, r)
@@ -177,10 +178,12 @@ def kron_linear_bwd(
     return dx, da, db
 
 
-def _kron_terms(
+def kron_terms(
     a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Factors (L_i, R_i) with s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) = Σ_i L_i ⊗ R_iᵀ, s in the smaller ones."""
+    wide = accumulation_dtype(dtype)
+    a, b = a.to(wide), b.to(wide)
     if a0 is None or b0 is None:
         return ((scaling * a).to(dtype),), (b.to(dtype),)
     left = (scaling * (a - a0)).to(dtype), a0.to(dtype)
@@ -194,6 +197,17 @@ def _bmm_onto(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
         torch.baddbmm(out, left, right, out=out)
 
 
+# --- a given update -----------------------------------------------------------------------------
+
+
+def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    """y = x Wᵀ + b + addend on x [M, K], addend [M, N]."""
+    if bias is not None and _fuses_bias(x):
+        return _linear_bias_add(x, weight, bias, addend)
+    y = torch.addmm(addend, x, weight.mT)
+    return y if bias is None else y.add_(bias)
+
+
 # --- shared steps -------------------------------------------------------------------------------
 
 
@@ -203,29 +217,37 @@ def accumulate_base(
     """``mid upᵀ + x Wᵀ + b``, the update ``mid upᵀ`` first."""
     if bias is not None and x.dtype not in HALF:
         return torch.addmm(bias, mid, up.mT).addmm_(x, weight.mT)
-    return _add_base(torch.mm(mid, up.mT), x, weight, bias)
+    return add_base(torch.mm(mid, up.mT), x, weight, bias)
 
 
-def _add_base(update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def add_base(update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b accumulated onto ``update`` [M, N], in place where the library can."""
     if bias is None:
         return update.addmm_(x, weight.mT)
-    if x.device.type == "cpu" and x.dtype in HALF and x.numel() and _has_fused_bias(x.dtype):
-        fused: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, update, weight, bias, "add")
-        return fused
+    if _fuses_bias(x):
+        return _linear_bias_add(x, weight, bias, update)
     # One pass and one rounding more, but the bias comes last and so cannot drown the update.
     return update.addmm_(x, weight.mT).add_(bias)
 
 
+def _fuses_bias(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in HALF and x.numel() > 0 and _onednn_runs(x.dtype)
+
+
+def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
+    return y
+
+
 @functools.cache
-def _has_fused_bias(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear with bias and an added tensor runs for ``dtype`` on this CPU."""
+def _onednn_runs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's linear with a bias and an added tensor runs for ``dtype`` on this CPU."""
+    one = torch.ones(32, 32, dtype=dtype)
     try:
-        one = torch.ones(32, 32, dtype=dtype)
-        out = torch.ops.mkldnn._linear_pointwise.binary(one, one, one, one[0], "add")
+        y = _linear_bias_add(one, one, one[0], one)
     except (AttributeError, RuntimeError):
         return False
-    return bool((out == 34).all())
+    return bool((y == 34).all())
 
 
 def _scale_columns(h: Tensor, lam: Tensor, scaling: float) -> Tensor:
@@ -233,13 +255,9 @@ def _scale_columns(h: Tensor, lam: Tensor, scaling: float) -> Tensor:
     return (h * (scaling * lam)).to(h.dtype)
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _column_dots(h: Tensor, g: Tensor) -> Tensor:
     """Σ_m h ∘ g [r] with products and sum in fp32 (fp64 for fp64)."""
-    wide = _accumulation_dtype(h.dtype)
+    wide = accumulation_dtype(h.dtype)
     return (h.to(wide) * g).sum(0)
 
 
@@ -247,5 +265,5 @@ def _gram(u: Tensor, v: Tensor) -> Tensor:
     """uᵀ v with fp32 accumulation and an fp32 result (fp64 for fp64)."""
     if u.is_cuda and u.dtype in HALF:
         return torch.mm(u.mT, v, out_dtype=torch.float32)
-    wide = _accumulation_dtype(u.dtype)
+    wide = accumulation_dtype(u.dtype)
     return torch.mm(u.to(wide).mT, v.to(wide))

@@ -3,4 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
-namespace qrlora {}  // namespace qrlora
+namespace qrlora {
+
+void bind_kron(pybind11::module_& m);
+
+}  // namespace qrlora

@@ -1,0 +1,53 @@
+// Kronecker kernels on the module: pointers come as integers, sizes as int64.
+#include "qrlora/cpu/kron.h"
+
+#include "qrlora/bindings.h"
+#include "qrlora/isa.h"
+
+namespace py = pybind11;
+
+namespace qrlora {
+
+namespace {
+
+template <typename T = void>
+T* pointer(int64_t address) {
+    return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+void kron_forward(int64_t tokens, int64_t n, int64_t r, int64_t k, int64_t terms, int64_t dtype,
+                  int64_t x, int64_t x_stride, int64_t left, int64_t right, int64_t y,
+                  int threads) {
+    const KronShape shape{tokens, n, r, k, terms, threads};
+    py::gil_scoped_release release;
+    QRLORA_DISPATCH(kron_forward, shape, static_cast<DType>(dtype), KronRows{pointer(x), x_stride},
+                    pointer(left), pointer(right), pointer(y));
+}
+
+void kron_backward(int64_t tokens, int64_t n, int64_t r, int64_t k, int64_t terms, int64_t dtype,
+                   int64_t dy, int64_t dy_stride, int64_t x, int64_t x_stride, int64_t left_t,
+                   int64_t right, int64_t right_t, double scaling, int64_t dx, int64_t da,
+                   int64_t db, int threads) {
+    const KronShape shape{tokens, n, r, k, terms, threads};
+    const KronBackward args{{pointer(dy), dy_stride},
+                            {pointer(x), x_stride},
+                            pointer(left_t),
+                            pointer(right),
+                            pointer(right_t),
+                            scaling,
+                            pointer(dx),
+                            pointer(da),
+                            pointer(db)};
+    py::gil_scoped_release release;
+    QRLORA_DISPATCH(kron_backward, shape, static_cast<DType>(dtype), args);
+}
+
+}  // namespace
+
+void bind_kron(py::module_& m) {
+    m.def("kron_forward", &kron_forward, "y = sum_t L_t (X R_t) per token; see qrlora/cpu/kron.h");
+    m.def("kron_backward", &kron_backward,
+          "dA, dB and the update's dX in one pass; see qrlora/cpu/kron.h");
+}
+
+}  // namespace qrlora

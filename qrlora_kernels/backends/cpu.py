@@ -1,0 +1,130 @@
+"""Native CPU kernels (``qrlora_kernels._C``) for what library products do badly.
+
+The Kronecker update is many small products per token: the kernels keep them in the L1 cache, read x
+and dy once and write the update once; the base product then accumulates onto it, in one rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..reference import accumulation_dtype
+from .chooser import Problem
+from .composed import add_base, kron_terms
+
+# Element types as csrc/include/qrlora/dtype.h numbers them; fp16 is converted to fp32 and back.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+@functools.cache
+def native() -> tuple[ModuleType | None, str]:
+    """The native core, or None, and a sentence that says why."""
+    try:
+        # After torch, so that both share one OpenMP runtime.
+        from qrlora_kernels import _C
+    except ImportError as error:
+        return None, f"the native core is not built or does not load ({error})"
+    return _C, "native kernels"
+
+
+def available() -> tuple[bool, str]:
+    core, reason = native()
+    return core is not None, reason
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    if problem.device.type != "cpu":
+        return False, "native kernels run on the CPU only"
+    if problem.op != "kron_linear":
+        return False, f"library products measure better for {problem.op}"
+    if problem.dtype not in _DTYPES and problem.dtype != torch.float16:
+        return False, f"no native kernel for {problem.dtype}"
+    core, reason = native()
+    if core is None:
+        return False, reason
+    return True, "the Kronecker update in one native pass over the tokens"
+
+
+def kron_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K]."""
+    (n, r), k = a.shape, b.shape[0]
+    rows = _rows(x)
+    left, right = kron_terms(a, b, a0, b0, scaling, accumulation_dtype(x.dtype))
+    update = torch.empty(x.shape[0], n * r, dtype=rows.dtype)
+    left_cat, right_cat = torch.cat(left, 1), torch.cat(right)
+    _core().kron_forward(
+        x.shape[0], n, r, k, len(left), _DTYPES[rows.dtype],
+        rows.data_ptr(), rows.stride(0), left_cat.data_ptr(), right_cat.data_ptr(),
+        update.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return add_base(update.to(x.dtype), x, weight, bias)
+
+
+def kron_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+    need_dx: bool = True,
+    need_da: bool = True,
+    need_db: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
+    if not (need_dx or need_da or need_db):
+        return None, None, None
+    (n, r), k = a.shape, b.shape[0]
+    wide = accumulation_dtype(x.dtype)
+    xs, dys = _rows(x), _rows(dy)
+    # Without dx the start does not matter: dA and dB are those of the whole product.
+    start = (a0, b0) if need_dx else (None, None)
+    left, right = kron_terms(a, b, *start, scaling, wide)
+    left_t = torch.cat([t.mT for t in left]).contiguous()
+    right_t = torch.cat([t.mT for t in right]).contiguous()
+    right_0 = right[0].contiguous()
+    dx = torch.empty(x.shape, dtype=xs.dtype) if need_dx else None
+    da = torch.empty(n, r, dtype=wide) if need_da else None
+    db = torch.empty(k, r, dtype=wide) if need_db else None
+    _core().kron_backward(
+        x.shape[0], n, r, k, len(left), _DTYPES[xs.dtype],
+        dys.data_ptr(), dys.stride(0), xs.data_ptr(), xs.stride(0),
+        left_t.data_ptr(), right_0.data_ptr(), right_t.data_ptr(), scaling,
+        _pointer(dx), _pointer(da), _pointer(db), torch.get_num_threads(),
+    )  # fmt: skip
+    if dx is not None:
+        dx = dx.to(x.dtype).addmm_(dy, weight)
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+
+
+def _core() -> ModuleType:
+    core, reason = native()
+    if core is None:
+        raise RuntimeError(reason)
+    return core
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``t`` in a type the kernels read, each row contiguous."""
+    if t.dtype not in _DTYPES:
+        t = t.float()
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
