@@ -1,6 +1,6 @@
 """Fused kernels and modules for QR-LoRA, LoRA-XS and OHoRA over frozen linear layers."""
 
-from . import backends, functional, linalg, nn
+from . import backends, functional, kernels, linalg, nn
 from .adapter_file import load_adapter, save_adapter
 from .model import adapt, adapted_layers, count_parameters, merge, unload, unmerge
 from .native import build_config
@@ -19,6 +19,7 @@ __all__ = [
     "build_config",
     "count_parameters",
     "functional",
+    "kernels",
     "linalg",
     "load_adapter",
     "merge",

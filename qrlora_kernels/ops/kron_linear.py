@@ -39,7 +39,7 @@ def _bwd_fake(
     )
 
 
-_fwd = Operator(
+kron_linear_fwd = Operator(
     "kron_linear",
     "fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
@@ -48,7 +48,7 @@ _fwd = Operator(
     weight_at=1,
     trainable_at=3,
 )
-_bwd = Operator(
+kron_linear_bwd = Operator(
     "kron_linear",
     "bwd",
     "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
@@ -78,7 +78,7 @@ class KronLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, a, b, a0, b0)
         ctx.scaling, ctx.backend = scaling, backend
-        return _fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
+        return kron_linear_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
 
     @staticmethod
     @once_differentiable
@@ -86,7 +86,7 @@ class KronLinearFunction(torch.autograd.Function):
         need_dx, _, need_dbias, need_da, need_db, *_ = ctx.needs_input_grad
         dx = da = db = None
         if need_dx or need_da or need_db:
-            dx, da, db = _bwd(
+            dx, da, db = kron_linear_bwd(
                 dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_da, need_db, ctx.backend
             )
         return (
@@ -151,7 +151,9 @@ def kron_linear(
         return kron_linear_ref(x, weight, bias, a, b, a0, b0, scaling)
     operands = (flatten(x), weight, bias, a, b, a0, b0, float(scaling), pinned_backend(backend))
     fused = (
-        KronLinearFunction.apply(*operands) if wants_gradient(x, bias, a, b) else _fwd(*operands)
+        KronLinearFunction.apply(*operands)
+        if wants_gradient(x, bias, a, b)
+        else kron_linear_fwd(*operands)
     )
     return restore(fused, x)
 

@@ -31,7 +31,7 @@ def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_fwd = Operator(
+linear_add_fwd = Operator(
     "linear_add",
     "fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor addend, str? backend) -> Tensor",
@@ -54,7 +54,7 @@ class LinearAddFunction(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        return _fwd(x, weight, bias, addend, backend)
+        return linear_add_fwd(x, weight, bias, addend, backend)
 
     @staticmethod
     @once_differentiable
@@ -108,6 +108,8 @@ def linear_add(
         return linear_add_ref(x, weight, bias, addend)
     operands = (flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
     fused = (
-        LinearAddFunction.apply(*operands) if wants_gradient(x, bias, addend) else _fwd(*operands)
+        LinearAddFunction.apply(*operands)
+        if wants_gradient(x, bias, addend)
+        else linear_add_fwd(*operands)
     )
     return restore(fused, x)

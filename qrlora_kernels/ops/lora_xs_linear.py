@@ -35,7 +35,7 @@ def _bwd_fake(dy: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tenso
     return dx, core.new_empty(core.shape) if need_dcore else placeholder(dy)
 
 
-_fwd = Operator(
+lora_xs_linear_fwd = Operator(
     "lora_xs_linear",
     "fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor core, float scaling, "
@@ -44,7 +44,7 @@ _fwd = Operator(
     weight_at=1,
     trainable_at=5,
 )
-_bwd = Operator(
+lora_xs_linear_bwd = Operator(
     "lora_xs_linear",
     "bwd",
     "(Tensor dy, Tensor weight, Tensor a, Tensor b, Tensor core, Tensor h, float scaling, "
@@ -70,7 +70,7 @@ class LoRAXSLinearFunction(torch.autograd.Function):
         scaling: float,
         backend: str | None,
     ) -> Tensor:
-        y, h = _fwd(x, weight, bias, a, b, core, scaling, backend)
+        y, h = lora_xs_linear_fwd(x, weight, bias, a, b, core, scaling, backend)
         ctx.save_for_backward(weight, a, b, core, h)
         ctx.scaling, ctx.backend = scaling, backend
         return y
@@ -81,7 +81,9 @@ class LoRAXSLinearFunction(torch.autograd.Function):
         need_dx, _, need_dbias, _, _, need_dcore, *_ = ctx.needs_input_grad
         dx = dcore = None
         if need_dx or need_dcore:
-            dx, dcore = _bwd(dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dcore, ctx.backend)
+            dx, dcore = lora_xs_linear_bwd(
+                dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dcore, ctx.backend
+            )
         return (
             dx if need_dx else None,
             None,
@@ -151,6 +153,6 @@ def lora_xs_linear(
     fused = (
         LoRAXSLinearFunction.apply(*operands)
         if wants_gradient(x, bias, core)
-        else _fwd(*operands)[0]
+        else lora_xs_linear_fwd(*operands)[0]
     )
     return restore(fused, x)

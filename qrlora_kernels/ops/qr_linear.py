@@ -35,7 +35,7 @@ def _bwd_fake(dy: Tensor, weight: Tensor, *operands: Any) -> tuple[Tensor, Tenso
     return dx, lam.new_empty(lam.shape) if need_dlam else placeholder(dy)
 
 
-_fwd = Operator(
+qr_linear_fwd = Operator(
     "qr_linear",
     "fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor q, Tensor r, Tensor lam, float scaling, "
@@ -44,7 +44,7 @@ _fwd = Operator(
     weight_at=1,
     trainable_at=5,
 )
-_bwd = Operator(
+qr_linear_bwd = Operator(
     "qr_linear",
     "bwd",
     "(Tensor dy, Tensor weight, Tensor q, Tensor r, Tensor lam, Tensor h, float scaling, "
@@ -70,7 +70,7 @@ class QRLinearFunction(torch.autograd.Function):
         scaling: float,
         backend: str | None,
     ) -> Tensor:
-        y, h = _fwd(x, weight, bias, q, r, lam, scaling, backend)
+        y, h = qr_linear_fwd(x, weight, bias, q, r, lam, scaling, backend)
         ctx.save_for_backward(weight, q, r, lam, h)
         ctx.scaling, ctx.backend = scaling, backend
         return y
@@ -81,7 +81,9 @@ class QRLinearFunction(torch.autograd.Function):
         need_dx, _, need_dbias, _, _, need_dlam, *_ = ctx.needs_input_grad
         dx = dlam = None
         if need_dx or need_dlam:
-            dx, dlam = _bwd(dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dlam, ctx.backend)
+            dx, dlam = qr_linear_bwd(
+                dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dlam, ctx.backend
+            )
         return (
             dx if need_dx else None,
             None,
@@ -149,6 +151,8 @@ def qr_linear(
         return qr_linear_ref(x, weight, bias, q, r, lam, scaling)
     operands = (flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend))
     fused = (
-        QRLinearFunction.apply(*operands) if wants_gradient(x, bias, lam) else _fwd(*operands)[0]
+        QRLinearFunction.apply(*operands)
+        if wants_gradient(x, bias, lam)
+        else qr_linear_fwd(*operands)[0]
     )
     return restore(fused, x)
