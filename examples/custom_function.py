@@ -1,4 +1,4 @@
-"""A kernel inside an ``autograd.Function`` of one's own: QR-LoRA with a per-layer gradient clip on λ.
+"""A kernel inside an ``autograd.Function`` of one's own: QR-LoRA with a gradient clip on λ.
 
 ``qrlora_kernels.kernels`` has the forward and backward steps without any autograd around them.
 """

@@ -1,29 +1,27 @@
 """The forward and backward steps themselves, for an ``autograd.Function`` or engine of your own.
 
 No argument is checked, no autocast applied, nothing recorded for autograd; the chooser picks the
-backend unless the last argument names one. All of them run under ``torch.compile`` as one operator.
+backend unless the last argument, ``backend``, names one. All of them run under ``torch.compile`` as
+one operator::
 
-========================= ============================================================ ===============
-step                      arguments                                                    results
-========================= ============================================================ ===============
-``qr_linear_fwd``         x, weight, bias|None, q, r, lam, scaling, backend|None       y, h
-``qr_linear_bwd``         dy, weight, q, r, lam, h, scaling, need_dx, need_dlam,       dx, dlam
-                          backend|None
-``lora_xs_linear_fwd``    x, weight, bias|None, a, b, core, scaling, backend|None      y, h
-``lora_xs_linear_bwd``    dy, weight, a, b, core, h, scaling, need_dx, need_dcore,     dx, dcore
-                          backend|None
-``kron_linear_fwd``       x, weight, bias|None, a, b, a0|None, b0|None, scaling,       y
-                          backend|None
-``kron_linear_bwd``       dy, x, weight, a, b, a0|None, b0|None, scaling, need_dx,     dx, da, db
-                          need_da, need_db, backend|None
-``linear_add_fwd``        x, weight, bias|None, addend, backend|None                   y
-========================= ============================================================ ===============
+    y, h = qr_linear_fwd(x, weight, bias, q, r, lam, scaling, backend)
+    dx, dlam = qr_linear_bwd(dy, weight, q, r, lam, h, scaling, need_dx, need_dlam, backend)
 
-Shapes are those of ``qrlora_kernels.reference``: x [M, K], dy and y [M, N], h [M, r]. Any strides and
-any alignment are right; rows that are contiguous and, on CUDA, 16-byte aligned are fast. fp16, bf16,
-fp32 and fp64 with one dtype for x, weight, bias and frozen factors; trainables may be fp32 over half
-precision, and their gradients come in their own dtype. A gradient not asked for comes as an empty
-tensor. h has x's dtype.
+    y, h = lora_xs_linear_fwd(x, weight, bias, a, b, core, scaling, backend)
+    dx, dcore = lora_xs_linear_bwd(
+        dy, weight, a, b, core, h, scaling, need_dx, need_dcore, backend)
+
+    y = kron_linear_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
+    dx, da, db = kron_linear_bwd(
+        dy, x, weight, a, b, a0, b0, scaling, need_dx, need_da, need_db, backend)
+
+    y = linear_add_fwd(x, weight, bias, addend, backend)
+
+Shapes are those of ``qrlora_kernels.reference``: x [M, K], dy and y [M, N], h [M, r]; bias, a0 with
+b0, and backend may be None. Any strides and any alignment are right; rows that are contiguous and,
+on CUDA, 16-byte aligned are fast. fp16, bf16, fp32 and fp64, one dtype for x, weight, bias and
+frozen factors; trainables may be fp32 over half precision, and their gradients come in their own
+dtype. A gradient not asked for comes as an empty tensor. h has x's dtype.
 """
 
 from .ops.kron_linear import kron_linear_bwd, kron_linear_fwd

@@ -31,11 +31,6 @@ def supports(problem: Problem) -> tuple[bool, str]:
     return True, "library products, the base accumulated onto the update"
 
 
-def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
-    """y [M, N] = x Wᵀ + b + addend."""
-    return _add_base(addend.clone(), x, weight, bias)
-
-
 # --- QR-LoRA ------------------------------------------------------------------------------------
 
 

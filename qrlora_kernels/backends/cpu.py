@@ -6,12 +6,12 @@ and dy once and write the update once; the base product then accumulates onto it
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .. import native
 from ..reference import accumulation_dtype
 from .chooser import Problem
 from .composed import add_base, kron_terms
@@ -20,20 +20,8 @@ from .composed import add_base, kron_terms
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
-@functools.cache
-def native() -> tuple[ModuleType | None, str]:
-    """The native core, or None, and a sentence that says why."""
-    try:
-        # After torch, so that both share one OpenMP runtime.
-        from qrlora_kernels import _C
-    except ImportError as error:
-        return None, f"the native core is not built or does not load ({error})"
-    return _C, "native kernels"
-
-
 def available() -> tuple[bool, str]:
-    core, reason = native()
-    return core is not None, reason
+    return native.CORE is not None, native.REASON
 
 
 def supports(problem: Problem) -> tuple[bool, str]:
@@ -43,9 +31,8 @@ def supports(problem: Problem) -> tuple[bool, str]:
         return False, f"library products measure better for {problem.op}"
     if problem.dtype not in _DTYPES and problem.dtype != torch.float16:
         return False, f"no native kernel for {problem.dtype}"
-    core, reason = native()
-    if core is None:
-        return False, reason
+    if native.CORE is None:
+        return False, native.REASON
     return True, "the Kronecker update in one native pass over the tokens"
 
 
