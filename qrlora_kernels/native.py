@@ -23,6 +23,13 @@ def _load() -> tuple[ModuleType | None, str]:
 CORE, REASON = _load()
 
 
+def core() -> ModuleType:
+    """The native core; ``RuntimeError`` with the reason where there is none."""
+    if CORE is None:
+        raise RuntimeError(REASON)
+    return CORE
+
+
 def build_config() -> dict[str, str]:
     """What the native core was built from and for, read from the binary; empty without one."""
     return {} if CORE is None else dict(CORE.build_config())

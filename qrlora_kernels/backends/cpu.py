@@ -6,8 +6,6 @@ and dy once and write the update once; the base product then accumulates onto it
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -52,7 +50,7 @@ def kron_linear_fwd(
     left, right = kron_terms(a, b, a0, b0, scaling, accumulation_dtype(x.dtype))
     update = torch.empty(x.shape[0], n * r, dtype=rows.dtype)
     left_cat, right_cat = torch.cat(left, 1), torch.cat(right)
-    _core().kron_forward(
+    native.core().kron_forward(
         x.shape[0], n, r, k, len(left), _DTYPES[rows.dtype],
         rows.data_ptr(), rows.stride(0), left_cat.data_ptr(), right_cat.data_ptr(),
         update.data_ptr(), torch.get_num_threads(),
@@ -88,7 +86,7 @@ def kron_linear_bwd(
     dx = torch.empty(x.shape, dtype=xs.dtype) if need_dx else None
     da = torch.empty(n, r, dtype=wide) if need_da else None
     db = torch.empty(k, r, dtype=wide) if need_db else None
-    _core().kron_backward(
+    native.core().kron_backward(
         x.shape[0], n, r, k, len(left), _DTYPES[xs.dtype],
         dys.data_ptr(), dys.stride(0), xs.data_ptr(), xs.stride(0),
         left_t.data_ptr(), right_0.data_ptr(), right_t.data_ptr(), scaling,
@@ -97,13 +95,6 @@ def kron_linear_bwd(
     if dx is not None:
         dx = dx.to(x.dtype).addmm_(dy, weight)
     return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
-
-
-def _core() -> ModuleType:
-    core, reason = native()
-    if core is None:
-        raise RuntimeError(reason)
-    return core
 
 
 def _rows(t: Tensor) -> Tensor:
