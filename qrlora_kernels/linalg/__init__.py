@@ -1,9 +1,9 @@
 """Starts of the adapters: pivoted QR, truncated SVD, Kronecker factors."""
 
-from qrlora_kernels.linalg.kron import KronFactors, effective_rank, high_rank, kron_factors
-from qrlora_kernels.linalg.pivoted_qr import PivotedQR, pivoted_qr, rebuild_pivoted_qr
-from qrlora_kernels.linalg.profile import RankProfile, rank_profile
-from qrlora_kernels.linalg.rules import (
+from .kron import KronFactors, effective_rank, high_rank, kron_factors
+from .pivoted_qr import PivotedQR, pivoted_qr, rebuild_pivoted_qr
+from .profile import RankProfile, rank_profile
+from .rules import (
     RANK_RULES,
     RankRule,
     abs_sum_rank,
@@ -13,7 +13,7 @@ from qrlora_kernels.linalg.rules import (
     rank_bracket,
     rank_from_diagonal,
 )
-from qrlora_kernels.linalg.svd import TruncatedSVD, truncated_svd
+from .svd import TruncatedSVD, truncated_svd
 
 __all__ = [
     "RANK_RULES",

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qrlora_kernels.linalg.panels import PANEL_BYTES, column_norms2, project
+from .panels import PANEL_BYTES, column_norms2, project
 
 EPS64 = torch.finfo(torch.float64).eps
 # Norms² this close count as tied; a tie goes to the lowest column index.
@@ -74,6 +74,7 @@ class _State:
     pass_dtype: torch.dtype
     columns: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    filled: int = 0  # columns of q
 
     @property
     def bounds(self) -> Tensor:
@@ -81,7 +82,7 @@ class _State:
 
     @property
     def basis(self) -> Tensor:
-        return self.q[:, : len(self.columns)]
+        return self.q[:, : self.filled]
 
 
 def greedy_pivots(
@@ -157,7 +158,11 @@ def _block(state: _State, block: int, tau: float | None, fresh: bool) -> str:
     if search.outcome == "refresh":
         _refresh(state, max(float(search.left2.max()), 0.0))
     elif search.accepted:
-        _take(state, chosen, residual[:, search.accepted], search)
+        state.columns += chosen[search.accepted].tolist()
+        state.norms += [value**0.5 for value in search.norms2]
+        # After the last block nothing reads the bounds any more.
+        if search.outcome == "more" and len(state.columns) < state.limit:
+            _take(state, chosen, residual[:, search.accepted], search)
     else:
         state.alive[chosen] = False
     return search.outcome
@@ -181,7 +186,14 @@ class _Search:
     accepted: list[int]
     norms2: list[float]
     left2: Array
+    factor: Array  # [c, accepted] of the pivoted Cholesky
     outcome: str
+
+    def inverse_factor(self) -> Tensor:
+        """inverse(L)ᵀ for the rows of the factor that were accepted."""
+        lower = torch.from_numpy(self.factor[self.accepted, : len(self.accepted)])
+        unit = torch.eye(len(lower), dtype=torch.float64)
+        return torch.linalg.solve_triangular(lower, unit, upper=False).mT
 
 
 def _pivot_block(
@@ -200,7 +212,7 @@ def _pivot_block(
     start = gram.diagonal().copy()
     left = np.where(alive, start, -np.inf)
     factor = np.empty((size, min(room, size)))
-    found = _Search([], [], left, "more")
+    found = _Search([], [], left, factor, "more")
     for step in range(min(room, size)):
         best = left.max()
         at = int(np.argmax(left >= best * (1 - TIE)))  # columns ascend: the lowest index wins
@@ -238,9 +250,12 @@ def _certified(value: float, column: int, outside: tuple[float, int]) -> bool:
 def _take(state: _State, chosen: Tensor, residual: Tensor, search: _Search) -> None:
     """Orthonormalise the accepted residuals, make the pass over the matrix, lower the bounds."""
     count = len(search.accepted)
-    basis = torch.linalg.qr(residual).Q
-    basis = torch.linalg.qr(basis - state.basis @ (state.basis.mT @ basis)).Q
-    state.q[:, len(state.columns) : len(state.columns) + count] = basis
+    basis = residual @ search.inverse_factor().to(residual.device)
+    basis -= state.basis @ (state.basis.mT @ basis)
+    lower = torch.linalg.cholesky(basis.mT @ basis)
+    basis = torch.linalg.solve_triangular(lower.mT, basis, upper=True, left=False)
+    state.filled += count
+    state.basis[:, -count:] = basis
     taken = chosen[search.accepted]
     norms2 = _fp64(search.norms2).to(chosen.device)
 
@@ -249,7 +264,7 @@ def _take(state: _State, chosen: Tensor, residual: Tensor, search: _Search) -> N
     growth = state.start2[taken] / norms2
     state.noise2 += growth @ rows2
     # |r + e|² differs from |r|² by at most 2|r||e| + |e|², with e the rounding of this pass.
-    unit = 4 * torch.finfo(state.pass_dtype).eps * count**0.5
+    unit = 8 * torch.finfo(state.pass_dtype).eps * count**0.5
     error = unit * state.start2.sqrt()
     state.norm2 = (state.norm2 - lowered).clamp_(min=0)
     state.slack += 2 * lowered.sqrt() * error + error**2 + 4 * EPS64 * state.norm2
@@ -257,8 +272,6 @@ def _take(state: _State, chosen: Tensor, residual: Tensor, search: _Search) -> N
     _set_exact(state, chosen, left2)
     state.alive[chosen] = left2 > DEPENDENT**2 * state.noise2[chosen]
     state.alive[taken] = False
-    state.columns += taken.tolist()
-    state.norms += [value**0.5 for value in search.norms2]
 
 
 def _set_exact(state: _State, columns: Tensor, norm2: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qrlora_kernels.linalg.panels import project
+from .panels import project
 
 
 def factors_from_pivots(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qrlora_kernels.linalg.checks import check_out_dtype, named_matrices
-from qrlora_kernels.linalg.rules import check_rank_options
+from .checks import check_out_dtype, named_matrices
+from .rules import check_rank_options
 
 Columns = Literal["leading", "selected"]
 Start = Literal["qr", "svd", "random", "kaiming"]

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NoReturn, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qrlora_kernels.linalg.blocked import Pivots, greedy_pivots
-from qrlora_kernels.linalg.checks import check_out_dtype, check_rank_fits, named_matrices
-from qrlora_kernels.linalg.factors import factors_from_pivots
-from qrlora_kernels.linalg.panels import column_norms2
-from qrlora_kernels.linalg.rules import (
-    RankRule,
-    check_rank_options,
-    rank_bracket,
-    rank_from_diagonal,
-)
+from . import cpu_core
+from .checks import check_out_dtype, check_rank_fits, named_matrices
+from .factors import factors_from_pivots
+from .rules import RankRule, check_rank_options
+from .search import RankOptions, Report, choose_pivots
 
 
 @dataclass(frozen=True)
@@ -52,15 +47,6 @@ class PivotedQR:
     rank: int
     deficient: bool = False
     bracket: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class _Options:
-    rank: int | None
-    tau: float | None
-    rank_rule: RankRule
-    max_rank: int | None
-    exact: bool
 
 
 @overload
@@ -148,9 +134,22 @@ def pivoted_qr(
     for name, weight in named:
         if rank is not None:
             check_rank_fits(name, rank, weight)
-    options = _Options(rank, tau, rank_rule, max_rank, exact)
-    bar = tqdm(named, desc="pivoted QR", unit="matrix", disable=not progress)
-    results = [_factorise(name, weight, options, out_dtype or weight.dtype) for name, weight in bar]
+    options = RankOptions(rank, tau, rank_rule, max_rank, exact)
+    dtypes = [out_dtype or weight.dtype for _, weight in named]
+    with tqdm(total=2 * len(named), desc="pivoted QR", unit="step", disable=not progress) as bar:
+        chosen = choose_pivots(named, options, lambda done: _advance(bar, done))
+        pivots = [one.pivots for one in chosen]
+        factors = _factors(
+            [weight for _, weight in named],
+            pivots,
+            dtypes,
+            lambda done: _advance(bar, len(named) + done),
+        )
+        _advance(bar, 2 * len(named))
+    results = [
+        PivotedQR(q, r, one.pivots, diagonal, len(diagonal), one.deficient, one.bracket)
+        for one, (q, r, diagonal) in zip(chosen, factors, strict=True)
+    ]
     return results[0] if single else results
 
 
@@ -160,8 +159,8 @@ def rebuild_pivoted_qr(
 ) -> PivotedQR:
     """The factors that ``pivoted_qr`` gave for ``weight``, from its stored pivots alone.
 
-    The same code makes the factors in both places, so on the machine and thread count that stored
-    the pivots the bits are the same.
+    The same code makes the factors in both places, so on the machine that stored the pivots the
+    bits are the same.
 
     Parameters
     ----------
@@ -181,46 +180,35 @@ def rebuild_pivoted_qr(
         raise ValueError(f"pivots must lie in [0, K = {weight.shape[1]}), got {pivots.tolist()}")
     if len(torch.unique(pivots)) != len(pivots):
         raise ValueError(f"pivots must be distinct columns of {name}, got {pivots.tolist()}")
-    q, r, diagonal = factors_from_pivots(weight, pivots, out_dtype or weight.dtype)
+    [(q, r, diagonal)] = _factors([weight], [pivots], [out_dtype or weight.dtype], lambda _: None)
+    if not bool(torch.isfinite(diagonal).all()):
+        raise ValueError(f"pivots must be independent columns of {name}, got {pivots.tolist()}")
     return PivotedQR(q, r, pivots, diagonal, len(pivots))
 
 
-def _factorise(name: str, weight: Tensor, options: _Options, dtype: torch.dtype) -> PivotedQR:
-    found, rank, bracket = _search(name, weight, options)
-    pivots = found.columns[:rank]
-    q, r, diagonal = factors_from_pivots(weight, pivots, dtype)
-    deficient = found.deficient and rank == len(found.columns)
-    return PivotedQR(q, r, pivots, diagonal, rank, deficient, bracket)
+def _factors(
+    weights: Sequence[Tensor],
+    pivots: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    report: Report,
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(q, r, diagonal) of each matrix; the one path by which factors are made and made again."""
+    made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    native = [i for i, weight in enumerate(weights) if cpu_core.handles(weight)]
+    if native:
+        results = cpu_core.factors(
+            [weights[i] for i in native],
+            [pivots[i] for i in native],
+            [dtypes[i] for i in native],
+            report,
+        )
+        made = dict(zip(native, results, strict=True))
+    for i, weight in enumerate(weights):
+        if i not in made:
+            made[i] = factors_from_pivots(weight, pivots[i], dtypes[i])
+            report(len(made))
+    return [made[i] for i in range(len(weights))]
 
 
-def _search(
-    name: str, weight: Tensor, options: _Options
-) -> tuple[Pivots, int, tuple[int, int] | None]:
-    """Pivots of one matrix, how many of them to keep, and the bracket if one was asked for."""
-    norms2 = column_norms2(weight)
-    if not bool(torch.isfinite(norms2).all()):
-        raise ValueError(f"{name} must be finite, got NaN, Inf or values whose squares overflow")
-    if not bool((norms2 > 0).any()):
-        raise ValueError(f"{name} must not be zero, got a matrix of norm 0")
-    whole = min(weight.shape)
-    cap = min(options.max_rank or whole, whole)
-    tau, rule = options.tau, options.rank_rule
-    if tau is None:
-        found = greedy_pivots(weight, min(options.rank or whole, cap), norms2=norms2)
-        return found, len(found.columns), None
-    if rule == "magnitude":
-        found = greedy_pivots(weight, cap, tau=tau, norms2=norms2)
-        return found, len(found.columns), None
-    if options.exact:
-        found = greedy_pivots(weight, whole, norms2=norms2)
-        return found, min(rank_from_diagonal(found.norms, tau, rule), cap), None
-
-    def bracketed(norms: Tensor, bounds: Tensor) -> bool:
-        low, high = rank_bracket(norms, bounds.sqrt(), whole, tau, rule)
-        return high is not None or low >= cap
-
-    found = greedy_pivots(weight, whole, stop=bracketed, norms2=norms2)
-    low, high = rank_bracket(found.norms, found.bounds.sqrt(), whole, tau, rule)
-    low = min(low, cap)
-    high = low if high is None else min(high, cap)
-    return found, high, (low, high)
+def _advance(bar: tqdm[NoReturn], done: int) -> None:
+    bar.update(done - bar.n)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qrlora_kernels.linalg.pivoted_qr import pivoted_qr
-from qrlora_kernels.linalg.rules import RANK_RULES, check_rank_options, rank_from_diagonal
+from .pivoted_qr import pivoted_qr
+from .rules import RANK_RULES, check_rank_options, rank_from_diagonal
 
 
 @dataclass(frozen=True)

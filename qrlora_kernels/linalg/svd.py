@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qrlora_kernels.linalg.checks import check_out_dtype, check_rank_fits, named_matrices
-from qrlora_kernels.linalg.rules import check_rank_options
+from .checks import check_out_dtype, check_rank_fits, named_matrices
+from .rules import check_rank_options
 
 Which = Literal["top", "middle", "bottom"]
 

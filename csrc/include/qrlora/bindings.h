@@ -6,5 +6,6 @@
 namespace qrlora {
 
 void bind_kron(pybind11::module_& m);
+void bind_linalg(pybind11::module_& m);
 
 }  // namespace qrlora

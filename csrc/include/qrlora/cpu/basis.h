@@ -1,0 +1,79 @@
+// An orthonormal basis in fp64 that grows by blocks of columns.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <vector>
+
+#include "qrlora/cpu/buffer.h"
+#include "qrlora/cpu/dense.h"
+
+namespace qrlora {
+
+// Runs task(i) for 0 <= i < count on up to `threads` threads; rethrows what one of them threw.
+template <class Task>
+void parallel_for(int threads, int64_t count, const Task& task) {
+    if (threads == 1 || count == 1) {
+        for (int64_t i = 0; i < count; ++i) task(i);
+        return;
+    }
+    std::exception_ptr error;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) {
+        try {
+            task(i);
+        } catch (...) {
+#pragma omp critical(qrlora_parallel_for)
+            error = std::current_exception();
+        }
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+// A row-major fp64 panel whose rows and columns are padded with zeros to whole tiles.
+class Panel {
+  public:
+    // Zeroed [rows, columns]; the memory is reused.
+    void reset(int64_t rows, int64_t columns);
+    // Columns of `w`, converted.
+    void gather(const MatrixView& w, const int64_t* columns, int64_t count, int threads);
+    double* row(int64_t i) { return buffer_.data() + i * ld; }
+    const double* row(int64_t i) const { return buffer_.data() + i * ld; }
+    int64_t rows = 0, columns = 0, ld = 0;
+
+  private:
+    AlignedBuffer<double> buffer_;
+};
+
+// out[a.columns, b.columns] = aᵀ b; with `upper`, only tiles that reach the upper triangle.
+void multiply_tn(const Panel& a, int64_t a_columns, const Panel& b, Panel& out, int threads,
+                 bool upper = false);
+// c += alpha * a b for a [c.rows, steps].
+void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& c, double alpha,
+                 int threads);
+
+class Basis {
+  public:
+    Basis(int64_t rows, int64_t capacity, int threads);
+    // panel -= Q (Qᵀ panel); the coefficients Qᵀ panel stay in coefficients().
+    void project_out(Panel& panel);
+    // Appends `panel` · inverse(L)ᵀ, made orthogonal to the basis and orthonormal once more, where
+    // L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
+    void append(Panel& panel, std::vector<double> lower);
+    // Appends columns that are orthonormal already.
+    void append_orthonormal(const Panel& panel);
+    const Panel& coefficients() const { return coefficients_; }
+    const Panel& panel() const { return q_; }
+    int64_t size() const { return size_; }
+
+  private:
+    Panel q_, coefficients_, gram_, inverse_, scaled_;
+    int64_t size_ = 0;
+    int threads_;
+};
+
+// Lower Cholesky factor, in place and row-major [count, count], of a Gram whose upper triangle is
+// given.
+void cholesky(std::vector<double>& gram, int64_t count);
+
+}  // namespace qrlora

@@ -1,0 +1,39 @@
+// Uninitialised, cache-line aligned memory that grows and is reused.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace qrlora {
+
+template <class T>
+class AlignedBuffer {
+  public:
+    AlignedBuffer() = default;
+    AlignedBuffer(const AlignedBuffer&) = delete;
+    AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+    ~AlignedBuffer() { std::free(data_); }
+
+    // At least `count` elements; what was there before is lost if it has to grow.
+    T* reserve(int64_t count) {
+        if (count > count_) {
+            std::free(data_);
+            data_ = nullptr;
+            count_ = 0;
+            const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+            data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+            if (!data_) throw std::bad_alloc();
+            count_ = count;
+        }
+        return data_;
+    }
+    T* data() { return data_; }
+    const T* data() const { return data_; }
+
+  private:
+    T* data_ = nullptr;
+    int64_t count_ = 0;
+};
+
+}  // namespace qrlora

@@ -1,0 +1,50 @@
+// Column-pivoted QR on the CPU: search of the greedy pivots, and factors from given pivots.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "qrlora/cpu/dense.h"
+
+namespace qrlora {
+
+const DenseKernels& dense_kernels();
+
+enum class RankRule : int64_t { none = 0, magnitude = 1, energy = 2, abs_sum = 3 };
+
+struct PivotOptions {
+    int64_t limit;  // most pivots to take
+    RankRule rule;  // what may stop earlier; energy and abs_sum stop when their rank is bracketed
+    double tau;
+    int64_t max_rank;  // a bracket whose lower end reaches this is enough
+    int64_t block;     // candidates at a time
+};
+
+struct Pivots {
+    std::vector<int64_t> columns;
+    std::vector<double> norms;   // residual norm of each pivot when it was taken
+    std::vector<double> bounds;  // upper bounds of the residual norms² left, 0 at the pivots
+    bool deficient = false;
+    bool finite = true;  // false: NaN, Inf or overflow, and nothing was searched
+};
+
+// Called after every block of pivots of a matrix; true asks to give up.
+using Interrupted = std::function<bool()>;
+
+Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
+                     const Interrupted& interrupted);
+
+// q [rows, count] and r [count, columns], row-major in `dtype`, and the fp64 diagonal [count].
+struct FactorOutputs {
+    void* q;
+    void* r;
+    DType dtype;
+    double* diagonal;
+};
+
+// False if interrupted.
+bool factors_from_pivots(const MatrixView& w, const std::vector<int64_t>& pivots,
+                         const FactorOutputs& out, int threads, const Interrupted& interrupted);
+
+}  // namespace qrlora

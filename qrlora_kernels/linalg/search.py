@@ -1,0 +1,133 @@
+"""How many pivots of each matrix of a list, and which: the core or torch operations find them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu_core
+from .blocked import Pivots, greedy_pivots
+from .panels import column_norms2
+from .rules import RankRule, rank_bracket, rank_from_diagonal
+
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """What decides the rank; see :func:`pivoted_qr`."""
+
+    rank: int | None
+    tau: float | None
+    rank_rule: RankRule
+    max_rank: int | None
+    exact: bool
+
+    def cap(self, weight: Tensor) -> int:
+        """The rank can not exceed this."""
+        return min(self.max_rank or min(weight.shape), min(weight.shape))
+
+    def limit(self, weight: Tensor) -> int:
+        """Pivots that may be needed to know the rank."""
+        if self.tau is None:
+            return min(self.rank or self.cap(weight), self.cap(weight))
+        return self.cap(weight) if self.rank_rule == "magnitude" else min(weight.shape)
+
+    def stop_rule(self) -> RankRule | None:
+        """The rule that may end the search before ``limit``."""
+        if self.tau is None or (self.exact and self.rank_rule != "magnitude"):
+            return None
+        return self.rank_rule
+
+
+class Chosen(NamedTuple):
+    """pivots [r], and whether the matrix ran out of columns; bracket of an inexact rule."""
+
+    pivots: Tensor
+    deficient: bool
+    bracket: tuple[int, int] | None
+
+
+def choose_pivots(
+    named: Sequence[tuple[str, Tensor]], options: RankOptions, report: Report
+) -> list[Chosen]:
+    """Pivots that each matrix keeps.
+
+    Raises
+    ------
+    ValueError
+        A matrix is zero or has a NaN or Inf.
+    """
+    found: dict[int, Pivots] = {}
+    native = [i for i, (_, weight) in enumerate(named) if cpu_core.handles(weight)]
+    if native:
+        weights = [named[i][1] for i in native]
+        results = cpu_core.search(
+            weights,
+            [options.limit(weight) for weight in weights],
+            options.stop_rule(),
+            options.tau or 0.0,
+            options.max_rank or max(min(weight.shape) for weight in weights),
+            report,
+        )
+        for i, pivots in zip(native, results, strict=True):
+            found[i] = _searched(named[i][0], pivots)
+    for i, (name, weight) in enumerate(named):
+        if i not in found:
+            found[i] = _searched(name, _search_torch(weight, options))
+            report(len(found))
+    return [_cut(found[i], weight, options) for i, (_, weight) in enumerate(named)]
+
+
+def _searched(name: str, pivots: Pivots | None) -> Pivots:
+    if pivots is None:
+        raise ValueError(f"{name} must be finite, got NaN, Inf or values whose squares overflow")
+    if len(pivots.columns) == 0:
+        raise ValueError(f"{name} must not be zero, got a matrix of norm 0")
+    return pivots
+
+
+def _search_torch(weight: Tensor, options: RankOptions) -> Pivots | None:
+    norms2 = column_norms2(weight)
+    if not bool(torch.isfinite(norms2).all()):
+        return None
+    rule, tau = options.stop_rule(), options.tau
+    stop = None
+    if rule in ("energy", "abs_sum"):
+
+        def stop(norms: Tensor, bounds: Tensor) -> bool:
+            low, high = _bracket(norms, bounds, weight, options)
+            return high is not None or low >= options.cap(weight)
+
+    return greedy_pivots(
+        weight,
+        options.limit(weight),
+        tau=tau if rule == "magnitude" else None,
+        stop=stop,
+        norms2=norms2,
+    )
+
+
+def _cut(found: Pivots, weight: Tensor, options: RankOptions) -> Chosen:
+    """The pivots that the rank rule keeps."""
+    rank, cap, bracket = len(found.columns), options.cap(weight), None
+    if options.tau is not None and options.rank_rule != "magnitude":
+        if options.exact:
+            rank = min(rank_from_diagonal(found.norms, options.tau, options.rank_rule), cap)
+        else:
+            low, high = _bracket(found.norms, found.bounds, weight, options)
+            low = min(low, cap)
+            rank = low if high is None else min(high, cap)
+            bracket = (low, rank)
+    return Chosen(found.columns[:rank], found.deficient and rank == len(found.columns), bracket)
+
+
+def _bracket(
+    norms: Tensor, bounds: Tensor, weight: Tensor, options: RankOptions
+) -> tuple[int, int | None]:
+    assert options.tau is not None
+    return rank_bracket(norms, bounds.sqrt(), min(weight.shape), options.tau, options.rank_rule)
