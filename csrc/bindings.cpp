@@ -38,5 +38,6 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of qrlora_kernels (no torch dependency)";
     m.def("build_config", &build_config, "What this binary was built from and for");
     qrlora::bind_linalg(m);
+    qrlora::bind_amx(m);
     qrlora::bind_kron(m);
 }

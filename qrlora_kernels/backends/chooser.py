@@ -19,6 +19,7 @@ import torch
 
 # In order of preference. Modules are imported on first use, so importing the package is cheap.
 BACKENDS: dict[str, str] = {
+    "amx": "qrlora_kernels.backends.amx",
     "cpu": "qrlora_kernels.backends.cpu",
     "composed": "qrlora_kernels.backends.composed",
     "reference": "qrlora_kernels.backends.reference",

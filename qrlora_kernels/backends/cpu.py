@@ -45,6 +45,13 @@ def kron_linear_fwd(
     scaling: float,
 ) -> Tensor:
     """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K]."""
+    return add_base(kron_update(x, a, b, a0, b0, scaling), x, weight, bias)
+
+
+def kron_update(
+    x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float
+) -> Tensor:
+    """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x [M, N] on x [M, K]."""
     (n, r), k = a.shape, b.shape[0]
     rows = _rows(x)
     left, right = kron_terms(a, b, a0, b0, scaling, accumulation_dtype(x.dtype))
@@ -55,7 +62,7 @@ def kron_linear_fwd(
         rows.data_ptr(), rows.stride(0), left_cat.data_ptr(), right_cat.data_ptr(),
         update.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return add_base(update.to(x.dtype), x, weight, bias)
+    return update.to(x.dtype)
 
 
 def kron_linear_bwd(
@@ -72,6 +79,23 @@ def kron_linear_bwd(
     need_db: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
+    dx, da, db = kron_gradients(dy, x, a, b, a0, b0, scaling, need_dx, need_da, need_db)
+    return None if dx is None else dx.addmm_(dy, weight), da, db
+
+
+def kron_gradients(
+    dy: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The update's share of dx, and dA and dB whole."""
     if not (need_dx or need_da or need_db):
         return None, None, None
     (n, r), k = a.shape, b.shape[0]
@@ -92,9 +116,11 @@ def kron_linear_bwd(
         left_t.data_ptr(), right_0.data_ptr(), right_t.data_ptr(), scaling,
         _pointer(dx), _pointer(da), _pointer(db), torch.get_num_threads(),
     )  # fmt: skip
-    if dx is not None:
-        dx = dx.to(x.dtype).addmm_(dy, weight)
-    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype)
+    return (
+        None if dx is None else dx.to(x.dtype),
+        None if da is None else da.to(a.dtype),
+        None if db is None else db.to(b.dtype),
+    )
 
 
 def _rows(t: Tensor) -> Tensor:

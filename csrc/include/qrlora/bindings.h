@@ -5,6 +5,7 @@
 
 namespace qrlora {
 
+void bind_amx(pybind11::module_& m);
 void bind_kron(pybind11::module_& m);
 void bind_linalg(pybind11::module_& m);
 

@@ -1,0 +1,117 @@
+// The tile unit: eight tiles of 16 rows by 64 bytes, and the moves that bring operands into them.
+// tdpbf16ps adds to C [16, 16] fp32 the product of A [16, 32] (rows contiguous) and B [32, 16] in
+// pairs: row p of the tile holds (B[2p, j], B[2p + 1, j]) for j = 0..15.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "qrlora/dtype.h"
+
+namespace qrlora::amx {
+
+constexpr int64_t tile_depth = 32;  // contraction elements of one tile
+constexpr int64_t tile_bytes = 1024;
+
+inline int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
+// Configures this thread's tiles, and gives the previous owner its configuration back.
+class TileScope {
+  public:
+    TileScope() {
+        _tile_storeconfig(&before_);
+        Config mine;
+        for (int t = 0; t < 8; ++t) mine.bytes[t] = 64, mine.rows[t] = 16;
+        _tile_loadconfig(&mine);
+    }
+    ~TileScope() { _tile_loadconfig(&before_); }
+    TileScope(const TileScope&) = delete;
+    TileScope& operator=(const TileScope&) = delete;
+
+  private:
+    struct alignas(64) Config {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+    Config before_;
+};
+
+// A thread's scratch, kept between calls so that its pages are touched once.
+class Scratch {
+  public:
+    void* get(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(data_);
+            size_ = round_up(bytes, 4096);
+            data_ = std::aligned_alloc(4096, size_);
+            if (!data_) {
+                size_ = 0;
+                throw std::bad_alloc();
+            }
+        }
+        return data_;
+    }
+    ~Scratch() { std::free(data_); }
+
+  private:
+    void* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// Bit j set for the first `count` of 32 (16) lanes.
+inline __mmask32 first32(int64_t count) {
+    return count >= 32 ? ~__mmask32(0) : count <= 0 ? 0 : (__mmask32(1) << count) - 1;
+}
+inline __mmask16 first16(int64_t count) {
+    return count >= 16 ? __mmask16(~0u) : count <= 0 ? 0 : __mmask16((1u << count) - 1);
+}
+
+// r[i] holds row i of a 16x16 matrix of 32-bit words; on return it holds column i.
+inline void transpose_words(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// Two rows of 32 bf16 to pairs: low has columns 0..15, high columns 16..31.
+inline void pair_rows(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
+    const __m512i step =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    low = _mm512_permutex2var_epi16(even, step, odd);
+    high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(step, _mm512_set1_epi16(16)), odd);
+}
+
+// 32 columns of B over the whole depth, as two tiles for each 32 of the depth; zero padded.
+void pack_b(const bf16* b, int64_t row, int64_t col, int64_t depth, int64_t columns, bf16* to);
+
+// 32 rows of A into rows of `ld` elements (a multiple of 32), zero padded.
+void pack_a(const bf16* a, int64_t row, int64_t col, int64_t depth, int64_t rows, bf16* to,
+            int64_t ld);
+
+}  // namespace qrlora::amx
