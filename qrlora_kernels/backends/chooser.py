@@ -89,6 +89,21 @@ def pinned_backend(backend: str | None = None) -> str | None:
     return backend or _forced
 
 
+def plain_choice(op: str, reason: str, backend: str | None = None) -> None:
+    """Note that a call of ``op`` is left to the plain expression, the reference, for ``reason``.
+
+    Raises
+    ------
+    ValueError
+        If another backend was forced.
+    """
+    forced = pinned_backend(backend) or os.environ.get("QRLORA_BACKEND") or "reference"
+    load(forced)
+    if forced != "reference":
+        raise ValueError(f"backend {forced!r} cannot run {op} here: {reason}")
+    _last[op] = Choice("reference", reason)
+
+
 @lru_cache(maxsize=4096)
 def _choose(problem: Problem, forced: str | None) -> Choice:
     if forced is not None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..backends.chooser import plain_choice
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
@@ -87,12 +91,34 @@ def wants_gradient(*operands: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
 
 
-def wants_plain_autograd(*frozen: Tensor | None) -> bool:
-    """True where the fused operators do not apply and autograd must see plain PyTorch.
+def plain_reason(*frozen: Tensor | None) -> str | None:
+    """Why the fused operators do not apply and autograd must see plain PyTorch, or None.
 
-    That is inside ``torch.func`` transforms, and when an operand that the adapters freeze (weight,
-    factors) asks for a gradient: rather than dropping that gradient, the plain expression gives it.
+    An operand that the adapters freeze (weight, factors) may ask for a gradient: rather than
+    dropping that gradient, the plain expression gives it. Likewise for forward-mode derivatives.
     """
     if wants_gradient(*frozen):
-        return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        return "an operand that is frozen in an adapter asks for a gradient"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    return None
+
+
+def run_plain(
+    op: str, reason: str, backend: str | None, expression: Callable[..., Tensor], *operands: Any
+) -> Tensor:
+    """``expression``, the reference as autograd differentiates it; no other backend may be forced.
+
+    Outside autocast, as the fused operators are: it would undo the reference's wide sums.
+    """
+    if not torch.compiler.is_compiling():
+        plain_choice(op, reason, backend)
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return expression(*operands)
+    with torch.autocast(device, enabled=False):
+        return expression(*operands)

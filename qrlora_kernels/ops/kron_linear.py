@@ -15,11 +15,12 @@ from .common import (
     check_linear,
     check_scaling,
     flatten,
+    plain_reason,
     restore,
+    run_plain,
     same,
     shaped,
     wants_gradient,
-    wants_plain_autograd,
 )
 from .operator import Operator, placeholder
 
@@ -147,8 +148,9 @@ def kron_linear(
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)
     _check_factors(x, weight, a, b, a0, b0)
-    if wants_plain_autograd(weight, a0, b0):
-        return kron_linear_ref(x, weight, bias, a, b, a0, b0, scaling)
+    if reason := plain_reason(weight, a0, b0):
+        plain = (x, weight, bias, a, b, a0, b0, scaling)
+        return run_plain("kron_linear", reason, backend, kron_linear_ref, *plain)
     operands = (flatten(x), weight, bias, a, b, a0, b0, float(scaling), pinned_backend(backend))
     fused = (
         KronLinearFunction.apply(*operands)

@@ -18,11 +18,12 @@ from .common import (
     autocast,
     check_linear,
     flatten,
+    plain_reason,
     restore,
+    run_plain,
     same,
     shaped,
     wants_gradient,
-    wants_plain_autograd,
 )
 from .operator import Operator
 
@@ -104,8 +105,9 @@ def linear_add(
     check_linear(x, weight, bias)
     shaped("addend", addend, (*x.shape[:-1], weight.shape[0]))
     same("addend", addend, x)
-    if wants_plain_autograd(weight):
-        return linear_add_ref(x, weight, bias, addend)
+    if reason := plain_reason(weight):
+        plain = (x, weight, bias, addend)
+        return run_plain("linear_add", reason, backend, linear_add_ref, *plain)
     operands = (flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
     fused = (
         LinearAddFunction.apply(*operands)

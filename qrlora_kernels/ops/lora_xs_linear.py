@@ -15,11 +15,12 @@ from .common import (
     check_linear,
     check_scaling,
     flatten,
+    plain_reason,
     restore,
+    run_plain,
     same,
     shaped,
     wants_gradient,
-    wants_plain_autograd,
 )
 from .operator import Operator, placeholder
 
@@ -147,8 +148,9 @@ def lora_xs_linear(
     for name, factor in (("a", a), ("b", b)):
         same(name, factor, x)
     same("core", core, x, or_fp32=True)
-    if wants_plain_autograd(weight, a, b):
-        return lora_xs_linear_ref(x, weight, bias, a, b, core, scaling)
+    if reason := plain_reason(weight, a, b):
+        plain = (x, weight, bias, a, b, core, scaling)
+        return run_plain("lora_xs_linear", reason, backend, lora_xs_linear_ref, *plain)
     operands = (flatten(x), weight, bias, a, b, core, float(scaling), pinned_backend(backend))
     fused = (
         LoRAXSLinearFunction.apply(*operands)

@@ -15,11 +15,12 @@ from .common import (
     check_linear,
     check_scaling,
     flatten,
+    plain_reason,
     restore,
+    run_plain,
     same,
     shaped,
     wants_gradient,
-    wants_plain_autograd,
 )
 from .operator import Operator, placeholder
 
@@ -147,8 +148,9 @@ def qr_linear(
     for name, factor in (("q", q), ("r", r)):
         same(name, factor, x)
     same("lam", lam, x, or_fp32=True)
-    if wants_plain_autograd(weight, q, r):
-        return qr_linear_ref(x, weight, bias, q, r, lam, scaling)
+    if reason := plain_reason(weight, q, r):
+        plain = (x, weight, bias, q, r, lam, scaling)
+        return run_plain("qr_linear", reason, backend, qr_linear_ref, *plain)
     operands = (flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend))
     fused = (
         QRLinearFunction.apply(*operands)
