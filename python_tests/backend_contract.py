@@ -322,7 +322,8 @@ class Contract:
                 assert [g is not None for g in got] == needs, name
                 for one, full in zip(got, every, strict=True):
                     if one is not None:
-                        torch.testing.assert_close(one, full)
+                        distance = (one - full).double().norm()
+                        assert distance <= 2 * torch.finfo(dtype).eps * full.double().norm()
 
     def test_operands_are_left_alone(self) -> None:
         for name, dtype in self.cases():
