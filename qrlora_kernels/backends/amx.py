@@ -137,7 +137,7 @@ def kron_linear_fwd(
     scaling: float,
 ) -> Tensor:
     """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K]."""
-    update = cpu.kron_update(x, a, b, a0, b0, scaling)
+    update = cpu.kron_update(x, a, b, a0, b0, scaling, tiles=True)
     return _product((x, weight.mT), bias=bias, addend=update, out=update)
 
 
@@ -155,7 +155,9 @@ def kron_linear_bwd(
     need_db: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
-    dx, da, db = cpu.kron_gradients(dy, x, a, b, a0, b0, scaling, need_dx, need_da, need_db)
+    dx, da, db = cpu.kron_gradients(
+        dy, x, a, b, a0, b0, scaling, need_dx, need_da, need_db, tiles=True
+    )
     if dx is not None:
         dx = _product((dy, weight), addend=dx, out=dx)
     return dx, da, db

@@ -49,18 +49,26 @@ def kron_linear_fwd(
 
 
 def kron_update(
-    x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+    tiles: bool = False,
 ) -> Tensor:
-    """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x [M, N] on x [M, K]."""
+    """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x [M, N] on x [M, K]; ``tiles``: on the AMX tile unit, in bf16."""
     (n, r), k = a.shape, b.shape[0]
     rows = _rows(x)
-    left, right = kron_terms(a, b, a0, b0, scaling, accumulation_dtype(x.dtype))
+    left, right = kron_terms(
+        a, b, a0, b0, scaling, x.dtype if tiles else accumulation_dtype(x.dtype)
+    )
     update = torch.empty(x.shape[0], n * r, dtype=rows.dtype)
     left_cat, right_cat = torch.cat(left, 1), torch.cat(right)
     native.core().kron_forward(
         x.shape[0], n, r, k, len(left), _DTYPES[rows.dtype],
         rows.data_ptr(), rows.stride(0), left_cat.data_ptr(), right_cat.data_ptr(),
-        update.data_ptr(), torch.get_num_threads(),
+        update.data_ptr(), tiles, torch.get_num_threads(),
     )  # fmt: skip
     return update.to(x.dtype)
 
@@ -94,6 +102,7 @@ def kron_gradients(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
+    tiles: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The update's share of dx, and dA and dB whole."""
     if not (need_dx or need_da or need_db):
@@ -103,7 +112,7 @@ def kron_gradients(
     xs, dys = _rows(x), _rows(dy)
     # Without dx the start does not matter: dA and dB are those of the whole product.
     start = (a0, b0) if need_dx else (None, None)
-    left, right = kron_terms(a, b, *start, scaling, wide)
+    left, right = kron_terms(a, b, *start, scaling, x.dtype if tiles else wide)
     left_t = torch.cat([t.mT for t in left]).contiguous()
     right_t = torch.cat([t.mT for t in right]).contiguous()
     right_0 = right[0].contiguous()
@@ -114,7 +123,7 @@ def kron_gradients(
         x.shape[0], n, r, k, len(left), _DTYPES[xs.dtype],
         dys.data_ptr(), dys.stride(0), xs.data_ptr(), xs.stride(0),
         left_t.data_ptr(), right_0.data_ptr(), right_t.data_ptr(), scaling,
-        _pointer(dx), _pointer(da), _pointer(db), torch.get_num_threads(),
+        _pointer(dx), _pointer(da), _pointer(db), tiles, torch.get_num_threads(),
     )  # fmt: skip
     return (
         None if dx is None else dx.to(x.dtype),

@@ -5,9 +5,11 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "qrlora/dtype.h"
@@ -62,6 +64,25 @@ class Scratch {
     void* data_ = nullptr;
     int64_t size_ = 0;
 };
+
+struct Free {
+    void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Zeroed = std::unique_ptr<T[], Free>;
+
+// Zeros, aligned to a cache line.
+template <typename T = bf16>
+inline Zeroed<T> allocate(int64_t count) {
+    const int64_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
+    void* p = std::aligned_alloc(64, bytes);
+    if (!p) throw std::bad_alloc();
+    std::memset(p, 0, bytes);
+    return Zeroed<T>(static_cast<T*>(p));
+}
+
+// How many tiles of `side` cover `size`.
+inline int64_t tiles(int64_t size, int64_t side) { return (size + side - 1) / side; }
 
 // Bit j set for the first `count` of 32 (16) lanes.
 inline __mmask32 first32(int64_t count) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "qrlora/cpu/kron.h"
 #include "qrlora/dtype.h"
 
 namespace qrlora::amx {
@@ -42,5 +43,11 @@ void gemm(const Gemm& g);
 // out [n] = scale sum_i (u ∘ v)[i, :] over u, v [m, n], in fp32 and in a fixed order.
 void column_dots(int64_t m, int64_t n, const bf16* u, int64_t u_row, const bf16* v, int64_t v_row,
                  float scale, float* out);
+
+// As in kron.h, with factors in bf16: left [n, terms r], right [terms, k, r], y [tokens, n r].
+void kron_forward(const KronShape& d, KronRows x, const bf16* left, const bf16* right, bf16* y);
+
+// As in kron.h: factors and dx in bf16, da and db in fp32.
+void kron_backward(const KronShape& d, const KronBackward& args);
 
 }  // namespace qrlora::amx

@@ -1,0 +1,348 @@
+"""What every backend must keep, as tests that a backend's own test class inherits.
+
+An ``Op`` holds the operands of one operation, runs a backend's forward and backward on them, and
+the same mathematics as the plain PyTorch expression under autograd: in fp64 as the reference, in
+the operands' dtype as the yardstick of the error rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCALING = 0.7
+
+
+@dataclass(frozen=True)
+class Op:
+    """Operands of one operation: rows x and dy, the frozen ones, the trainable ones by name."""
+
+    name: str
+    x: Tensor
+    dy: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    frozen: dict[str, Tensor | None]
+    train: dict[str, Tensor]
+
+    def forward(self, backend: ModuleType) -> tuple[Tensor, Tensor | None]:
+        out = getattr(backend, f"{self.name}_fwd")(
+            self.x, self.weight, self.bias, *self._factors(), SCALING
+        )
+        return out if isinstance(out, tuple) else (out, None)
+
+    def backward(self, backend: ModuleType, h: Tensor | None, *needs: bool) -> tuple[Any, ...]:
+        function = getattr(backend, f"{self.name}_bwd")
+        saved = (self.weight, *self._factors())
+        if h is None:
+            return function(self.dy, self.x, *saved, SCALING, *needs)
+        return function(self.dy, *saved, h, SCALING, *needs)
+
+    def run(self, backend: ModuleType) -> dict[str, Tensor]:
+        y, h = self.forward(backend)
+        grads = self.backward(backend, h)
+        return dict(zip(("y", "dx", *self.train), (y, *grads), strict=True))
+
+    def plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The plain expression and its autograd, everything in ``dtype``."""
+        x, weight, bias = (
+            None if t is None else t.to(dtype) for t in (self.x, self.weight, self.bias)
+        )
+        frozen = {k: None if t is None else t.to(dtype) for k, t in self.frozen.items()}
+        train = {k: t.to(dtype).clone().requires_grad_() for k, t in self.train.items()}
+        x = x.clone().requires_grad_()
+        y = F.linear(x, weight, bias) + SCALING * UPDATES[self.name](x, **frozen, **train)
+        grads = torch.autograd.grad(y, (x, *train.values()), self.dy.to(dtype))
+        return dict(zip(("y", "dx", *train), (y.detach(), *grads), strict=True))
+
+    def _factors(self) -> tuple[Tensor | None, ...]:
+        every = {**self.frozen, **self.train}
+        return tuple(every[name] for name in FACTORS[self.name])
+
+
+FACTORS = {
+    "qr_linear": ("q", "r", "lam"),
+    "lora_xs_linear": ("a", "b", "core"),
+    "kron_linear": ("a", "b", "a0", "b0"),
+}
+
+
+def _kron_update(x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> Tensor:
+    tokens = x.reshape(-1, a.shape[1], b.shape[0])
+    y = a @ (tokens @ b)
+    if a0 is not None and b0 is not None:
+        y = y - a0 @ (tokens @ b0)
+    return y.reshape(x.shape[0], -1)
+
+
+UPDATES: dict[str, Callable[..., Tensor]] = {
+    "qr_linear": lambda x, q, r, lam: ((x @ r.mT) * lam) @ q.mT,
+    "lora_xs_linear": lambda x, a, b, core: ((x @ a.mT) @ core) @ b.mT,
+    "kron_linear": _kron_update,
+}
+
+
+def draw(
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    train_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    start: bool = True,
+    size: float = 0.1,
+    seed: int = 0,
+) -> Op:
+    """Random operands whose update is about ``size`` times the base product."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+        return (std * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(to)
+
+    train_dtype = train_dtype or dtype
+    frozen: dict[str, Tensor | None]
+    if name == "kron_linear":
+        std = (r * k) ** -0.25
+        a, b = (normal(rows // r, r, std=std, to=train_dtype) for rows in (n, k))
+        frozen = {"a0": None, "b0": None}
+        if start:
+            frozen = {"a0": a, "b0": b}
+            a = a + normal(*a.shape, std=size * std, to=train_dtype)
+            b = b + normal(*b.shape, std=size * std, to=train_dtype)
+        train = {"a": a, "b": b}
+    else:
+        down, up = normal(r, k, std=k**-0.5), normal(n, r, std=r**-0.5)
+        if name == "qr_linear":
+            frozen, train = {"q": up, "r": down}, {"lam": normal(r, std=size, to=train_dtype)}
+        else:
+            frozen = {"a": down, "b": up}
+            train = {"core": normal(r, r, std=size * r**-0.5, to=train_dtype)}
+    return Op(
+        name, normal(m, k), normal(m, n), normal(n, k, std=k**-0.5),
+        normal(n) if bias else None, frozen, train,
+    )  # fmt: skip
+
+
+def check_error_rule(backend: ModuleType, *ops: Op) -> None:
+    """The error rule on each output and gradient, errors pooled over ``ops``.
+
+    A scalar's own rounding may be lucky in the plain expression; over several draws it is not.
+    """
+    compare_errors(ops, [op.run(backend) for op in ops])
+
+
+def compare_errors(ops: Sequence[Op], results: Sequence[dict[str, Tensor]]) -> None:
+    """|got − fp64| ≤ 2 |plain − fp64| in the norm, relative to each exact value's."""
+    eps = torch.finfo(ops[0].x.dtype).eps
+    # In fp64 the yardstick is the reference itself.
+    tiny = 16 * eps if ops[0].x.dtype == torch.float64 else eps / 16
+    totals: dict[str, list[float]] = {}
+    for op, got in zip(ops, results, strict=True):
+        exact, plain = op.plain(torch.float64), op.plain(op.x.dtype)
+        for name, value in got.items():
+            assert value.shape == exact[name].shape, name
+            size = exact[name].norm() + 1e-300
+            total = totals.setdefault(name, [0.0, 0.0])
+            for i, result in enumerate((value, plain[name])):
+                total[i] += float(((result.double() - exact[name]).norm() / size) ** 2) / len(ops)
+    for name, (error, yardstick) in totals.items():
+        limit = 2 * yardstick**0.5 + tiny
+        assert error**0.5 <= limit, f"{name}: {error**0.5:.2e} > {limit:.2e}"
+
+
+def small_update_gain(op: Op, y: Tensor) -> float:
+    """Σ (y − base) Δ / Σ Δ², base rounded as the frozen layer rounds it, Δ in fp64."""
+    base = F.linear(
+        op.x.double(), op.weight.double(), None if op.bias is None else op.bias.double()
+    )
+    delta = op.plain(torch.float64)["y"] - base
+    difference = y.double() - base.to(op.x.dtype).double()
+    return float((difference * delta).sum() / (delta * delta).sum())
+
+
+SHAPES = {
+    "qr_linear": [
+        (1, 24, 20, 3),
+        (7, 33, 31, 1),
+        (33, 1, 5, 1),
+        (199, 736, 1504, 16),
+        (70, 384, 200, 150),
+    ],
+    "kron_linear": [
+        (1, 24, 20, 4),
+        (7, 33, 3, 3),
+        (33, 5, 5, 1),
+        (199, 736, 1504, 16),
+        (70, 300, 450, 150),
+    ],
+}
+SHAPES["lora_xs_linear"] = SHAPES["qr_linear"]
+DTYPES = [
+    (torch.float64, torch.float64),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+
+
+class Contract:
+    """Inherit, and name the backend, its operations and its dtypes."""
+
+    backend: ClassVar[ModuleType]
+    ops: ClassVar[tuple[str, ...]] = tuple(FACTORS)
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    )
+
+    @pytest.fixture(autouse=True)
+    def _available(self) -> None:
+        ok, reason = self.backend.available()
+        if not ok:
+            pytest.skip(reason)
+
+    @pytest.fixture(params=(1, 2))
+    def threads(self, request: pytest.FixtureRequest) -> Iterator[int]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(request.param)
+        yield request.param
+        torch.set_num_threads(before)
+
+    def cases(self) -> Iterator[tuple[str, torch.dtype]]:
+        for name in self.ops:
+            for dtype in self.dtypes:
+                yield name, dtype
+
+    @pytest.mark.parametrize(("dtype", "train_dtype"), DTYPES)
+    def test_error_rule(self, dtype: torch.dtype, train_dtype: torch.dtype, threads: int) -> None:
+        if dtype not in self.dtypes:
+            return
+        for name in self.ops:
+            for shape in SHAPES[name]:
+                seeds = range(16 if shape[0] < 64 else 1)
+                ops = [
+                    draw(
+                        name, *shape, dtype, train_dtype=train_dtype, bias=seed % 2 == 0, seed=seed
+                    )
+                    for seed in seeds
+                ]
+                check_error_rule(self.backend, *ops)
+
+    def test_kron_without_a_start(self) -> None:
+        if "kron_linear" in self.ops:
+            op = draw("kron_linear", 40, 96, 64, 16, self.dtypes[-1], start=False)
+            check_error_rule(self.backend, op)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_small_updates_survive(self, bias: bool) -> None:
+        for name, dtype in self.cases():
+            if torch.finfo(dtype).bits == 16:
+                op = draw(
+                    name, 8192, 256, 256, 16, dtype,
+                    train_dtype=torch.float32, bias=bias, size=2e-4,
+                )  # fmt: skip
+                y, _ = op.forward(self.backend)
+                assert small_update_gain(op, y) == pytest.approx(1, abs=0.02), name
+
+    def test_fault_09_same_bits_every_run(self, threads: int) -> None:
+        for name, dtype in self.cases():
+            op = draw(name, 300, 96, 160, 16, dtype)
+            first, second = op.run(self.backend), op.run(self.backend)
+            assert all(torch.equal(first[key], second[key]) for key in first), name
+
+    def test_fault_16_every_element_is_written(self) -> None:
+        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+        try:
+            for name, dtype in self.cases():
+                for shape in SHAPES[name]:
+                    op = draw(name, *shape, dtype)
+                    assert all(t.isfinite().all() for t in op.run(self.backend).values()), name
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_fault_16_nothing_is_left_over_from_a_call_before(self) -> None:
+        for name, dtype in self.cases():
+            op = draw(name, 35, 48, 80, 16, dtype)
+            clean = op.run(self.backend)
+            replace(op, x=op.x * torch.nan, dy=op.dy * torch.nan).run(self.backend)
+            again = op.run(self.backend)
+            assert all(torch.equal(clean[key], again[key]) for key in clean), name
+
+    def test_fault_04_strides(self) -> None:
+        for name, dtype in self.cases():
+            op = draw(name, 34, 48, 80, 16, dtype)
+            want = op.run(self.backend)
+            spread = {
+                "every second row": replace(op, x=_every_second(op.x), dy=_every_second(op.dy)),
+                "column major": replace(op, x=_transposed(op.x), dy=_transposed(op.dy)),
+                "transposed weight": replace(op, weight=_transposed(op.weight)),
+                "strided weight": replace(op, weight=_wide(op.weight)),
+            }
+            for what, strided in spread.items():
+                got = strided.run(self.backend)
+                for key in want:
+                    torch.testing.assert_close(got[key], want[key], msg=f"{name}, {what}, {key}")
+            for what, dy in {
+                "one row expanded": op.dy[:1].expand_as(op.dy),
+                "one number expanded": op.dy[:1, :1].expand_as(op.dy),
+            }.items():
+                want = replace(op, dy=dy.contiguous()).run(self.backend)
+                got = replace(op, dy=dy).run(self.backend)
+                for key in want:
+                    torch.testing.assert_close(got[key], want[key], msg=f"{name}, {what}, {key}")
+
+    def test_fault_10_no_tokens(self) -> None:
+        for name, dtype in self.cases():
+            got = draw(name, 0, 48, 80, 16, dtype).run(self.backend)
+            assert got.pop("y").shape == (0, 48)
+            assert got.pop("dx").shape == (0, 80)
+            assert all(not gradient.any() for gradient in got.values())
+
+    def test_fault_06_only_what_is_asked_for(self) -> None:
+        for name, dtype in self.cases():
+            op = draw(name, 35, 48, 80, 16, dtype)
+            _, h = op.forward(self.backend)
+            every = op.backward(self.backend, h)
+            for wanted in range(2 ** len(every)):
+                needs = [bool(wanted >> i & 1) for i in range(len(every))]
+                got = op.backward(self.backend, h, *needs)
+                assert [g is not None for g in got] == needs, name
+                for one, full in zip(got, every, strict=True):
+                    if one is not None:
+                        distance = (one - full).double().norm()
+                        assert distance <= 2 * torch.finfo(dtype).eps * full.double().norm()
+
+    def test_operands_are_left_alone(self) -> None:
+        for name, dtype in self.cases():
+            op = draw(name, 35, 48, 80, 16, dtype)
+            operands = [
+                t for t in (op.x, op.dy, op.weight, op.bias, *op.train.values()) if t is not None
+            ]
+            before = [t.clone() for t in operands]
+            op.run(self.backend)
+            assert all(torch.equal(a, b) for a, b in zip(operands, before, strict=True))
+
+
+def _every_second(t: Tensor) -> Tensor:
+    return t.repeat_interleave(2, 0)[::2]
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT
+
+
+def _wide(t: Tensor) -> Tensor:
+    return torch.cat([t, t], 1)[:, : t.shape[1]]
