@@ -26,8 +26,12 @@ constexpr int64_t SHARED_ELEMENTS = int64_t(1) << 22;
 
 MatrixView as_view(const MatrixArgs& args) {
     const auto& [data, dtype, rows, columns, row_stride, column_stride] = args;
-    return {reinterpret_cast<const void*>(data), static_cast<DType>(dtype), rows, columns,
-            row_stride, column_stride};
+    return {reinterpret_cast<const void*>(data),
+            static_cast<DType>(dtype),
+            rows,
+            columns,
+            row_stride,
+            column_stride};
 }
 
 // Lets the calling thread, every tenth of a second and without the GIL in between, handle signals
@@ -95,8 +99,8 @@ std::vector<MatrixView> as_views(const std::vector<MatrixArgs>& args) {
     return views;
 }
 
-using PivotTuple = std::tuple<std::vector<int64_t>, std::vector<double>, std::vector<double>, bool,
-                              bool>;
+using PivotTuple =
+    std::tuple<std::vector<int64_t>, std::vector<double>, std::vector<double>, bool, bool>;
 
 // (columns, norms, bounds, deficient, finite) of each matrix; `limits` holds the most pivots of
 // each.
@@ -110,7 +114,8 @@ std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
     {
         py::gil_scoped_release nogil;
         for_each_matrix(views, threads, watch, [&](int64_t i, int count) {
-            const PivotOptions options{limits[i], static_cast<RankRule>(rule), tau, max_rank, block};
+            const PivotOptions options{limits[i], static_cast<RankRule>(rule), tau, max_rank,
+                                       block};
             found[i] = search_pivots(views[i], options, count, [&] { return watch.interrupted(); });
         });
     }

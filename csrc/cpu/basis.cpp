@@ -12,7 +12,8 @@ const DenseKernels& dense_kernels() { return QRLORA_DISPATCH(dense_kernels); }
 void Panel::reset(int64_t new_rows, int64_t new_columns) {
     rows = new_rows;
     columns = new_columns;
-    ld = round_up(columns, TILE_N);
+    // An odd number of cache lines, so that the rows of a column fall into different cache sets.
+    ld = round_up(columns, TILE_N) + 8;
     double* data = buffer_.reserve(round_up(rows, TILE_M) * ld);
     std::fill(data, data + round_up(rows, TILE_M) * ld, 0.0);
 }
@@ -31,7 +32,7 @@ void multiply_tn(const Panel& a, int64_t a_columns, const Panel& b, Panel& out, 
                  bool upper) {
     out.reset(a_columns, b.columns);
     const int64_t m = round_up(a_columns, TILE_M);
-    const int64_t across = b.ld / TILE_N;
+    const int64_t across = round_up(b.columns, TILE_N) / TILE_N;
     // Split the rows of the result too when its columns alone do not occupy every thread.
     const int64_t parts = std::clamp<int64_t>(2 * threads / across, 1, m / TILE_M);
     const int64_t height = round_up((m + parts - 1) / parts, TILE_M);
@@ -40,8 +41,8 @@ void multiply_tn(const Panel& a, int64_t a_columns, const Panel& b, Panel& out, 
         int64_t last = std::min(first + height, m);
         if (upper) last = std::min(last, n + TILE_N);
         if (last <= first) return;
-        dense_kernels().gemm_f64({last - first, TILE_N, a.rows, a.row(0) + first, 1, a.ld,
-                                  b.row(0) + n, b.ld, out.row(first) + n, out.ld, 1.0});
+        dense_kernels().gemm_tn({last - first, TILE_N, a.rows, a.row(0) + first, a.ld, b.row(0) + n,
+                                 b.ld, out.row(first) + n, out.ld, 1.0});
     });
 }
 
@@ -51,8 +52,8 @@ void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& c, double
     const int64_t rows = round_up(c.rows, TILE_M);
     parallel_for(threads, (rows + height - 1) / height, [&](int64_t i) {
         const int64_t first = i * height;
-        dense_kernels().gemm_f64({std::min(height, rows - first), c.ld, steps, a.row(first), a.ld,
-                                  1, b.row(0), b.ld, c.row(first), c.ld, alpha});
+        dense_kernels().gemm_nn({std::min(height, rows - first), round_up(c.columns, TILE_N), steps,
+                                 a.row(first), a.ld, b.row(0), b.ld, c.row(first), c.ld, alpha});
     });
 }
 

@@ -15,7 +15,6 @@ constexpr int VECTOR_BYTES = 32;
 constexpr int VECTOR_BYTES = 16;
 #endif
 constexpr int64_t STEP_BLOCK = 64;  // steps summed in registers before they join c
-constexpr int64_t CONVERT_ROWS = STEP_BLOCK;  // so that converting does not change a sum
 
 template <class T>
 struct Vector {
@@ -23,40 +22,47 @@ struct Vector {
     static constexpr int64_t lanes = VECTOR_BYTES / sizeof(T);
 };
 
-// ROWS x (2 vectors) of c; the sum runs over all steps in order.
-template <class T, int ROWS>
-void micro_tile(const Gemm<T>& g, int64_t m, int64_t n, int64_t first, int64_t last) {
+// Sixteen vector registers hold 4 rows of sums and the operands, thirty-two hold 8.
+constexpr int MICRO_ROWS = VECTOR_BYTES == 64 ? 8 : 4;
+template <class T>
+constexpr int64_t MICRO_COLUMNS = 2 * Vector<T>::lanes;
+
+// MICRO_ROWS x MICRO_COLUMNS of c += alpha * a b, the sum over all steps in order. One of a's
+// strides is 1: that of its rows (a transposed factor) or that of the steps.
+template <class T, bool TRANSPOSED>
+inline void micro_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t steps, T alpha,
+                       T* c, int64_t ldc) {
     using V = typename Vector<T>::type;
-    constexpr int64_t lanes = Vector<T>::lanes;
-    V sum[ROWS][2] = {};
-    const T* a = g.a + m * g.a_row;
-    for (int64_t s = first; s < last; ++s) {
-        const V* b = reinterpret_cast<const V*>(g.b + s * g.ldb + n);
-        const V b0 = b[0], b1 = b[1];
+    static_assert(TILE_N % MICRO_COLUMNS<T> == 0 && TILE_M % MICRO_ROWS == 0, "whole tiles");
+    V sum[MICRO_ROWS][2] = {};
+    for (int64_t s = 0; s < steps; ++s) {
+        const V* line = reinterpret_cast<const V*>(b + s * ldb);
+        const V b0 = line[0], b1 = line[1];
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) {
-            const T value = a[i * g.a_row + s * g.a_step];
+        for (int i = 0; i < MICRO_ROWS; ++i) {
+            const T value = TRANSPOSED ? a[s * lda + i] : a[i * lda + s];
             sum[i][0] += value * b0;
             sum[i][1] += value * b1;
         }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-        V* c = reinterpret_cast<V*>(g.c + (m + i) * g.ldc + n);
-        c[0] += g.alpha * sum[i][0];
-        c[1] += g.alpha * sum[i][1];
+    for (int i = 0; i < MICRO_ROWS; ++i) {
+        V* line = reinterpret_cast<V*>(c + i * ldc);
+        line[0] += alpha * sum[i][0];
+        line[1] += alpha * sum[i][1];
     }
-    static_assert(TILE_N % (2 * lanes) == 0 && TILE_M % ROWS == 0, "padding covers whole tiles");
 }
 
-template <class T>
+template <class T, bool TRANSPOSED>
 void gemm(const Gemm<T>& g) {
-    // Sixteen vector registers hold 4 rows of sums and the operands, thirty-two hold 8.
-    constexpr int rows = VECTOR_BYTES == 64 ? 8 : 4;
     for (int64_t first = 0; first < g.steps; first += STEP_BLOCK) {
-        const int64_t last = std::min(first + STEP_BLOCK, g.steps);
-        for (int64_t n = 0; n < g.n; n += 2 * Vector<T>::lanes) {
-            for (int64_t m = 0; m < g.m; m += rows) micro_tile<T, rows>(g, m, n, first, last);
+        const int64_t steps = std::min(STEP_BLOCK, g.steps - first);
+        for (int64_t n = 0; n < g.n; n += MICRO_COLUMNS<T>) {
+            for (int64_t m = 0; m < g.m; m += MICRO_ROWS) {
+                const T* a = TRANSPOSED ? g.a + first * g.lda + m : g.a + m * g.lda + first;
+                micro_tile<T, TRANSPOSED>(a, g.lda, g.b + first * g.ldb + n, g.ldb, steps, g.alpha,
+                                          g.c + m * g.ldc + n, g.ldc);
+            }
         }
     }
 }
@@ -85,36 +91,44 @@ T convert(S value) {
 template <class Body>
 void with_type(const MatrixView& w, const Body& body) {
     switch (w.dtype) {
-        case DType::f32: return body(static_cast<const float*>(w.data));
-        case DType::f64: return body(static_cast<const double*>(w.data));
-        case DType::bf16: return body(static_cast<const bf16*>(w.data));
-        case DType::f16: return body(static_cast<const _Float16*>(w.data));
+        case DType::f32:
+            return body(static_cast<const float*>(w.data));
+        case DType::f64:
+            return body(static_cast<const double*>(w.data));
+        case DType::bf16:
+            return body(static_cast<const bf16*>(w.data));
+        case DType::f16:
+            return body(static_cast<const _Float16*>(w.data));
     }
 }
 
-// Rows x columns of w, converted, to out[rows, ld]; columns past `columns` are set to 0.
+// Copies rows x columns of w, converted, into strips of `strip` columns, each [rows, strip] and
+// contiguous: the power-of-two row stride of a weight would fall into a few cache sets. Columns
+// past `columns` are set to 0. With strip = ld the result is one row-major block.
 template <class T, class S>
 void convert_block(const MatrixView& w, const S* data, int64_t row, int64_t rows, int64_t first,
-                   int64_t columns, T* out, int64_t ld) {
+                   int64_t columns, T* out, int64_t strip) {
     const S* from = data + row * w.row_stride + first * w.column_stride;
-    if (w.column_stride == 1) {
-        for (int64_t i = 0; i < rows; ++i) {
-            const S* line = from + i * w.row_stride;
-            for (int64_t j = 0; j < columns; ++j) out[i * ld + j] = convert<T>(line[j]);
-        }
-    } else {
-        // Eight rows at a time keep the reads of a transposed matrix contiguous and the writes near.
-        for (int64_t i0 = 0; i0 < rows; i0 += 8) {
-            const int64_t i1 = std::min(i0 + 8, rows);
-            for (int64_t j = 0; j < columns; ++j) {
-                const S* line = from + j * w.column_stride;
-                for (int64_t i = i0; i < i1; ++i) {
-                    out[i * ld + j] = convert<T>(line[i * w.row_stride]);
+    for (int64_t left = 0; left < columns; left += strip, out += rows * strip) {
+        const int64_t width = std::min(strip, columns - left);
+        const S* corner = from + left * w.column_stride;
+        if (w.column_stride == 1) {
+            for (int64_t i = 0; i < rows; ++i) {
+                const S* line = corner + i * w.row_stride;
+                for (int64_t j = 0; j < width; ++j) out[i * strip + j] = convert<T>(line[j]);
+            }
+        } else {
+            for (int64_t j = 0; j < width; ++j) {
+                const S* line = corner + j * w.column_stride;
+                for (int64_t i = 0; i < rows; ++i) {
+                    out[i * strip + j] = convert<T>(line[i * w.row_stride]);
                 }
             }
         }
+        for (int64_t i = 0; i < rows; ++i) {
+            std::fill(out + i * strip + width, out + (i + 1) * strip, T(0));
+        }
     }
-    for (int64_t i = 0; i < rows; ++i) std::fill(out + i * ld + columns, out + (i + 1) * ld, T(0));
 }
 
 template <class T>
@@ -122,27 +136,17 @@ void project(const MatrixView& w, const T* q, int64_t m, int64_t first, int64_t 
              int64_t ld) {
     std::fill(acc, acc + m * ld, T(0));
     const int64_t columns = last - first;
+    constexpr int64_t strip = MICRO_COLUMNS<T>;
+    thread_local AlignedBuffer<T> buffer;
+    T* block = buffer.reserve(STEP_BLOCK * ld);
     with_type(w, [&](auto* data) {
-        using S = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-        constexpr bool same = std::is_same_v<S, T>;
-        Gemm<T> g{m, ld, 0, nullptr, 1, m, nullptr, ld, acc, ld, T(1)};
-        if constexpr (same) {
-            if (w.column_stride == 1 && columns == ld) {
-                g.steps = w.rows;
-                g.a = q;
-                g.b = data + first;
-                g.ldb = w.row_stride;
-                return gemm(g);
+        for (int64_t row = 0; row < w.rows; row += STEP_BLOCK) {
+            const int64_t rows = std::min(STEP_BLOCK, w.rows - row);
+            convert_block(w, data, row, rows, first, columns, block, strip);
+            for (int64_t n = 0; n < columns; n += strip) {
+                gemm<T, true>(
+                    {m, strip, rows, q + row * m, m, block + rows * n, strip, acc + n, ld, T(1)});
             }
-        }
-        thread_local AlignedBuffer<T> block;
-        T* converted = block.reserve(CONVERT_ROWS * ld);
-        for (int64_t row = 0; row < w.rows; row += CONVERT_ROWS) {
-            g.steps = std::min(CONVERT_ROWS, w.rows - row);
-            convert_block(w, data, row, g.steps, first, columns, converted, ld);
-            g.a = q + row * m;
-            g.b = converted;
-            gemm(g);
         }
     });
 }
@@ -150,12 +154,12 @@ void project(const MatrixView& w, const T* q, int64_t m, int64_t first, int64_t 
 void column_norms2(const MatrixView& w, int64_t first, int64_t last, double* out) {
     const int64_t columns = last - first, ld = round_up(columns, TILE_N);
     thread_local AlignedBuffer<double> buffer;
-    double* block = buffer.reserve((CONVERT_ROWS + 1) * ld);
-    double* part = block + CONVERT_ROWS * ld;
+    double* block = buffer.reserve((STEP_BLOCK + 1) * ld);
+    double* part = block + STEP_BLOCK * ld;
     std::fill(out, out + columns, 0.0);
     with_type(w, [&](auto* data) {
-        for (int64_t row = 0; row < w.rows; row += CONVERT_ROWS) {
-            const int64_t rows = std::min(CONVERT_ROWS, w.rows - row);
+        for (int64_t row = 0; row < w.rows; row += STEP_BLOCK) {
+            const int64_t rows = std::min(STEP_BLOCK, w.rows - row);
             convert_block(w, data, row, rows, first, columns, block, ld);
             std::fill(part, part + columns, 0.0);
             for (int64_t i = 0; i < rows; ++i) {
@@ -186,8 +190,9 @@ void gather(const MatrixView& w, int64_t row, int64_t rows, const int64_t* colum
 }  // namespace
 
 const DenseKernels& dense_kernels() {
-    static const DenseKernels kernels{gemm<float>, gemm<double>,   column_norms2,
-                                      gather,      project<float>, project<double>};
+    static const DenseKernels kernels{gemm<double, true>, gemm<double, false>,
+                                      column_norms2,      gather,
+                                      project<float>,     project<double>};
     return kernels;
 }
 

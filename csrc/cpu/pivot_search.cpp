@@ -217,8 +217,8 @@ void Search::take_block() {
     lower_.resize(count * count);
     for (int64_t i = 0; i < count; ++i) {
         for (int64_t j = 0; j < count; ++j) {
-            lower_[i * count + j] = gram_.row(std::min(accepted_[i], accepted_[j]))[std::max(
-                accepted_[i], accepted_[j])];
+            lower_[i * count + j] = gram_.row(
+                std::min(accepted_[i], accepted_[j]))[std::max(accepted_[i], accepted_[j])];
         }
     }
     cholesky(lower_, count);
@@ -303,7 +303,8 @@ void Search::refresh(double known2) {
         basis_.project_out(residual_);
         for (int64_t j = 0; j < count; ++j) {
             double norm2 = 0.0;
-            for (int64_t i = 0; i < w_.rows; ++i) norm2 += residual_.row(i)[j] * residual_.row(i)[j];
+            for (int64_t i = 0; i < w_.rows; ++i)
+                norm2 += residual_.row(i)[j] * residual_.row(i)[j];
             set_exact(columns[j], norm2);
             alive_[columns[j]] = independent(columns[j], norm2);
         }

@@ -15,17 +15,15 @@ namespace qrlora {
 constexpr int64_t TILE_M = 8;
 constexpr int64_t TILE_N = 32;
 
-constexpr int64_t round_up(int64_t value, int64_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// c[m, n] += alpha * sum over s of a(m, s) b(s, n), where a(m, s) = a[m * a_row + s * a_step], and b
-// and c are row-major. The order of the sum does not depend on m, n or the number of threads.
+// c[m, n] += alpha * sum over s of a(m, s) b(s, n), all row-major: a is stored [steps, m] by the
+// transposed form and [m, steps] by the plain one. The order of the sum depends on steps alone.
 template <class T>
 struct Gemm {
     int64_t m, n, steps;
     const T* a;
-    int64_t a_row, a_step;
+    int64_t lda;
     const T* b;
     int64_t ldb;
     T* c;
@@ -34,8 +32,8 @@ struct Gemm {
 };
 
 struct DenseKernels {
-    void (*gemm_f32)(const Gemm<float>&);
-    void (*gemm_f64)(const Gemm<double>&);
+    void (*gemm_tn)(const Gemm<double>&);
+    void (*gemm_nn)(const Gemm<double>&);
     // out[j - first] = sum over rows of w[., j]², for first <= j < last.
     void (*column_norms2)(const MatrixView& w, int64_t first, int64_t last, double* out);
     // Rows [row, row + rows) of the given columns, converted, to out[rows, ld].
@@ -49,9 +47,9 @@ struct DenseKernels {
                         int64_t last, double* acc, int64_t ld);
 };
 
-#define QRLORA_DECLARE_DENSE(isa)          \
-    namespace isa {                        \
-    const DenseKernels& dense_kernels();   \
+#define QRLORA_DECLARE_DENSE(isa)        \
+    namespace isa {                      \
+    const DenseKernels& dense_kernels(); \
     }
 QRLORA_DECLARE_DENSE(baseline)
 QRLORA_DECLARE_DENSE(avx2)
