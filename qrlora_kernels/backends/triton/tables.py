@@ -125,3 +125,14 @@ def rank_widths(rank: int) -> tuple[int, int]:
 def rank_step(rank: int) -> int:
     """Step of the second phase over the rank: the widest that pads least."""
     return min((64, 32, 16), key=lambda step: (-(-rank // step) * step, -step))
+
+
+def kron_tile(
+    chip: Chip, block_r: int, block_n: int, block_k: int, itemsize: int, backward: bool
+) -> KronTile:
+    """Tokens a step of the Kronecker kernels: 64 rows, which fill one tensor-core tile."""
+    tokens = max(1, 64 // block_r)
+    longest = max(block_n, block_k) * block_r
+    if not backward:
+        return KronTile(tokens, 4 if longest <= 8192 else 8, 2, 4 if longest <= 8192 else 1)
+    return KronTile(tokens, 8, 1, 1)
