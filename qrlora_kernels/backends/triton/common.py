@@ -105,12 +105,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def narrow(acc, like):
-    """acc in the dtype of ``like``, as a dot's operand; the interpreter would truncate, not round."""
+def narrow(tile, DTYPE: tl.constexpr):
+    """The tile as a dot's operand of DTYPE; the interpreter would truncate instead of rounding."""
     if INTERPRETED:
-        return acc
+        return tile.to(tl.float32)
     else:
-        return acc.to(like.dtype)
+        return tile.to(DTYPE)
 
 
 @lru_cache(maxsize=None)
@@ -155,6 +155,11 @@ def empty_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -
     return empty((rows, -(-cols // 16) * 16), dtype, device)[:, :cols]
 
 
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The Triton name of a supported element type."""
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """float32 stays float32 as in torch.matmul's default; TF32 would lose 13 bits unasked."""
     return "ieee" if dtype == torch.float32 else "tf32"
@@ -171,7 +176,7 @@ def tma_ready(chip: Chip, *tensors: Tensor) -> bool:
     )
 
 
-def tile_source(tensor: Tensor, block: tuple[int, int], tma: bool) -> Any:
+def tile_source(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Any:
     """What ``load_tile`` reads from: a descriptor over ``tensor``, or the tensor's pointer."""
     return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor
 

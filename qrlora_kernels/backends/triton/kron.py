@@ -9,7 +9,7 @@ from torch import Tensor
 from . import common
 from .kron_kernels import _kron_bwd_kernel, _kron_fwd_kernel
 from .sums import sum_parts
-from .tables import kron_tile
+from .tables import Chip, fits_one_pass, kron_tile
 from .two_phase import two_phase
 
 
@@ -37,29 +37,34 @@ def kron_update(
     """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x alone, [M, N] in x's dtype, reading x once."""
     m, (na, r), kb = x.shape[0], a.shape, b.shape[0]
     chip = common.chip_of(x.device)
-    block_r, block_n, block_k = _padded(r), _padded(na), _padded(kb)
-    tile = kron_tile(chip, block_r, block_n, block_k, x.element_size(), backward=False)
+    tile = kron_tile(na, kb, r, x.element_size(), chip, backward=False)
+    x = x if x.stride(1) == 1 else x.contiguous()
     out = common.empty((m, na * r), x.dtype, x.device)
-    chunk = min(block_n, 256)
+    x_grid, out_grid = x.unflatten(1, (r, kb)), out.view(m, na, r)
+    x_block = (tile.tokens, tile.block_r, tile.block_k)
+    out_block = (tile.tokens, tile.block_n, tile.block_r)
+    tma = _tma_ready(chip, (x_grid, x_block), (out_grid, out_block))
     common.launch(
         _kron_fwd_kernel,
         min(triton.cdiv(m, tile.tokens), tile.resident * chip.multiprocessors),
         x.device,
-        x,
+        common.tile_source(x_grid, x_block, tma),
         *_contiguous(a, b, a0, b0),
-        out,
+        common.tile_source(out_grid, out_block, tma),
         scaling,
         m,
         na,
         kb,
         r,
-        *x.stride(),
+        x.stride(0),
         out.stride(0),
         BLOCK_T=tile.tokens,
-        BLOCK_R=block_r,
-        BLOCK_N=chunk,
-        BLOCK_K=block_k,
-        ONE_CHUNK=chunk == block_n,
+        BLOCK_R=tile.block_r,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        ONE_CHUNK=tile.block_n >= na,
+        TMA=tma,
+        DTYPE=common.tl_dtype(x.dtype),
         PRECISION=common.precision_of(x.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -80,57 +85,97 @@ def kron_linear_bwd(
     need_da: bool = True,
     need_db: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx [M, K], da, db from one pass over x and dy; None for what is not asked for."""
-    if not (need_dx or need_da or need_db):
-        return None, None, None
+    """dx [M, K], da, db from one pass over x and dy; None for what is not asked for.
+
+    Where a factor is so large that its gradient leaves no registers for dx, dx takes a pass over
+    dy of its own.
+    """
+    dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
+    factors = _contiguous(a, b, a0, b0)
+    dx = common.empty(tuple(x.shape), x.dtype, x.device) if need_dx else None
+    da = db = None
+    if fits_one_pass(a.shape[0], b.shape[0], a.shape[1], common.chip_of(x.device)):
+        da, db = _backward_pass(dy, x, factors, scaling, dx, need_da, need_db)
+    else:
+        da, db = _backward_pass(dy, x, factors, scaling, None, need_da, need_db)
+        _backward_pass(dy, x, factors, scaling, dx, False, False)
+    if dx is not None:
+        dx = dx.to(dy.dtype).addmm_(dy, weight)
+    return dx, da, db
+
+
+def _backward_pass(
+    dy: Tensor,
+    x: Tensor,
+    factors: list[Tensor | None],
+    scaling: float,
+    dx: Tensor | None,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill ``dx`` with the update's share, if given; return da and db, if asked for."""
+    a, b = factors[:2]
+    assert a is not None and b is not None
+    if dx is None and not (need_da or need_db):
+        return None, None
     m, (na, r), kb = x.shape[0], a.shape, b.shape[0]
     chip = common.chip_of(x.device)
-    block_r, block_n, block_k = _padded(r), _padded(na), _padded(kb)
-    tile = kron_tile(chip, block_r, block_n, block_k, x.element_size(), backward=True)
+    tile = kron_tile(na, kb, r, x.element_size(), chip, backward=True)
     programs = min(triton.cdiv(m, tile.tokens), tile.resident * chip.multiprocessors)
-    dx = common.empty((m, kb * r), dy.dtype, dy.device) if need_dx else None
-
-    def parts(need: bool, factor: Tensor) -> Tensor | None:
-        shape = (programs, *factor.shape)
-        return torch.empty(shape, dtype=torch.float32, device=dy.device) if need else None
-
-    da, db = parts(need_da, a), parts(need_db, b)
+    parts = [
+        torch.empty((programs, *factor.shape), dtype=torch.float32, device=x.device)
+        if need
+        else None
+        for need, factor in ((need_da, a), (need_db, b))
+    ]
+    dy_grid, x_grid = dy.unflatten(1, (na, r)), x.unflatten(1, (r, kb))
+    dx_grid = None if dx is None else dx.view(m, r, kb)
+    dy_block = (tile.tokens, tile.block_n, tile.block_r)
+    x_block = (tile.tokens, tile.block_r, tile.block_k)
+    tma = _tma_ready(chip, (dy_grid, dy_block), (x_grid, x_block), (dx_grid, x_block))
     common.launch(
         _kron_bwd_kernel,
         programs,
-        dy.device,
-        dy,
-        x,
-        *_contiguous(a, b, a0, b0),
-        dx,
-        da,
-        db,
+        x.device,
+        common.tile_source(dy_grid, dy_block, tma),
+        common.tile_source(x_grid, x_block, tma),
+        *factors,
+        None if dx_grid is None else common.tile_source(dx_grid, x_block, tma),
+        *parts,
         scaling,
         m,
         na,
         kb,
         r,
-        *dy.stride(),
-        *x.stride(),
+        dy.stride(0),
+        x.stride(0),
         0 if dx is None else dx.stride(0),
         BLOCK_T=tile.tokens,
-        BLOCK_R=block_r,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        BLOCK_R=tile.block_r,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        TMA=tma,
+        DTYPE=common.tl_dtype(x.dtype),
         PRECISION=common.precision_of(x.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return (
-        None if dx is None else dx.to(dy.dtype).addmm_(dy, weight),
-        None if da is None else sum_parts(da, scaling, tuple(a.shape), a.dtype),
-        None if db is None else sum_parts(db, scaling, tuple(b.shape), b.dtype),
+    da, db = (
+        None if part is None else sum_parts(part, scaling, tuple(factor.shape), factor.dtype)
+        for part, factor in zip(parts, (a, b), strict=True)
     )
+    return da, db
 
 
-def _padded(size: int) -> int:
-    """The power of two that holds ``size``, at least the 16 of a tensor core's step."""
-    return max(16, triton.next_power_of_2(size))
+def _tma_ready(chip: Chip, *grids: tuple[Tensor | None, tuple[int, ...]]) -> bool:
+    """Whether each [M, rows, columns] view and its block suit a tensor descriptor."""
+    return chip.has_tma and all(
+        max(block) <= 256
+        and t.data_ptr() % 16 == 0
+        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:2])
+        for t, block in grids
+        if t is not None
+    )
 
 
 def _contiguous(*factors: Tensor | None) -> list[Tensor | None]:

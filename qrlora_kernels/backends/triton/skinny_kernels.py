@@ -102,7 +102,7 @@ def _core_gradient(
     for i in tl.range(0, R, BLOCK_I, num_stages=1):
         h = load_tile(saved, row, i, M, R, stride_hm, 1, BLOCK_M, BLOCK_I, False)
         part = tl.zeros((BLOCK_I, BLOCK_R), dtype=tl.float32)
-        part = dot(h.T, narrow(acc, h), part, PRECISION)
+        part = dot(h.T, narrow(acc, h.dtype), part, PRECISION)
         store_tile(grad, part, i, col, R, R, R, 1, BLOCK_I, BLOCK_R, False)
 
 

@@ -15,9 +15,6 @@ MAX_RANK = 512
 MAX_CORE_RANK = 256
 """Beyond this an r x r core no longer stays on chip beside the rows that it multiplies."""
 
-MAX_FACTOR = 32768
-"""Largest padded Kronecker factor, in elements, whose gradient still fits in registers."""
-
 
 @dataclass(frozen=True)
 class Chip:
@@ -55,9 +52,13 @@ class ProjectTile:
 
 @dataclass(frozen=True)
 class KronTile:
-    """``tokens`` per step of the Kronecker kernels, and programs resident on a multiprocessor."""
+    """``tokens`` per step of the Kronecker kernels, the padded factors, and the programs that
+    stay on a multiprocessor."""
 
     tokens: int
+    block_r: int
+    block_n: int
+    block_k: int
     warps: int
     stages: int
     resident: int
@@ -127,12 +128,37 @@ def rank_step(rank: int) -> int:
     return min((64, 32, 16), key=lambda step: (-(-rank // step) * step, -step))
 
 
-def kron_tile(
-    chip: Chip, block_r: int, block_n: int, block_k: int, itemsize: int, backward: bool
-) -> KronTile:
-    """Tokens a step of the Kronecker kernels: 64 rows, which fill one tensor-core tile."""
+def padded(size: int) -> int:
+    """The power of two that holds ``size``, at least the 16 of a tensor core's step."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def max_factor(chip: Chip) -> int:
+    """Largest padded Kronecker factor, in elements, that a chip's kernels hold on chip."""
+    if chip.has_tma and chip.shared >= BIG_SHARED:
+        return 16384
+    return 4096
+
+
+def fits_one_pass(na: int, kb: int, r: int, chip: Chip) -> bool:
+    """Whether dA, dB and dx of factors [na, r] and [kb, r] fit the registers of one kernel.
+
+    Without descriptors the addresses of every tile take registers too.
+    """
+    return chip.has_tma and max(padded(na), padded(kb)) * padded(r) <= 8192
+
+
+def kron_tile(na: int, kb: int, r: int, itemsize: int, chip: Chip, backward: bool) -> KronTile:
+    """Tile of the Kronecker kernels: the factors stay on chip, 64 rows of tokens pass through."""
+    block_r, block_n, block_k = padded(r), padded(na), padded(kb)
     tokens = max(1, 64 // block_r)
-    longest = max(block_n, block_k) * block_r
-    if not backward:
-        return KronTile(tokens, 4 if longest <= 8192 else 8, 2, 4 if longest <= 8192 else 1)
-    return KronTile(tokens, 8, 1, 1)
+    small = max(block_n, block_k) * block_r <= 8192
+    if backward:
+        warps, resident = (4, 2) if fits_one_pass(na, kb, r, chip) else (8, 1)
+        return KronTile(tokens, block_r, block_n, block_k, warps, 1, resident)
+    block_n = min(block_n, 128 if chip.capability >= 100 else 256)
+    # Both factors, each with its change, and two tiles of tokens on their way.
+    factors = 2 * (block_n + block_k) * block_r * itemsize
+    stages = 2 if factors + 4 * tokens * block_r * block_k * itemsize <= chip.shared else 1
+    warps, resident = (4, 4) if small else (8, 1)
+    return KronTile(tokens, block_r, block_n, block_k, warps, stages, resident)
