@@ -134,8 +134,10 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta:
     """Run ``kernel`` on ``device`` and its current stream, on a one-dimensional grid.
 
     One dimension, because y and z end at 65535 programs. Triton launches on the current device,
-    which need not be the tensors'.
+    which need not be the tensors'. A grid of none, which CUDA refuses, is no work.
     """
+    if programs == 0:
+        return
     guard: AbstractContextManager[Any] = (
         torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     )
@@ -168,7 +170,8 @@ def precision_of(dtype: torch.dtype) -> str:
 def tma_ready(chip: Chip, *tensors: Tensor) -> bool:
     """Whether each 2-D tensor's memory suits a tensor descriptor: unit columns, 16-byte rows."""
     return chip.has_tma and all(
-        t.stride(1) == 1
+        t.numel() > 0
+        and t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % 16 == 0
         and t.data_ptr() % 16 == 0

@@ -170,7 +170,8 @@ def _backward_pass(
 def _tma_ready(chip: Chip, *grids: tuple[Tensor | None, tuple[int, ...]]) -> bool:
     """Whether each [M, rows, columns] view and its block suit a tensor descriptor."""
     return chip.has_tma and all(
-        max(block) <= 256
+        t.numel() > 0
+        and max(block) <= 256
         and t.data_ptr() % 16 == 0
         and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:2])
         for t, block in grids

@@ -59,7 +59,7 @@ def _narrow(rows: Tensor, dtype: torch.dtype) -> Tensor:
 def _splits(chip: Chip, tile: ProjectTile, tiles: int, k: int) -> int:
     """Parts of the reduction that bring the programs to two a multiprocessor."""
     steps = triton.cdiv(k, tile.block_k)
-    return max(1, min(2 * chip.multiprocessors // tiles, steps // 4))
+    return max(1, min(2 * chip.multiprocessors // max(tiles, 1), steps // 4))
 
 
 def _run(

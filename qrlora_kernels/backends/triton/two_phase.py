@@ -39,6 +39,7 @@ def _two_phase_kernel(
     stride_vr,
     stride_om,
     stride_sm,
+    stride_sn,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,7 +65,7 @@ def _two_phase_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         else:
             acc = load_tile(
-                start, m, n, M, N, stride_sm, 1, BLOCK_M, BLOCK_N, False
+                start, m, n, M, N, stride_sm, stride_sn, BLOCK_M, BLOCK_N, False
             ).to(tl.float32)
         for k in tl.range(0, K, BLOCK_K):
             x_tile = load_tile(x, m, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, TMA)
@@ -145,6 +146,7 @@ def two_phase(
         0 if v is None else v.stride(1),
         out.stride(0),
         0 if start is None else start.stride(0),
+        0 if start is None else start.stride(1),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
