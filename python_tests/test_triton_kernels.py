@@ -1,0 +1,292 @@
+"""The Triton kernels against fp64: on the GPU where there is one, else under the interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import SCALING, Operands
+from torch import Tensor
+
+from qrlora_kernels.backends import Problem, triton
+from qrlora_kernels.backends.triton.tables import Chip
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KIB = 1024
+# Stand-ins that choose between pointer and descriptor tiles; few multiprocessors, so that programs
+# take several tiles each and the reduction of the skinny product is split.
+CHIPS = {
+    "pointers": Chip(capability=80, multiprocessors=4, shared=99 * KIB),
+    "descriptors": Chip(capability=90, multiprocessors=4, shared=227 * KIB),
+}
+GRADIENTS = {
+    "qr_linear": ("x", "lam"),
+    "lora_xs_linear": ("x", "core"),
+    "kron_linear": ("x", "a", "b"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels() -> Iterator[Any]:
+    """The kernels' host module; conftest.py made sure that it is interpreted without a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        triton.available.cache_clear()
+        from qrlora_kernels.backends.triton import common
+
+        assert common.INTERPRETED.value == (DEVICE.type == "cpu")
+        yield common
+    triton.available.cache_clear()
+
+
+@pytest.fixture(params=CHIPS)
+def chip(request: pytest.FixtureRequest, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Chip:
+    """On a GPU the chip is what it is; the interpreter plays both kinds."""
+    if DEVICE.type == "cuda":
+        if request.param != "pointers":
+            pytest.skip("a GPU is run once, as itself")
+        return kernels.chip_of(DEVICE)
+    monkeypatch.setattr(kernels, "chip_of", lambda device: CHIPS[request.param])
+    return CHIPS[request.param]
+
+
+def run(op: str, given: Operands, dy: Tensor) -> dict[str, Tensor]:
+    """y and the gradients by the backend's own functions."""
+    t = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in given.items()}
+    dy = dy.to(DEVICE)
+    names = helpers.OPERANDS[op]
+    factors = [t.get(name) for name in names]
+    forward, backward = getattr(triton, f"{op}_fwd"), getattr(triton, f"{op}_bwd")
+    y = forward(t["x"], t["weight"], t["bias"], *factors, SCALING)
+    if op == "kron_linear":
+        grads = backward(dy, t["x"], t["weight"], *factors, SCALING)
+    else:
+        y, h = y
+        assert h.shape == (t["x"].shape[0], factors[-1].shape[0])
+        assert h.dtype == t["x"].dtype
+        grads = backward(dy, t["weight"], *factors, h, SCALING)
+    out = {"y": y} | dict(zip(GRADIENTS[op], grads, strict=True))
+    for name in GRADIENTS[op]:
+        assert out[name].dtype == t[name].dtype, name
+    return {name: tensor.cpu() for name, tensor in out.items()}
+
+
+def check(op: str, given: Operands, dy: Tensor | None = None) -> None:
+    """The error rule: at most twice the eager expression's error, against fp64."""
+    dy = helpers.gradient_like(op, given) if dy is None else dy
+    wide = {name: v.double() if isinstance(v, Tensor) else v for name, v in given.items()}
+    truth = helpers.outcome(helpers.exact, op, wide, dy)
+    eager = helpers.outcome(helpers.plain, op, given, dy)
+    got = run(op, given, dy)
+    truth = {name: truth[name] for name in got}
+    helpers.assert_error_rule(got, eager, truth, given["x"].dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 40, 24, 1), (7, 72, 104, 3), (37, 40, 304, 16)])
+@pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear"])
+def test_gated_linear(chip: Chip, op: str, m: int, n: int, k: int, r: int, dtype: Any) -> None:
+    check(op, helpers.operands(op, m, n, k, r, dtype))
+
+
+@pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear"])
+def test_rank_150_is_padded_not_refused(chip: Chip, op: str) -> None:
+    check(op, helpers.operands(op, 21, 56, 136, 150, torch.bfloat16))
+
+
+def test_rank_above_one_tile(chip: Chip) -> None:
+    check("qr_linear", helpers.operands("qr_linear", 18, 24, 40, 300, torch.float16))
+
+
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r", "dtype"),
+    [
+        (5, 15, 21, 3, torch.float32),
+        (1, 64, 128, 8, torch.bfloat16),
+        (9, 240, 96, 24, torch.bfloat16),
+        (3, 96, 320, 8, torch.float16),
+    ],
+)
+def test_kron_linear(
+    chip: Chip, m: int, n: int, k: int, r: int, dtype: torch.dtype, start: bool
+) -> None:
+    given = helpers.operands("kron_linear", m, n, k, r, dtype, bias=start)
+    if not start:
+        given.pop("a0"), given.pop("b0")
+    check("kron_linear", given)
+
+
+def test_kron_factor_longer_than_one_chunk(chip: Chip) -> None:
+    given = helpers.operands("kron_linear", 2, 1200, 12, 4, torch.float32)
+    check("kron_linear", given)
+
+
+# --- Faults that other packages had ---------------------------------------------------------------
+
+
+def test_offsets_beyond_int32(kernels: Any) -> None:
+    """Row 2 of x starts at element 2**31; a 32-bit offset would read before the tensor."""
+    stride, k = 2**30, 32
+    x = torch.empty(2 * stride + k, dtype=torch.float16, device=DEVICE).as_strided((3, k), (stride, 1))
+    given = helpers.operands("qr_linear", 3, 16, k, 4, torch.float16)
+    x.copy_(given["x"])
+    check("qr_linear", given | {"x": x})
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_strided_and_transposed_operands(chip: Chip, op: str) -> None:
+    """Every second row of x, columns of a wider dy, Conv1D's transposed weight, expanded dy."""
+    given = helpers.operands(op, 10, 64, 32, 8, torch.bfloat16)
+    given["x"] = given["x"].repeat_interleave(2, 0)[::2]
+    given["weight"] = given["weight"].t().contiguous().t()
+    wide = torch.randn(10, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
+    check(op, given, wide[:, ::2])
+    check(op, given | {"x": given["x"].t().contiguous().t()}, wide[:1, :64].expand(10, 64))
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_no_tokens(chip: Chip, op: str) -> None:
+    given = helpers.operands(op, 0, 32, 16, 4)
+    got = run(op, given, torch.empty(0, 32))
+    assert got["y"].shape == (0, 32)
+    assert got["x"].shape == (0, 16)
+    for name in GRADIENTS[op][1:]:
+        assert torch.equal(got[name], torch.zeros_like(given[name]))
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_poisoned_memory_and_same_bits(chip: Chip, op: str) -> None:
+    given = helpers.operands(op, 19, 72, 48, 24, torch.bfloat16)
+    dy = helpers.gradient_like(op, given)
+    with helpers.poisoned_memory():
+        first, second = run(op, given, dy), run(op, given, dy)
+    for name, tensor in first.items():
+        assert tensor.isfinite().all(), name
+        assert helpers.same_bits(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_small_update_survives(chip: Chip, op: str) -> None:
+    """A change of 1e-4 of the weight, in bf16, keeps its size on average."""
+    given = helpers.operands(op, 256, 64, 64, 8, torch.bfloat16, change=1e-4)
+    dy = helpers.gradient_like(op, given)
+    still = dict(given)
+    if op == "kron_linear":
+        still |= {"a": given["a0"], "b": given["b0"]}
+    else:
+        name = helpers.TRAINABLES[op][0]
+        still[name] = torch.zeros_like(given[name])
+    update = given["x"].double() @ helpers.delta_weight(op, given).T
+    gain = helpers.update_gain(run(op, given, dy)["y"], run(op, still, dy)["y"], update)
+    # One rounding leaves an unbiased error; its spread over these 16,384 outputs is about 0.1.
+    assert gain == pytest.approx(1.0, abs=0.3)
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_infinity_stays_in_its_token(chip: Chip, op: str) -> None:
+    """Masked loads have a fill value: a padded 0 must not meet another token's infinity."""
+    given = helpers.operands(op, 9, 40, 24, 8, torch.bfloat16)
+    given["x"][4, 5] = float("inf")
+    dy = helpers.gradient_like(op, given)
+    dy[6, 3] = float("inf")
+    got = run(op, given, dy)
+    assert got["y"].isfinite().all(1).tolist() == [row != 4 for row in range(9)]
+    assert got["x"].isfinite().all(1).tolist() == [row != 6 for row in range(9)]
+
+
+@pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear"])
+def test_nothing_unasked_is_computed(
+    op: str, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = helpers.operands(op, 40, 32, 16, 4)
+    t = {name: v.to(DEVICE) for name, v in given.items()}
+    factors = [t[name] for name in helpers.OPERANDS[op]]
+    dy, h = torch.randn(40, 32, device=DEVICE), torch.randn(40, 4, device=DEVICE)
+    launched: list[str] = []
+
+    def record(kernel: Any, *args: Any, **meta: Any) -> None:
+        launched.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(kernels, "launch", record)
+
+    def backward(need_dx: bool, need_gate: bool) -> list[str]:
+        launched.clear()
+        out = getattr(triton, f"{op}_bwd")(
+            dy, t["weight"], *factors, h, SCALING, need_dx, need_gate
+        )
+        assert [g is not None for g in out] == [need_dx, need_gate]
+        return [name for name in launched if name != "_finish_kernel"]
+
+    assert backward(False, False) == []
+    assert backward(True, False) == ["_project_kernel", "_two_phase_kernel"]
+    assert backward(False, True) == ["_project_kernel", "_sum_parts_kernel"]
+
+
+def test_kernel_runs_on_the_tensors_device(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With device 0 current, a launch for device 1 must make device 1 current first."""
+    order: list[str] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            order.append(f"enter {self.device}")
+
+        def __exit__(self, *error: object) -> None:
+            order.append("leave")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert len(grid) == 1, "y and z end at 65535 programs"
+            return lambda *args, **meta: order.append("launch")
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    kernels.launch(Kernel(), 70_000, torch.device("cuda:1"))
+    assert order == ["enter cuda:1", "launch", "leave"]
+
+
+def test_no_atomics_and_no_autotuning() -> None:
+    """Atomics lose determinism; autotuning reruns a kernel that accumulates into its output."""
+    sources = list(Path(triton.__file__).parent.glob("*.py"))
+    assert len(sources) > 5
+    for source in sources:
+        text = source.read_text()
+        assert "tl.atomic" not in text, source
+        assert "autotune" not in text, source
+
+
+def test_import_is_cheap() -> None:
+    """Neither the package nor this backend imports Triton, or wakes CUDA, before a call."""
+    code = (
+        "import sys, torch, qrlora_kernels, qrlora_kernels.backends.triton;"
+        "assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_supports_says_why_not() -> None:
+    def ask(op: str, dtype: torch.dtype, n: int, k: int, r: int) -> tuple[bool, str]:
+        return triton.supports(Problem(op, DEVICE, dtype, 8, n, k, r))
+
+    assert ask("qr_linear", torch.bfloat16, 64, 64, 512)[0]
+    assert ask("qr_linear", torch.float64, 64, 64, 8) == (
+        False,
+        "Triton kernels compute in float32, float16 and bfloat16, not torch.float64",
+    )
+    assert "above 256" in ask("lora_xs_linear", torch.bfloat16, 512, 512, 300)[1]
+    ok, reason = ask("kron_linear", torch.bfloat16, 592 * 32, 112 * 32, 32)
+    assert not ok
+    assert "32768 padded elements" in reason
+    other = triton.supports(Problem("qr_linear", torch.device("meta"), torch.float32, 1, 1, 1, 1))
+    assert other == (False, "Triton kernels run on CUDA devices, not meta")

@@ -1,0 +1,183 @@
+"""OHoRA over a frozen linear layer: one pass for the update, and the base product onto it."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from . import common
+from .kron_kernels import _kron_bwd_kernel, _kron_fwd_kernel
+from .sums import sum_parts
+from .tables import Chip, fits_one_pass, kron_tile
+from .two_phase import two_phase
+
+
+def kron_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y [M, N] = x Wᵀ + bias + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x; a [N/r, r], b [K/r, r]."""
+    update = kron_update(x, a, b, a0, b0, scaling)
+    if bias is None:
+        # The library adds onto the update in its fp32 accumulator and rounds once.
+        return update.addmm_(x, weight.t())
+    return two_phase(x, weight, bias=bias, start=update)
+
+
+def kron_update(
+    x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float
+) -> Tensor:
+    """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x alone, [M, N] in x's dtype, reading x once."""
+    m, (na, r), kb = x.shape[0], a.shape, b.shape[0]
+    chip = common.chip_of(x.device)
+    tile = kron_tile(na, kb, r, x.element_size(), chip, backward=False)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = common.empty((m, na * r), x.dtype, x.device)
+    x_grid, out_grid = x.unflatten(1, (r, kb)), out.view(m, na, r)
+    x_block = (tile.tokens, tile.block_r, tile.block_k)
+    out_block = (tile.tokens, tile.block_n, tile.block_r)
+    tma = _tma_ready(chip, (x_grid, x_block), (out_grid, out_block))
+    common.launch(
+        _kron_fwd_kernel,
+        min(triton.cdiv(m, tile.tokens), tile.resident * chip.multiprocessors),
+        x.device,
+        common.tile_source(x_grid, x_block, tma),
+        *_contiguous(a, b, a0, b0),
+        common.tile_source(out_grid, out_block, tma),
+        scaling,
+        m,
+        na,
+        kb,
+        r,
+        x.stride(0),
+        out.stride(0),
+        BLOCK_T=tile.tokens,
+        BLOCK_R=tile.block_r,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        ONE_CHUNK=tile.block_n >= na,
+        TMA=tma,
+        DTYPE=common.tl_dtype(x.dtype),
+        PRECISION=common.precision_of(x.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out.to(x.dtype)
+
+
+def kron_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+    need_dx: bool = True,
+    need_da: bool = True,
+    need_db: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [M, K], da, db from one pass over x and dy; None for what is not asked for.
+
+    Where a factor is so large that its gradient leaves no registers for dx, dx takes a pass over
+    dy of its own.
+    """
+    dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
+    factors = _contiguous(a, b, a0, b0)
+    dx = common.empty(tuple(x.shape), x.dtype, x.device) if need_dx else None
+    da = db = None
+    if fits_one_pass(a.shape[0], b.shape[0], a.shape[1], common.chip_of(x.device)):
+        da, db = _backward_pass(dy, x, factors, scaling, dx, need_da, need_db)
+    else:
+        da, db = _backward_pass(dy, x, factors, scaling, None, need_da, need_db)
+        _backward_pass(dy, x, factors, scaling, dx, False, False)
+    if dx is not None:
+        dx = dx.to(dy.dtype).addmm_(dy, weight)
+    return dx, da, db
+
+
+def _backward_pass(
+    dy: Tensor,
+    x: Tensor,
+    factors: list[Tensor | None],
+    scaling: float,
+    dx: Tensor | None,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill ``dx`` with the update's share, if given; return da and db, if asked for."""
+    a, b = factors[:2]
+    assert a is not None and b is not None
+    if dx is None and not (need_da or need_db):
+        return None, None
+    m, (na, r), kb = x.shape[0], a.shape, b.shape[0]
+    chip = common.chip_of(x.device)
+    tile = kron_tile(na, kb, r, x.element_size(), chip, backward=True)
+    programs = min(triton.cdiv(m, tile.tokens), tile.resident * chip.multiprocessors)
+    parts = [
+        torch.empty((programs, *factor.shape), dtype=torch.float32, device=x.device)
+        if need
+        else None
+        for need, factor in ((need_da, a), (need_db, b))
+    ]
+    dy_grid, x_grid = dy.unflatten(1, (na, r)), x.unflatten(1, (r, kb))
+    dx_grid = None if dx is None else dx.view(m, r, kb)
+    dy_block = (tile.tokens, tile.block_n, tile.block_r)
+    x_block = (tile.tokens, tile.block_r, tile.block_k)
+    tma = _tma_ready(chip, (dy_grid, dy_block), (x_grid, x_block), (dx_grid, x_block))
+    common.launch(
+        _kron_bwd_kernel,
+        programs,
+        x.device,
+        common.tile_source(dy_grid, dy_block, tma),
+        common.tile_source(x_grid, x_block, tma),
+        *factors,
+        None if dx_grid is None else common.tile_source(dx_grid, x_block, tma),
+        *parts,
+        scaling,
+        m,
+        na,
+        kb,
+        r,
+        dy.stride(0),
+        x.stride(0),
+        0 if dx is None else dx.stride(0),
+        BLOCK_T=tile.tokens,
+        BLOCK_R=tile.block_r,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        TMA=tma,
+        DTYPE=common.tl_dtype(x.dtype),
+        PRECISION=common.precision_of(x.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    da, db = (
+        None if part is None else sum_parts(part, scaling, tuple(factor.shape), factor.dtype)
+        for part, factor in zip(parts, (a, b), strict=True)
+    )
+    return da, db
+
+
+def _tma_ready(chip: Chip, *grids: tuple[Tensor | None, tuple[int, ...]]) -> bool:
+    """Whether each [M, rows, columns] view and its block suit a tensor descriptor."""
+    return chip.has_tma and all(
+        t.numel() > 0
+        and max(block) <= 256
+        and t.data_ptr() % 16 == 0
+        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:2])
+        for t, block in grids
+        if t is not None
+    )
+
+
+def _contiguous(*factors: Tensor | None) -> list[Tensor | None]:
+    return [None if factor is None else factor.contiguous() for factor in factors]
