@@ -1,0 +1,1 @@
+"""The parts of ``examples/finetune.py``: data, model, adapters, training and the report."""

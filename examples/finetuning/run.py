@@ -1,0 +1,187 @@
+"""One fine-tuning run: data, model, adapter, training, saving, and the reload check."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+import qrlora_kernels as qk
+
+from . import adapters
+from .data import Data, read_tsv
+from .memory import peak_memory
+from .metrics import scores
+from .model import load_model, load_tokenizer
+from .report import write_result
+from .settings import Settings
+from .training import Encoded, Log, encode, faster_precision, predict, train
+
+# Largest difference of a reloaded model's predictions, relative to their largest magnitude. The
+# same bits are expected; a rebuilt factor may differ in its last digit on another machine.
+RELOAD_LIMIT = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+class ReloadError(RuntimeError):
+    """The saved adapter does not predict what the trained model predicts."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Stopped by the user; the message says what is left behind."""
+
+
+def fine_tune(settings: Settings) -> dict[str, Any]:
+    """Fine-tune, save after every epoch, reload into a fresh base and compare.
+
+    Returns
+    -------
+    dict
+        What ``result.json`` holds: losses, scores, times in seconds, sizes in bytes.
+
+    Raises
+    ------
+    Interrupted
+        On Ctrl-C; the adapter of the last complete epoch stays on disk.
+    ReloadError
+        If the reloaded adapter predicts something else.
+    """
+    if settings.precision == "auto":
+        settings = replace(settings, precision=faster_precision(settings.device))
+    data = read_tsv(settings.train_file, settings.eval_file)
+    train_set, eval_set = _encode(data, settings)
+    base = _fresh_model(data, settings)
+    before = peak_memory()
+    start = time.perf_counter()
+    model = adapters.attach(base, settings)
+    seconds_to_start = time.perf_counter() - start
+    log = Log()
+    _train_and_save(model, train_set, eval_set, data, settings, log)
+    peak = peak_memory()
+    trained, head = adapters.trained_numbers(model)
+    result = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},
+        "learning_rate": settings.learning_rate,
+        "trained": trained,
+        "head": head,
+        "rows": [len(data.train), len(data.evaluation)],
+        "scores": log.scores,
+        "losses": log.losses,
+        "seconds_an_epoch": log.seconds,
+        "seconds_to_start": seconds_to_start,
+        "adapter_bytes": settings.adapter_file.stat().st_size,
+        "peak_memory": peak,
+        "memory_before": before,
+        "reload_difference": _check_reload(model, eval_set, data, settings),
+        "layers": _layers(model),
+        "versions": _versions(),
+    }
+    write_result(settings.result_file, result)
+    return result
+
+
+def _encode(data: Data, settings: Settings) -> tuple[Encoded, Encoded]:
+    tokenizer = load_tokenizer(settings.model)
+    first, second = (
+        encode(tokenizer, split, data.values(split), settings.max_length)
+        for split in (data.train, data.evaluation)
+    )
+    return first, second
+
+
+def _fresh_model(data: Data, settings: Settings) -> nn.Module:
+    outputs = max(len(data.labels), 1)
+    return load_model(settings.model, outputs, settings.seed, settings.device)
+
+
+def _train_and_save(
+    model: nn.Module,
+    train_set: Encoded,
+    eval_set: Encoded,
+    data: Data,
+    settings: Settings,
+    log: Log,
+) -> None:
+    def after_epoch(epoch: int) -> None:
+        target = np.array(data.values(data.evaluation))
+        log.scores.append(scores(predict(model, eval_set, settings).double().numpy(), target))
+        adapters.save(model, settings)
+        print(f"epoch {epoch}: {_one_line(log.scores[-1])}, saved {settings.adapter_file}")
+
+    try:
+        train(model, train_set, settings, log, after_epoch)
+    except KeyboardInterrupt:
+        raise Interrupted(_left_behind(log, settings)) from None
+
+
+def _left_behind(log: Log, settings: Settings) -> str:
+    if not log.seconds:
+        return "interrupted in the first epoch: nothing was saved"
+    saved = min(len(log.seconds), settings.epochs)
+    return f"interrupted: {settings.adapter_file} holds the adapter of epoch {saved}"
+
+
+def _check_reload(model: nn.Module, eval_set: Encoded, data: Data, settings: Settings) -> float:
+    """Load the saved file into a fresh base; the largest difference of its predictions."""
+    want = predict(model, eval_set, settings)
+    got = predict(adapters.load(_fresh_model(data, settings), settings), eval_set, settings)
+    difference = _relative(got, want)
+    if not difference <= RELOAD_LIMIT[settings.precision]:
+        raise ReloadError(
+            f"{settings.adapter_file}, loaded into a fresh base, must predict as the trained "
+            f"model does: the predictions differ by {difference:.1e} of their largest magnitude"
+        )
+    how = "bit for bit" if torch.equal(got, want) else f"within {difference:.1e}"
+    print(f"reloaded into a fresh base: {len(want)} predictions agree {how}")
+    return difference
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    scale = want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
+    return float((got - want).abs().max() / scale)
+
+
+def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Of each QR-LoRA layer the whole |R_ii| spectrum, the kept rank and the learned λ."""
+    layers = {
+        name: layer
+        for name, layer in qk.adapted_layers(model).items()
+        if isinstance(layer, qk.QRLinear)
+    }
+    matrices = [layer.matrix().detach() for layer in layers.values()]
+    whole = [qk.linalg.pivoted_qr(w, rank=min(w.shape)).diagonal for w in matrices]
+    return {
+        name: {
+            "spectrum": [float(f"{value:.4g}") for value in diagonal.tolist()],
+            "rank": layer.rank,
+            "lam": [float(f"{value:.4g}") for value in layer.lam.tolist()],
+        }
+        for (name, layer), diagonal in zip(layers.items(), whole, strict=True)
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "qrlora_kernels": qk.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _one_line(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
