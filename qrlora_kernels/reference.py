@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for everything else (contract 1 of the design)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
