@@ -21,8 +21,7 @@ inline void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* 
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v)
-            sum[i][v] = accumulate ? load(c + i * ldc + v * lanes) : typename Vec<T>::type{};
+        for (int v = 0; v < NV; ++v) sum[i][v] = typename Vec<T>::type{};
     for (int64_t p = 0; p < depth; ++p) {
         typename Vec<T>::type row[NV];
 #pragma GCC unroll 4
@@ -37,7 +36,11 @@ inline void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* 
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) store(c + i * ldc + v * lanes, sum[i][v]);
+        for (int v = 0; v < NV; ++v) {
+            T* out = c + i * ldc + v * lanes;
+            // C is added last: a sum over tokens as one chain of terms would round too often.
+            store(out, accumulate ? load(out) + sum[i][v] : sum[i][v]);
+        }
 }
 
 template <typename T, int NV>
