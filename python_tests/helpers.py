@@ -71,9 +71,10 @@ def operands(
     if op == "kron_linear":
         a0, b0 = draw(n // r, r) / r**0.5, draw(k // r, r) / r**0.5
         step_a, step_b = draw(n // r, r), draw(k // r, r)
-        # To first order ‖ΔW‖² is the sum of ‖step_a‖²‖b0‖² and ‖a0‖²‖step_b‖².
-        step_a *= size / SCALING / (2**0.5 * step_a.norm() * b0.norm())
-        step_b *= size / SCALING / (2**0.5 * step_b.norm() * a0.norm())
+        for _ in range(4):  # the norm of the change is not linear in the steps
+            change_now = _kron(a0 + step_a, b0 + step_b) - _kron(a0, b0)
+            ratio = size / SCALING / change_now.norm().clamp(min=1e-30)
+            step_a, step_b = ratio * step_a, ratio * step_b
         tensors = {"a": a0 + step_a, "b": b0 + step_b, "a0": a0, "b0": b0}
         return out | {name: t.to(wide) for name, t in tensors.items()}
     left, right = draw(n, r) / n**0.5, draw(r, k) / r**0.5
@@ -100,10 +101,15 @@ def delta_weight(op: str, given: Operands) -> Tensor:
         return SCALING * t["q"] @ torch.diag(t["lam"]) @ t["r"]
     if op == "lora_xs_linear":
         return SCALING * t["b"] @ t["core"].T @ t["a"]
-    delta = torch.kron(t["a"], t["b"].T.contiguous())
+    delta = _kron(t["a"], t["b"])
     if "a0" in t:
-        delta = delta - torch.kron(t["a0"], t["b0"].T.contiguous())
+        delta = delta - _kron(t["a0"], t["b0"])
     return SCALING * delta
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """A ⊗ Bᵀ; torch.kron takes no transposed view of a single row."""
+    return torch.kron(a, b.T.clone(memory_format=torch.contiguous_format))
 
 
 def exact(op: str, given: Operands) -> Tensor:

@@ -137,7 +137,9 @@ def test_kron_factor_longer_than_one_chunk(chip: Chip) -> None:
 def test_offsets_beyond_int32(kernels: Any) -> None:
     """Row 2 of x starts at element 2**31; a 32-bit offset would read before the tensor."""
     stride, k = 2**30, 32
-    x = torch.empty(2 * stride + k, dtype=torch.float16, device=DEVICE).as_strided((3, k), (stride, 1))
+    x = torch.empty(2 * stride + k, dtype=torch.float16, device=DEVICE).as_strided(
+        (3, k), (stride, 1)
+    )
     given = helpers.operands("qr_linear", 3, 16, k, 4, torch.float16)
     x.copy_(given["x"])
     check("qr_linear", given | {"x": x})

@@ -18,7 +18,7 @@ def adapt(
     target_modules: Targets,
     adapter: str = "qr",
     *,
-    trainable: Sequence[str] = (),
+    trainable: str | Sequence[str] = (),
     progress: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -35,7 +35,7 @@ def adapt(
         expression for full names, or ``"all-linear"``: every linear layer but the output embedding
         and what ``trainable`` names.
     adapter : "qr", "lora_xs" or "ohora"
-    trainable : list of str
+    trainable : str or list of str
         Modules that train in full beside the adapter, such as a task head, by name or suffix. They
         are saved with the adapter.
     progress : bool
@@ -56,10 +56,13 @@ def adapt(
     """
     kind = adapter_type(adapter)
     opts = _options(kind, options)
+    if isinstance(trainable, str):
+        trainable = [trainable]
     for name in trainable:
         if not any(within(n, [name]) for n, _ in model.named_parameters()):
             raise ValueError(f"trainable names {name!r}, but the model has no such module")
     layers = find_targets(model, target_modules, exclude=trainable)
+    _check_disjoint(model, layers, trainable)
     weights = {name: frozen_matrix(layer) for name, layer in layers.items()}
     states = kind.start_named(weights, opts, progress)
     adapted = zip(layers.items(), states, strict=True)
@@ -68,6 +71,19 @@ def adapt(
         if within(name, trainable):
             parameter.requires_grad_(True)
     return model
+
+
+def _check_disjoint(
+    model: nn.Module, layers: dict[str, nn.Module], trainable: Sequence[str]
+) -> None:
+    """Refuse to train a weight in full that an adapter freezes, by its name or by a tie."""
+    frozen = {id(layer.weight): name for name, layer in layers.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if within(name, trainable) and id(parameter) in frozen:
+            raise ValueError(
+                f"trainable must not reach the weight of an adapted layer, got {name}, which is "
+                f"the weight of {frozen[id(parameter)]}"
+            )
 
 
 def adapter_type(adapter: str) -> type[AdapterLinear]:
@@ -104,6 +120,15 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         # Its inference fast path reads the weights of linear1 and linear2 and would skip the
         # adapter; this flag is what it consults to take the ordinary path.
         owner.activation_relu_or_gelu = 0
+    for module in _ancestors(model, name):
+        if isinstance(module, nn.TransformerEncoder):
+            # It would hand the layers a nested tensor, for that same fast path.
+            module.use_nested_tensor = False
+
+
+def _ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    parts = name.split(".")
+    return (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdapterLinear]:

@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64, fp32 for everything else (contract 1 of the design)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -187,11 +190,17 @@ def kron_delta_ref(
 ) -> Tensor:
     """ΔW [N, K] materialised (R-Kron) from a [N/r, r], b [K/r, r]."""
     a, b = _up(a, a, b)
-    delta = torch.kron(a, b.mT.contiguous())
+    delta = _kron(a, b.mT)
     if a0 is not None and b0 is not None:
         a0, b0 = _up(a0, a0, b0)
-        delta = delta - torch.kron(a0, b0.mT.contiguous())
+        delta = delta - _kron(a0, b0.mT)
     return scaling * delta
+
+
+def _kron(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.kron`` for any strides; its own view fails on a row of a transposed matrix."""
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 def _kron_apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

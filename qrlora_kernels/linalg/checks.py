@@ -44,6 +44,13 @@ def check_rank_fits(name: str, rank: int, weight: Tensor) -> None:
         )
 
 
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise ValueError if ``weight`` [N, K] holds NaN or Inf."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if not bool(torch.isfinite(weight.sum(0, dtype=wide)).all()):
+        raise ValueError(f"{name} must be finite, got NaN or Inf")
+
+
 def _check_matrix(name: str, weight: object) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checks import check_out_dtype, named_matrices
+from .checks import check_finite, check_out_dtype, named_matrices
 from .rules import check_rank_options
 
 Columns = Literal["leading", "selected"]
@@ -125,6 +125,7 @@ def kron_factors(
     results = []
     for name, weight in tqdm(named, desc="Kronecker start", unit="matrix", disable=not progress):
         r = _check_rank(name, weight, rank, start)
+        check_finite(name, weight)
         if start == "kaiming":
             pair = _kaiming(weight, r, seed)
         else:
@@ -161,8 +162,6 @@ def _from_factors(
     name: str, weight: Tensor, r: int, columns: Columns, start: Start, seed: int, cut: bool
 ) -> KronFactors:
     work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    if not bool(torch.isfinite(work.sum(0)).all()):
-        raise ValueError(f"{name} must be finite, got NaN or Inf")
     if start == "svd":
         u, s, vh = torch.linalg.svd(work, full_matrices=False)
         chosen = torch.arange(2 * r, device=work.device)  # S is in descending order

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checks import check_out_dtype, check_rank_fits, named_matrices
+from .checks import check_finite, check_out_dtype, check_rank_fits, named_matrices
 from .rules import check_rank_options
 
 Which = Literal["top", "middle", "bottom"]
@@ -95,8 +95,7 @@ def truncated_svd(
     for name, weight in tqdm(named, desc="SVD", unit="matrix", disable=not progress):
         check_rank_fits(name, rank, weight)
         work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        if not bool(torch.isfinite(work.sum(0)).all()):
-            raise ValueError(f"{name} must be finite, got NaN or Inf")
+        check_finite(name, work)
         found = _krylov(work, rank, seed, tol) if which == "top" else None
         u, s, vh = found if found is not None else _full(work, rank, which)
         results.append(_canonical(u, s, vh, out_dtype or weight.dtype))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backends import Choice, Problem, choose
 from ..functional import linear_add
+from ..reference import HALF
 from .frozen import check_base, frozen_matrix, is_conv1d
 
 State = dict[str, Tensor]
@@ -146,8 +147,7 @@ class AdapterLinear(nn.Linear):
             parameter.requires_grad_(False)
         for name in self.factors:
             self.register_buffer(name, state[name])
-        half = self.weight.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if half else self.weight.dtype
+        dtype = torch.float32 if self.weight.dtype in HALF else self.weight.dtype
         for name in self.trainables:
             self.register_parameter(name, nn.Parameter(state[name].to(dtype)))
         self._configure()
@@ -192,18 +192,27 @@ class AdapterLinear(nn.Linear):
                     "a merged layer cannot train: its update is inside the weight; call unmerge()"
                 )
             return F.linear(x, self.matrix(), self.bias)
-        if self.training and self.options.dropout > 0.0:
+        if self._adds_update():
             # The base sees x, the adapter a dropped copy; one rounding still, so a small update
             # survives in half precision.
-            update = self._update(F.dropout(x, self.options.dropout))
+            update = self._update(F.dropout(x, self.options.dropout, self.training))
             return linear_add(x, self.matrix(), self.bias, update)
         return self._fused(x)
+
+    def _adds_update(self) -> bool:
+        """Whether the update is computed apart instead of by the fused operator."""
+        return self.training and self.options.dropout > 0.0
 
     # --- merge
 
     @property
     def merged(self) -> bool:
         return bool(self._unmerged)
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The original weight, merged or not."""
+        return self._unmerged[0] if self.merged else cast(nn.Parameter, self.weight)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -234,7 +243,7 @@ class AdapterLinear(nn.Linear):
 
         With ``merge=False`` it shares this layer's original parameters: the adapter is taken off.
         """
-        weight = self._unmerged[0] if self.merged else self.weight
+        weight = self.base_weight
         if merge:
             data = self.weight.clone() if self.merged else self._merged_weight()
             weight = nn.Parameter(data, requires_grad=False)
@@ -251,14 +260,13 @@ class AdapterLinear(nn.Linear):
 
         def convert(tensor: Tensor) -> Tensor:
             out = fn(tensor)
-            if id(tensor) not in kept or out.dtype not in (torch.float16, torch.bfloat16):
+            if id(tensor) not in kept or out.dtype not in HALF:
                 return out
             if tensor.is_meta or out.is_meta:
-                return torch.empty_like(tensor, device=out.device)
-            return tensor.to(out.device)
+                return torch.empty_like(tensor, device=out.device, dtype=torch.float32)
+            return tensor.to(out.device, torch.float32)
 
-        for weight in self._unmerged:
-            weight.data = fn(weight.data)
+        self._unmerged = tuple(_converted(weight, fn) for weight in self._unmerged)
         return super()._apply(convert, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -280,9 +288,12 @@ class AdapterLinear(nn.Linear):
 
     def explain(self, tokens: int = 2048) -> Choice:
         """The backend that a forward over ``tokens`` tokens takes, and why."""
+        if self.merged:
+            return Choice("merged", "a plain linear layer with the update inside its weight")
         n, k = self.out_features, self.in_features
         weight = self.weight
-        problem = Problem(self.operation, weight.device, weight.dtype, tokens, n, k, self.rank)
+        operation = "linear_add" if self._adds_update() else self.operation
+        problem = Problem(operation, weight.device, weight.dtype, tokens, n, k, self.rank)
         return choose(problem)
 
     def trained_parameters(self) -> int:
@@ -295,6 +306,15 @@ class AdapterLinear(nn.Linear):
             f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}, "
             f"trained={self.trained_parameters()}{merged}"
         )
+
+
+def _converted(weight: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """``fn`` of a parameter outside the module, in place where it can be: it may be tied."""
+    data = fn(weight.data)
+    if not torch._has_compatible_shallow_copy_type(weight.data, data):
+        return nn.Parameter(data, requires_grad=weight.requires_grad)
+    weight.data = data
+    return weight
 
 
 def _empty_base(layer: AdapterLinear) -> nn.Module:

@@ -43,6 +43,11 @@ def check_weight(weight: object, name: str) -> None:
     """Raise unless ``weight`` is a dense floating-point matrix with data."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(
+            f"{name} must be a parameter, got a plain tensor (weight_norm, spectral_norm and "
+            "pruning recompute it before every forward)"
+        )
     if type(weight.data) is not Tensor:
         raise TypeError(
             f"{name} must be an ordinary tensor, got {type(weight.data).__name__} (quantised and "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
+from ..linalg.checks import check_finite, check_rank_fits
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, energy, one_of
@@ -159,7 +160,7 @@ def _bases(
     """(a, b) for each weight, with Σ on the side that the options ask for."""
     rank = options.rank
     if options.basis == "random":
-        return [_random_factors(w, rank, options.seed) for w in weights]
+        return [_random_factors(i, w, rank, options.seed) for i, w in enumerate(weights)]
     if options.basis == "random_svd":
         weights = [_random_like(w, options.seed) for w in weights]
     results = linalg.truncated_svd(
@@ -185,10 +186,11 @@ def _random_like(weight: Tensor, seed: int) -> Tensor:
     return draw * float(weight.detach().float().std())
 
 
-def _random_factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def _random_factors(index: int, weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    linalg.check_rank_options(rank, None, "magnitude", None)
+    check_rank_fits(f"weights[{index}]", rank, weight)
+    check_finite(f"weights[{index}]", weight)
     n, k = weight.shape
-    if not 1 <= rank <= min(n, k):
-        raise ValueError(f"rank must be in [1, {min(n, k)}] for a weight {[n, k]}, got {rank}")
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(rank, k, generator=generator) / k**0.5
     b = torch.randn(n, rank, generator=generator) / n**0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional, linalg
 from ..linalg.kron import Columns, Start
-from ..reference import accumulation_dtype, kron_delta_ref
+from ..reference import HALF, accumulation_dtype, kron_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, one_of
 
 Product = Literal["kron", "materialised", "lora"]
@@ -103,7 +103,8 @@ class OHoRALinear(AdapterLinear):
             the reference), or multiply uncut factors as A Bᵀ (the paper's ablation).
         fold : bool
             Keep W − s A₀ ⊗ B₀ᵀ as a second, non-persistent copy of the weight and skip the start
-            in every call. In half precision that copy is rounded once more than W.
+            in every call. For fp32 and fp64 only: rounding that copy and the whole of A to half
+            precision would bury a small update, so under autocast the start is computed.
         seed : int
             Of the random starts.
         dropout : float
@@ -130,6 +131,11 @@ class OHoRALinear(AdapterLinear):
             progress=progress,
         )
         states = []
+        for i, weight in enumerate(weights):
+            if options.fold and weight.dtype in HALF:
+                raise ValueError(
+                    f"fold needs float32 or float64 weights, got {weight.dtype} for weights[{i}]"
+                )
         for weight, (a0, b0) in zip(weights, results, strict=True):
             dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
             a0, b0 = a0.to(dtype), b0.to(dtype)
@@ -144,30 +150,44 @@ class OHoRALinear(AdapterLinear):
 
     def _fold(self) -> Tensor:
         start = kron_delta_ref(self.a0, self.b0, scaling=self.scaling)
-        return (self.matrix().detach().to(start.dtype) - start).to(self.weight.dtype)
+        weight = self.base_weight.detach().to(start.dtype)
+        return ((weight.t() if self.conv1d else weight) - start).to(self.weight.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._refold()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._refold()
+
+    def _refold(self) -> None:
+        """The fold follows the weight and the start wherever they are converted or loaded."""
+        if self.folded is not None:
+            self.folded = self._fold()
+
+    def _adds_update(self) -> bool:
+        return self.options.product != "kron" or super()._adds_update()
 
     def _fused(self, x: Tensor) -> Tensor:
-        if self.options.product == "lora":
-            return functional.linear_add(x, self.matrix(), self.bias, self._update(x))
-        if self.options.product == "materialised":
-            return nn.functional.linear(x, self._materialised(x), self.bias)
         a, b = self.a, self.b
-        if self.folded is not None:
+        if self.folded is not None and not _computes_in_half(x):
             return functional.kron_linear(x, self.folded, self.bias, a, b, scaling=self.scaling)
         return functional.kron_linear(
             x, self.matrix(), self.bias, a, b, self.a0, self.b0, self.scaling
         )
 
-    def _materialised(self, x: Tensor) -> Tensor:
-        delta = kron_delta_ref(self.a, self.b, self.a0, self.b0, self.scaling)
-        return (self.matrix().to(delta.dtype) + delta).to(x.dtype)
-
     def _update(self, x: Tensor) -> Tensor:
-        dtype = accumulation_dtype(x.dtype)
-        tokens = x.to(dtype)
-        start = _apply_factors(tokens, self.a0, self.b0, self.options.product)
-        update = _apply_factors(tokens, self.a, self.b, self.options.product) - start
-        return (self.scaling * update).to(x.dtype)
+        # In fp32 even under autocast: two products of nearly the same factors are subtracted.
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = x.to(accumulation_dtype(x.dtype))
+            if self.options.product == "materialised":
+                delta = kron_delta_ref(self.a, self.b, self.a0, self.b0, self.scaling)
+                return nn.functional.linear(tokens, delta).to(x.dtype)
+            start = _apply_factors(tokens, self.a0, self.b0, self.options.product)
+            update = _apply_factors(tokens, self.a, self.b, self.options.product) - start
+            return (self.scaling * update).to(x.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -184,6 +204,10 @@ class OHoRALinear(AdapterLinear):
         # A Bᵀ − A₀ B₀ᵀ = [A, −A₀] [B, B₀]ᵀ has rank 2r.
         a = torch.cat([self.a, -self.a0], dim=1)
         return torch.cat([self.b, self.b0], dim=1).mT, self.scaling * a
+
+
+def _computes_in_half(x: Tensor) -> bool:
+    return x.dtype in HALF or torch.is_autocast_enabled(x.device.type)
 
 
 def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:

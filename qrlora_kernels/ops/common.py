@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.chooser import plain_choice
+from ..reference import HALF
 
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (torch.float32, torch.float64, *_HALF)
+_DTYPES = (torch.float32, torch.float64, *HALF)
 
 
 def flatten(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def same(name: str, tensor: Tensor, x: Tensor, or_fp32: bool = False) -> None:
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
     if tensor.dtype != x.dtype and not (
-        or_fp32 and x.dtype in _HALF and tensor.dtype == torch.float32
+        or_fp32 and x.dtype in HALF and tensor.dtype == torch.float32
     ):
         expected = f"{x.dtype} like x" + (" or torch.float32" if or_fp32 else "")
         raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")

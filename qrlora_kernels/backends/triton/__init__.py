@@ -50,7 +50,10 @@ def supports(problem: Problem) -> tuple[bool, str]:
     if interpreted != reason.endswith("(TRITON_INTERPRET)"):
         return False, "the interpreter takes CPU tensors, and compiled kernels CUDA tensors"
     if problem.dtype not in DTYPES:
-        return False, f"Triton kernels compute in float32, float16 and bfloat16, not {problem.dtype}"
+        return (
+            False,
+            f"Triton kernels compute in float32, float16 and bfloat16, not {problem.dtype}",
+        )
     from .common import chip_of
 
     chip = chip_of(problem.device)

@@ -159,7 +159,9 @@ def empty_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     """The Triton name of a supported element type."""
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -114,9 +114,7 @@ def _share_of_y(
     if left_start is not None:
         y = dot(s_change, left_start, y, PRECISION)
     y *= tl.cast(scaling, tl.float32)
-    _store_tokens(
-        out, y, step, stride_om, M, R, first, NA, BLOCK_T, BLOCK_R, BLOCK_N, True, TMA
-    )
+    _store_tokens(out, y, step, stride_om, M, R, first, NA, BLOCK_T, BLOCK_R, BLOCK_N, True, TMA)
 
 
 @triton.jit
@@ -137,9 +135,7 @@ def _kron_fwd_kernel(
 
     zero = tl.zeros((BLOCK_T * BLOCK_R, BLOCK_R), dtype=tl.float32)
     for step in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_T), tl.num_programs(0)):
-        x_tile = _load_tokens(
-            x, step, stride_xm, M, R, KB, BLOCK_T, BLOCK_R, BLOCK_K, False, TMA
-        )
+        x_tile = _load_tokens(x, step, stride_xm, M, R, KB, BLOCK_T, BLOCK_R, BLOCK_K, False, TMA)
         s = _turn(narrow(dot(x_tile, right, zero, PRECISION), DTYPE), BLOCK_T, BLOCK_R)
         s_change = s
         if b0 is not None:
@@ -192,9 +188,7 @@ def _kron_bwd_kernel(
     zero = tl.zeros((BLOCK_T * BLOCK_R, BLOCK_R), dtype=tl.float32)
 
     for step in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_T), tl.num_programs(0)):
-        dy_tile = _load_tokens(
-            dy, step, stride_dm, M, R, NA, BLOCK_T, BLOCK_R, BLOCK_N, True, TMA
-        )
+        dy_tile = _load_tokens(dy, step, stride_dm, M, R, NA, BLOCK_T, BLOCK_R, BLOCK_N, True, TMA)
         if da is not None or db is not None:
             x_tile = _load_tokens(
                 x, step, stride_xm, M, R, KB, BLOCK_T, BLOCK_R, BLOCK_K, False, TMA

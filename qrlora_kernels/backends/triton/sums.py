@@ -11,9 +11,7 @@ from . import common
 
 
 @triton.jit
-def _sum_parts_kernel(
-    parts, out, scaling, P, L, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr
-):
+def _sum_parts_kernel(parts, out, scaling, P, L, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr):
     """out [L] = scaling · Σ_p parts [P, L]."""
     col = tl.program_id(0) * BLOCK_L
     acc = tl.zeros((BLOCK_P, BLOCK_L), dtype=tl.float32)

@@ -64,9 +64,9 @@ def _two_phase_kernel(
         if start is None:
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         else:
-            acc = load_tile(
-                start, m, n, M, N, stride_sm, stride_sn, BLOCK_M, BLOCK_N, False
-            ).to(tl.float32)
+            acc = load_tile(start, m, n, M, N, stride_sm, stride_sn, BLOCK_M, BLOCK_N, False).to(
+                tl.float32
+            )
         for k in tl.range(0, K, BLOCK_K):
             x_tile = load_tile(x, m, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, TMA)
             w_tile = load_reduced(
