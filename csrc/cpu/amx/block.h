@@ -1,0 +1,128 @@
+// A block of C, 32 rows by 32 columns, in tiles 0..3, and its way to memory.
+#pragma once
+
+#include <algorithm>
+
+#include "qrlora/cpu/amx.h"
+#include "tiles.h"
+
+namespace qrlora::amx {
+
+constexpr int64_t side = 32;
+constexpr int64_t block_bytes = side * side * sizeof(float);
+
+inline int64_t padded_depth(const Gemm& g) {
+    int64_t depth = 0;
+    for (int t = 0; t < g.count; ++t) depth += round_up(g.products[t].depth, tile_depth);
+    return depth;
+}
+
+struct Rows {
+    const bf16* data;
+    int64_t ld;  // elements
+};
+
+// Adds A [32, depth] B [depth, 32] to tiles 0..3, or its left half to tiles 0 and 2.
+template <bool wide>
+inline void multiply(Rows a, const bf16* b, int64_t depth) {
+    const int64_t stride = a.ld * static_cast<int64_t>(sizeof(bf16));
+    const bf16* below = a.data + 16 * a.ld;
+    for (int64_t p = 0; p < depth; p += tile_depth, b += 1024) {
+        _tile_loadd(4, a.data + p, stride);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (wide) {
+            _tile_loadd(7, b + 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_loadd(5, below + p, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (wide) _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+inline __m512 widen(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+
+inline __m512 load_bf16(__mmask16 mask, const bf16* p) {
+    return widen(_mm256_maskz_loadu_epi16(mask, p));
+}
+
+inline void store_bf16(bf16* p, __mmask16 mask, __m512 v) {
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+// One rounding: block [32, 32] fp32 + bias + addend into C.
+inline void finish(const Gemm& g, const float* block, int64_t i0, int64_t j0) {
+    const int64_t rows = std::min(side, g.m - i0);
+    for (int64_t j = 0; j < side && j0 + j < g.n; j += 16) {
+        const __mmask16 mask = first16(g.n - j0 - j);
+        const __m512 bias = g.bias ? load_bf16(mask, g.bias + j0 + j) : _mm512_setzero_ps();
+        const __m512 scale =
+            g.scaled ? _mm512_maskz_loadu_ps(mask, g.column_scale + j0 + j) : _mm512_setzero_ps();
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t at = (i0 + i) * g.ldc + j0 + j;
+            __m512 v = _mm512_add_ps(_mm512_load_ps(block + i * side + j), bias);
+            if (g.addend) v = _mm512_add_ps(v, load_bf16(mask, g.addend + at));
+            if (g.fp32_out)
+                _mm512_mask_storeu_ps(static_cast<float*>(g.c) + at, mask, v);
+            else
+                store_bf16(static_cast<bf16*>(g.c) + at, mask, v);
+            if (g.scaled) store_bf16(g.scaled + at, mask, _mm512_mul_ps(v, scale));
+        }
+    }
+}
+
+// Rows i.. of a matrix where they lie, or a padded copy where a tile would reach over their
+// end.
+inline Rows rows_of(const Matrix& a, int64_t depth, int64_t i, int64_t count, bf16*& copy) {
+    const bf16* from = a.data + i * a.row;
+    if (a.col == 1 && count - i >= side && depth % tile_depth == 0) return {from, a.row};
+    const int64_t ld = round_up(depth, tile_depth);
+    pack_a(from, a.row, a.col, depth, count - i, copy, ld);
+    const Rows copied{copy, ld};
+    copy += side * ld;
+    return copied;
+}
+
+inline void zero_block() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+inline void load_block(const float* block) {
+    _tile_loadd(0, block, side * 4);
+    _tile_loadd(1, block + 16, side * 4);
+    _tile_loadd(2, block + 16 * side, side * 4);
+    _tile_loadd(3, block + 16 * side + 16, side * 4);
+}
+
+inline void store_block(float* block) {
+    _tile_stored(0, block, side * 4);
+    _tile_stored(1, block + 16, side * 4);
+    _tile_stored(2, block + 16 * side, side * 4);
+    _tile_stored(3, block + 16 * side + 16, side * 4);
+}
+
+// block [32, 32] = the sum of the products; its right half is not computed unless `wide`.
+inline void multiply_all(const Gemm& g, const Rows (&a)[2], const bf16* b, float* block,
+                         bool wide) {
+    zero_block();
+    for (int t = 0; t < g.count; ++t) {
+        const int64_t depth = g.products[t].depth;
+        if (wide)
+            multiply<true>(a[t], b, depth);
+        else
+            multiply<false>(a[t], b, depth);
+        b += side * round_up(depth, tile_depth);
+    }
+    store_block(block);
+}
+
+// Products of at most 32 rows; see few_rows.cpp.
+void gemm_few_rows(const Gemm& g);
+
+}  // namespace qrlora::amx
