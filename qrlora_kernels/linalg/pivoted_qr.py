@@ -181,7 +181,7 @@ def rebuild_pivoted_qr(
     if len(torch.unique(pivots)) != len(pivots):
         raise ValueError(f"pivots must be distinct columns of {name}, got {pivots.tolist()}")
     [(q, r, diagonal)] = _factors([weight], [pivots], [out_dtype or weight.dtype], lambda _: None)
-    if not bool(torch.isfinite(diagonal).all()):
+    if not bool((diagonal > 0).all()):  # NaN included
         raise ValueError(f"pivots must be independent columns of {name}, got {pivots.tolist()}")
     return PivotedQR(q, r, pivots, diagonal, len(pivots))
 

@@ -1,0 +1,153 @@
+"""pivoted_qr against LAPACK's dgeqp3, on the native core and on plain torch operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pivot_matrices import assert_greedy, gaussian, lapack, matrices
+from torch import Tensor
+
+from qrlora_kernels.linalg import cpu_core, pivoted_qr, rebuild_pivoted_qr
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both implementations; without a native core the one that is there runs under its own name."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_core, "CORE", None)
+    elif cpu_core.CORE is None:
+        pytest.fail("the native core is not built, so its pivots cannot be tested")
+    return str(request.param)
+
+
+def as_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Converted without losing the strides that a case is about."""
+    if dtype == matrix.dtype:
+        return matrix
+    out = torch.empty_strided(matrix.shape, matrix.stride(), dtype=dtype)
+    return out.copy_(matrix.clamp(-6e4, 6e4) if dtype == torch.float16 else matrix)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", list(matrices()))
+def test_pivots_are_those_of_geqp3(name: str, dtype: torch.dtype, path: str) -> None:
+    weight = as_dtype(matrices()[name], dtype)
+    before = weight.clone()
+    found = pivoted_qr(weight, rank=150)
+    assert torch.equal(weight, before)
+    rank_100 = name == "rank_100" and dtype == torch.float64
+    assert found.rank == (100 if rank_100 else 150)
+    assert found.deficient == rank_100
+    assert_greedy(found.pivots, weight)
+    torch.testing.assert_close(
+        found.diagonal, lapack(weight)[1][: found.rank], rtol=1e-6, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", list(matrices()))
+def test_factors(name: str, dtype: torch.dtype, path: str) -> None:
+    weight = as_dtype(matrices()[name], dtype)
+    found = pivoted_qr(weight, rank=150)
+    q, r, rank = found.q.double(), found.r.double(), found.rank
+    eye = torch.eye(rank, dtype=torch.float64)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert (q.mT @ q - eye).abs().max() <= tolerance
+    scale = weight.double().norm(dim=0)
+    rounding = (1e-13 if dtype == torch.float64 else 2e-6) * scale
+    assert ((q.mT @ weight.double() - r).abs() <= rounding + 1e-300).all()
+    at_pivots = found.r[:, found.pivots]
+    assert torch.equal(at_pivots, at_pivots.triu())
+    assert torch.equal(at_pivots.diagonal(), found.diagonal.to(dtype))
+    assert (found.diagonal > 0).all()
+    assert (found.diagonal.diff() <= 1e-10 * found.diagonal[0]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rebuild_has_the_same_bits(dtype: torch.dtype, path: str) -> None:
+    weight = gaussian(200, 330).to(dtype)
+    found = pivoted_qr(weight, rank=77)
+    again = rebuild_pivoted_qr(weight, found.pivots)
+    for name in ("q", "r", "diagonal"):
+        assert torch.equal(getattr(found, name), getattr(again, name)), name
+
+
+def test_bits_do_not_depend_on_threads_or_on_the_list(path: str) -> None:
+    weights = [gaussian(300, 500).float(), gaussian(96, 64, 1), gaussian(300, 500, 2).bfloat16()]
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(pivoted_qr(weights, rank=60))
+        results.append([pivoted_qr(weight, rank=60) for weight in weights])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one.pivots, two.pivots)
+            if path == "native":  # library products may sum in another order with more threads
+                assert torch.equal(one.q, two.q)
+                assert torch.equal(one.r, two.r)
+
+
+def test_native_and_torch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(250, 400)
+    native = pivoted_qr(weight, rank=120)
+    monkeypatch.setattr(cpu_core, "CORE", None)
+    plain = pivoted_qr(weight, rank=120)
+    assert torch.equal(native.pivots, plain.pivots)
+    torch.testing.assert_close(native.q, plain.q, rtol=0, atol=1e-12)
+    torch.testing.assert_close(native.r, plain.r, rtol=0, atol=1e-11)
+
+
+def test_ties_go_to_the_lowest_column(path: str) -> None:
+    identity = pivoted_qr(torch.eye(300))
+    assert identity.pivots.tolist() == list(range(300))
+    column = gaussian(64, 1)
+    repeated = pivoted_qr(column.expand(64, 200))
+    assert (repeated.rank, repeated.pivots.tolist(), repeated.deficient) == (1, [0], True)
+    doubled = torch.cat([gaussian(64, 40), gaussian(64, 40)], 1)
+    assert int(pivoted_qr(doubled, rank=30).pivots.max()) < 40
+
+
+def test_full_rank_by_default(path: str) -> None:
+    weight = gaussian(60, 90)
+    found = pivoted_qr(weight)
+    assert found.rank == 60
+    assert_greedy(found.pivots, weight)
+    torch.testing.assert_close(found.q @ found.r, weight, rtol=0, atol=1e-12)
+
+
+def test_axis_0_factorises_the_transpose(path: str) -> None:
+    weight = gaussian(70, 50)
+    rows, columns = pivoted_qr(weight, rank=9, axis=0), pivoted_qr(weight.T, rank=9)
+    assert torch.equal(rows.q, columns.q)
+    assert torch.equal(rows.r, columns.r)
+
+
+def test_out_dtype_and_parameters(path: str) -> None:
+    weight = torch.nn.Parameter(gaussian(40, 30).bfloat16())
+    found = pivoted_qr(weight, rank=5, out_dtype=torch.float32)
+    assert (found.q.dtype, found.r.dtype) == (torch.float32, torch.float32)
+    assert not found.q.requires_grad
+    assert pivoted_qr(weight, rank=5).q.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+def test_small_and_odd_shapes(rows: int, path: str) -> None:
+    for columns in (1, 5, 40):
+        weight = gaussian(rows, columns)
+        found = pivoted_qr(weight)
+        assert found.rank == min(rows, columns)
+        assert_greedy(found.pivots, weight)
+        if rows <= columns:
+            torch.testing.assert_close(found.q @ found.r, weight, rtol=0, atol=1e-12)
+
+
+def test_planted_fault_is_noticed() -> None:
+    weight = matrices()["gaussian"]
+    pivots = lapack(weight)[0][:40].clone()
+    pivots[[20, 21]] = pivots[[21, 20]]
+    with pytest.raises(AssertionError, match="pivot 20"):
+        assert_greedy(pivots, weight)
