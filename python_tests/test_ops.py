@@ -1,4 +1,4 @@
-"""The operations inside PyTorch: autograd, registered operators, compile, autocast, checkpointing."""
+"""The operations inside PyTorch: autograd, operators, compile, autocast, checkpointing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_gradcheck(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_double_backward_raises(op):
-    """The backward is not differentiable, and says so instead of giving a wrong second derivative."""
+    """The backward is not differentiable, and says so: no wrong second derivative."""
     operands = helpers.operands(op, *SIZES)
     x, *_ = _leaves(op, operands)
     (grad,) = torch.autograd.grad(helpers.call(op, operands).square().sum(), x, create_graph=True)
