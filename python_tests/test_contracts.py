@@ -146,7 +146,7 @@ def test_any_shape_keeps_the_error_rule(op, dtype, m, rank, rows, columns, bias,
 
 
 def _absolute(op, operands):
-    """Operands whose result is the sum of the absolute terms: the start is added, not subtracted."""
+    """Operands whose result is the sum of the absolute terms, the start added, not subtracted."""
     positive = {n: t.abs() if isinstance(t, torch.Tensor) else t for n, t in operands.items()}
     if op == "kron_linear":
         positive["a0"] = -positive["a0"]

@@ -29,8 +29,8 @@ def restore(y: Tensor, x: Tensor) -> Tensor:
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """x [..., K], weight [N, K], bias [N] or None, one floating dtype, one device."""
-    _check_tensor("x", x)
-    _check_tensor("weight", weight)
+    check_tensor("x", x)
+    check_tensor("weight", weight)
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if weight.dim() != 2:
@@ -48,7 +48,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """``tensor`` has exactly ``shape``."""
-    _check_tensor(name, tensor)
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
@@ -64,7 +64,7 @@ def same(name: str, tensor: Tensor, x: Tensor, or_fp32: bool = False) -> None:
         raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
 
 
-def _check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
@@ -76,12 +76,15 @@ def check_scaling(scaling: object) -> None:
 
 def autocast(*tensors: Tensor | None) -> list[Any]:
     """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
-    device = next(t for t in tensors if t is not None).device.type
+    # What is no tensor is named by the checks, which come after.
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
         for t in tensors
     ]
 

@@ -14,6 +14,7 @@ from .common import (
     autocast,
     check_linear,
     check_scaling,
+    check_tensor,
     flatten,
     plain_reason,
     restore,
@@ -164,6 +165,7 @@ def _check_factors(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None
 ) -> None:
     n, k = weight.shape
+    check_tensor("a", a)
     rank = a.shape[1] if a.dim() == 2 else 0
     if rank == 0 or n % rank or k % rank:
         raise ValueError(

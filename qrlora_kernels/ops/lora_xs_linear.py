@@ -14,6 +14,7 @@ from .common import (
     autocast,
     check_linear,
     check_scaling,
+    check_tensor,
     flatten,
     plain_reason,
     restore,
@@ -141,6 +142,7 @@ def lora_xs_linear(
     check_scaling(scaling)
     x, weight, bias, a, b = autocast(x, weight, bias, a, b)
     check_linear(x, weight, bias)
+    check_tensor("core", core)
     rank = core.shape[0] if core.dim() == 2 else 0
     shaped("core", core, (rank, rank))
     shaped("a", a, (rank, weight.shape[1]))

@@ -14,6 +14,7 @@ from .common import (
     autocast,
     check_linear,
     check_scaling,
+    check_tensor,
     flatten,
     plain_reason,
     restore,
@@ -141,6 +142,7 @@ def qr_linear(
     check_scaling(scaling)
     x, weight, bias, q, r = autocast(x, weight, bias, q, r)
     check_linear(x, weight, bias)
+    check_tensor("lam", lam)
     rank = lam.shape[0] if lam.dim() == 1 else -1
     shaped("lam", lam, (max(rank, 0),))
     shaped("q", q, (weight.shape[0], rank))

@@ -1,0 +1,260 @@
+"""The operations inside PyTorch: autograd, operators, compile, autocast, checkpointing."""
+
+from __future__ import annotations
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import OPERANDS, OPS, TRAINABLES
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from qrlora_kernels import backends
+from qrlora_kernels.backends import chooser
+
+SIZES = (7, 24, 36, 3)
+
+
+def _leaves(op, operands):
+    return [operands[n].requires_grad_() for n in ("x", "bias", *TRAINABLES[op])]
+
+
+def _close(got, want, rtol=1e-5):
+    torch.testing.assert_close(got, want, rtol=rtol, atol=rtol, check_dtype=False)
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op):
+    for backend in helpers.cpu_backends(op, torch.float64):
+        operands = helpers.operands(op, 5, 6, 9, 3, torch.float64)
+        names = ["x", "bias", *TRAINABLES[op]]
+        leaves = [operands[n].requires_grad_() for n in names]
+
+        def function(*values, given=operands, names=names, backend=backend):
+            return helpers.call(op, given | dict(zip(names, values, strict=True)), backend=backend)
+
+        assert torch.autograd.gradcheck(function, leaves)
+        assert backends.last_choice(op).name == backend
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_double_backward_raises(op):
+    """The backward is not differentiable, and says so: no wrong second derivative."""
+    operands = helpers.operands(op, *SIZES)
+    x, *_ = _leaves(op, operands)
+    (grad,) = torch.autograd.grad(helpers.call(op, operands).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_frozen_operands_that_ask_get_their_gradient(op):
+    """Weight, factors and start are frozen in the layers; elsewhere no gradient may be dropped."""
+    operands = helpers.operands(op, *SIZES, torch.float64)
+    frozen = ["weight", *(n for n in OPERANDS[op] if n not in TRAINABLES[op])]
+    want = {}
+    for function in (helpers.exact, helpers.call):
+        leaves = {n: operands[n].detach().clone().requires_grad_() for n in frozen}
+        function(op, operands | leaves).square().sum().backward()
+        for name, leaf in leaves.items():
+            _close(leaf.grad, want.setdefault(name, leaf.grad), 1e-9)
+    choice = backends.last_choice(op)
+    assert choice.name == "reference"
+    assert "asks for a gradient" in choice.reason
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("wanted", range(4))
+def test_nothing_is_computed_that_is_not_asked(op, wanted, monkeypatch):
+    """The backend is told which gradients are wanted, and is not called where none is."""
+    module = chooser.load("composed")
+    flags = []
+
+    def spy(step):
+        original = getattr(module, f"{op}_{step}")
+
+        def wrapped(*args):
+            flags.append(args)
+            return original(*args)
+
+        monkeypatch.setattr(module, f"{op}_{step}", wrapped)
+
+    if op != "linear_add":
+        spy("bwd")
+    operands = helpers.operands(op, *SIZES)
+    names = ["x", "bias", *TRAINABLES[op]]
+    name = names[wanted % len(names)]
+    operands[name].requires_grad_()
+    helpers.call(op, operands, backend="composed").sum().backward()
+    assert operands[name].grad is not None
+    if op == "linear_add":
+        return
+    if name == "bias":
+        assert not flags
+        return
+    asked = [n for n in names if n != "bias"]
+    (args,) = flags
+    assert list(args[-len(asked) :]) == [n == name for n in asked]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_for_backward(op, dtype):
+    """h [M, r] for QR-LoRA and LoRA-XS, x alone for Kronecker, nothing of [M, *] for the sum."""
+    m, n, k, r = 64, 24, 36, 3
+    operands = helpers.operands(op, m, n, k, r, dtype)
+    _leaves(op, operands)
+    own = {t.data_ptr(): name for name, t in operands.items()}
+    saved: list[Tensor] = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        helpers.call(op, operands)
+    fresh = [t for t in saved if t.data_ptr() not in own]
+    referred = {own[t.data_ptr()] for t in saved if t.data_ptr() in own}
+    size = operands["x"].element_size()
+    fresh_bytes = sum(t.numel() * t.element_size() for t in fresh)
+    assert fresh_bytes == (m * r * size if op in ("qr_linear", "lora_xs_linear") else 0)
+    assert ("x" in referred) == (op == "kron_linear")
+    assert "bias" not in referred
+
+
+# --- registered operators, torch.compile
+
+
+def _operator_arguments(op):
+    operands = helpers.operands(op, *SIZES)
+    scaling = () if op == "linear_add" else (helpers.SCALING,)
+    yield f"{op}_fwd", (*operands.values(), *scaling, None)
+    if op == "linear_add":
+        return
+    m, n, _, r = SIZES
+    dy, factors = torch.randn(m, n), [operands[name] for name in OPERANDS[op]]
+    needs = [(True, True), (True, False), (False, True)]
+    if op == "kron_linear":
+        head, needs = (dy, operands["x"], operands["weight"], *factors), [(True, *p) for p in needs]
+    else:
+        head = (dy, operands["weight"], *factors, torch.randn(m, r))
+    for flags in needs:
+        yield f"{op}_bwd", (*head, *scaling, *flags, None)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op):
+    for name, arguments in _operator_arguments(op):
+        torch.library.opcheck(getattr(torch.ops.qrlora, name).default, arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compile_without_graph_breaks(op):
+    operands = helpers.operands(op, *SIZES)
+    dy = helpers.gradient_like(op, operands)
+    compiled = torch.compile(lambda given: helpers.call(op, given) * 2, fullgraph=True)
+    want = helpers.outcome(lambda o, given: helpers.call(o, given) * 2, op, operands, dy)
+    got = helpers.outcome(lambda _, given: compiled(given), op, operands, dy)
+    for name, tensor in want.items():
+        _close(got[name], tensor)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_outputs_do_not_alias_inputs(op):
+    for name, arguments in _operator_arguments(op):
+        results = getattr(torch.ops.qrlora, name)(*arguments)
+        results = (results,) if isinstance(results, Tensor) else results
+        given = {t.untyped_storage().data_ptr() for t in arguments if isinstance(t, Tensor)}
+        pointers = [t.untyped_storage().data_ptr() for t in results if t.numel()]
+        assert not given & set(pointers)
+        assert len(set(pointers)) == len(pointers)
+
+
+# --- autocast
+
+
+@pytest.mark.parametrize("backward_inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("op", OPS)
+def test_autocast(op, backward_inside):
+    """As F.linear: bf16 out of fp32 in, gradients in the dtypes of the leaves, in both places."""
+    operands = helpers.operands(op, 64, 24, 36, 3)
+    leaves = _leaves(op, operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = helpers.call(op, operands)
+        assert y.dtype == F.linear(operands["x"], operands["weight"]).dtype == torch.bfloat16
+        if backward_inside:
+            y.float().square().sum().backward()
+    if not backward_inside:
+        y.float().square().sum().backward()
+    exact = helpers.operands(op, 64, 24, 36, 3, torch.float64)
+    want = _leaves(op, exact)
+    helpers.exact(op, exact).square().sum().backward()
+    for leaf, reference in zip(leaves, want, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        error = (leaf.grad - reference.grad).norm() / reference.grad.norm()
+        assert float(error) < 0.02
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_leaves_fp64_alone(op):
+    operands = helpers.operands(op, *SIZES, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = helpers.call(op, operands)
+    _close(y, helpers.exact(op, operands), 1e-12)
+
+
+# --- checkpointing, torch.func, forward mode
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_checkpointing(op, reentrant):
+    operands = helpers.operands(op, *SIZES)
+    dy = helpers.gradient_like(op, operands)
+
+    def checkpointed(_, given):
+        names, values = zip(*given.items(), strict=True)
+        inner = lambda *v: helpers.call(op, dict(zip(names, v, strict=True)))  # noqa: E731
+        return checkpoint(inner, *values, use_reentrant=reentrant)
+
+    want = helpers.outcome(helpers.call, op, operands, dy)
+    got = helpers.outcome(checkpointed, op, operands, dy)
+    assert all(helpers.same_bits(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_func(op):
+    operands = helpers.operands(op, *SIZES, torch.float64)
+    name = TRAINABLES[op][0]
+
+    def by(function, value, x):
+        return function(op, operands | {name: value, "x": x})
+
+    x, value = operands["x"], operands[name]
+    for transform in (
+        lambda f: torch.func.grad(lambda v: by(f, v, x).square().sum())(value),
+        lambda f: torch.func.jacrev(lambda v: by(f, v, x))(value),
+        lambda f: torch.func.jacfwd(lambda v: by(f, v, x))(value),
+        lambda f: torch.func.vmap(lambda v: by(f, v, x))(torch.stack([value, 2 * value])),
+    ):
+        _close(transform(helpers.call), transform(helpers.exact), 1e-9)
+    assert "torch.func" in backends.last_choice(op).reason
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode(op):
+    """A native kernel knows no tangents: the plain expression has to run, or they vanish."""
+    operands = helpers.operands(op, *SIZES, torch.float64)
+    tangent = torch.randn_like(operands["x"])
+    results = {}
+    for function in (helpers.call, helpers.exact):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(operands["x"], tangent)
+            y = function(op, operands | {"x": dual})
+            results[function] = forward_ad.unpack_dual(y).tangent
+    _close(results[helpers.call], results[helpers.exact], 1e-9)
