@@ -60,7 +60,7 @@ class Effort:
     max_rounds: int
 
 
-EFFORT = {"quick": Effort(1.0, 4, 20), "short": Effort(8.0, 6, 60), "full": Effort(40.0, 10, 400)}
+EFFORT = {"quick": Effort(1.0, 4, 20), "short": Effort(5.0, 6, 60), "full": Effort(40.0, 10, 400)}
 
 _CPU_LAYER = {
     "quick": [Case(128, 1024, 1024, 16)],

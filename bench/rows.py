@@ -90,8 +90,8 @@ def _ratio(row: Row, floors: dict[tuple[Any, ...], float | None]) -> float | Non
     return row.value / base
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    """``path`` as CSV and a JSON twin beside it, each by a temporary name and a rename."""
+def write(rows: Sequence[Row], path: Path, twin: bool = True) -> None:
+    """``path`` as CSV and its JSON twin beside it, each by a temporary name and a rename."""
     table = [asdict(row) for row in rows]
 
     def as_csv(out: TextIO) -> None:
@@ -100,7 +100,8 @@ def write(rows: Sequence[Row], path: Path) -> None:
         writer.writerows([{key: _cell(value) for key, value in row.items()} for row in table])
 
     replace_file(path.with_suffix(".csv"), as_csv)
-    replace_file(path.with_suffix(".json"), lambda out: json.dump(table, out, indent=1))
+    if twin:
+        replace_file(path.with_suffix(".json"), lambda out: json.dump(table, out, indent=1))
 
 
 def read(path: Path) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from .rows import OK, RED, SKIPPED, Row
 
@@ -12,7 +11,7 @@ METRICS = ("forward", "backward", "both", "step", "tokens", "start", "saved", "p
 
 def text(rows: Sequence[Row]) -> str:
     """Everything that was measured, for a terminal."""
-    return "\n\n".join(_block(list(group)) for _, group in groupby(rows, Row.case))
+    return "\n\n".join(map(_block, by_case(rows)))
 
 
 def title(row: Row) -> str:
@@ -21,21 +20,33 @@ def title(row: Row) -> str:
     return f"{row.suite}: {shape} on {row.device}" + (", cold cache" if row.cache == "cold" else "")
 
 
-def _block(rows: list[Row]) -> str:
+def cells(rows: list[Row]) -> list[list[str]]:
+    """One case as a table: a head, then a line per variant."""
     columns = [(m, c) for m in METRICS for c in ("wall", "device", "graph", "") if _has(rows, m, c)]
-    if _has(rows, "gate", "wall"):
-        columns = []
     heads = [f"{m} ({c})" if c not in ("wall", "") else m for m, c in columns]
-    lines = [["adapter", "variant", "r", *heads, "gate", ""]]
+    lines = [["adapter", "variant", "r", *heads, "gate", "remark"]]
     for (adapter, variant), group in _variants(rows):
         found = {(row.metric, row.clock): row for row in group}
         first = group[0]
-        cells = [number(found.get(column)) for column in columns]
-        rank = str(first.r) if first.r else ""
-        lines.append([adapter, variant, rank, *cells, gate(first), _remark(group)])
+        values = [number(found.get(column)) for column in columns]
+        rank = str(first.r) if first.r and first.status != SKIPPED else ""
+        lines.append([adapter, variant, rank, *values, gate(first), _remark(group)])
+    return lines
+
+
+def _block(rows: list[Row]) -> str:
+    lines = cells(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     return "\n".join([title(rows[0]), *(line.rstrip() for line in body)])
+
+
+def by_case(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that are compared with one another, in the order in which they were measured."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.case(), []).append(row)
+    return list(found.values())
 
 
 def _has(rows: Iterable[Row], metric: str, clock: str) -> bool:

@@ -10,12 +10,14 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..problem import LayerProblem, Runner, Unavailable
+from ..registry import Case
 from .registry import LAYERS, Layer
 
 MODES = {"": True, "/off": False, "/autocast": True}
@@ -59,6 +61,7 @@ CONFIGS: dict[str, Callable[[int], Any]] = {
 # Their start is a full SVD of the weight, minutes on a CPU beyond this side.
 _SVD_START = {"kasa", "tinylora", "psoft"}
 _LARGEST_SVD_ON_CPU = 1024
+_BUILT: dict[tuple[str, str, Case, str], Runner] = {}
 
 
 def wrap(problem: LayerProblem, config: Any, mode: str) -> tuple[nn.Module, nn.Module]:
@@ -82,6 +85,17 @@ def _runner(problem: LayerProblem, adapted: nn.Module, layer: nn.Module, mode: s
 
 
 def _neighbour(adapter: str, mode: str, problem: LayerProblem) -> Runner:
+    """Kept for the next case that differs in tokens alone: it has the same weight."""
+    case = replace(problem.case, m=0)
+    key = (adapter, mode, case, str(problem.device))
+    if key not in _BUILT:
+        if _BUILT and next(iter(_BUILT))[2] != case:
+            _BUILT.clear()
+        _BUILT[key] = _build_neighbour(adapter, mode, problem)
+    return _BUILT[key]
+
+
+def _build_neighbour(adapter: str, mode: str, problem: LayerProblem) -> Runner:
     side = min(problem.case.n, problem.case.k)
     if adapter in _SVD_START and problem.device.type == "cpu" and side > _LARGEST_SVD_ON_CPU:
         raise Unavailable(f"starts with a full SVD: above {_LARGEST_SVD_ON_CPU} only on a GPU")

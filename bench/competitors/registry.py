@@ -82,8 +82,15 @@ def layers_for(adapters: Sequence[str] = (), variants: Sequence[str] = ()) -> li
 
 
 def starts_for(variants: Sequence[str] = ()) -> list[Start]:
+    """The floor, and the starts whose family and name hold one of ``variants``."""
     _load()
-    return [s for s in STARTS if not variants or any(v in s.name for v in (*variants, s.family))]
+    return [
+        start
+        for start in STARTS
+        if start.family == "floor"
+        or not variants
+        or any(v in f"{start.family} {start.name}" for v in variants)
+    ]
 
 
 @contextlib.contextmanager

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..problem import LayerProblem
+from ..problem import LayerProblem, Runner
 from ..registry import Case
 from ..rows import Row, with_ratios
 from ..timing import Task
-from .common import FLOOR, Built, Options, build_all, gate_rows, timed_rows
+from .common import FLOOR, Options, build_all, gate_rows, timed_rows
 
 
 def run(case: Case, options: Options) -> list[Row]:
@@ -16,13 +16,12 @@ def run(case: Case, options: Options) -> list[Row]:
     problem, built, skipped = build_all("layer", case, options)
     if options.gate_only:
         return gate_rows(built) + skipped
-    rows = timed_rows([(b.row, training(b, problem)) for b in built], options, case.m)
+    rows = timed_rows([(b.row, training(b.runner, problem)) for b in built], options, case.m)
     return with_ratios(rows, FLOOR) + skipped
 
 
-def training(built: Built, problem: LayerProblem) -> Task:
+def training(runner: Runner, problem: LayerProblem) -> Task:
     """Forward, then the gradients of x and of every trainable."""
-    runner = built.runner
     dy = problem.dy.to(runner.forward(problem.x).dtype)
 
     def forward(_: Any) -> Any:
