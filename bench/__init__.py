@@ -1,0 +1,1 @@
+"""Benchmarks against naive code, PEFT, LyCORIS and LAPACK: ``python -m bench --help``."""

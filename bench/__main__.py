@@ -1,0 +1,200 @@
+"""``python -m bench``: run suites, compare two runs, regenerate plots and pages."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import machine, table
+from .competitors.ours import each_backend
+from .registry import (
+    ADAPTERS,
+    CASES,
+    DTYPES,
+    EFFORT,
+    GATE_CASES,
+    MODEL_CASES,
+    NEIGHBOURS,
+    SUITES,
+    Case,
+    ModelCase,
+)
+from .rows import RED, Row, write
+from .suites import decode, layer, memory, model, start
+from .suites.common import Options
+
+RESULTS = machine.REPOSITORY / "bench" / "results"
+OUT = machine.REPOSITORY / "bench" / "out"
+RUN: dict[str, Callable[..., list[Row]]] = {
+    "layer": layer.run,
+    "decode": decode.run,
+    "start": start.run,
+    "memory": memory.run,
+    "model": model.run,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of the three commands; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["compare"]:
+        return _compare(arguments[1:])
+    if arguments[:1] == ["pages"]:
+        return _pages(arguments[1:])
+    return _run(_parser().parse_args(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m bench",
+        description="Time adapters over frozen linear layers against their alternatives.",
+        epilog="Other commands: 'python -m bench compare OLD NEW' exits with 1 if anything got "
+        "worse beyond noise; 'python -m bench pages' redraws plots, docs/benchmarks.md and the "
+        "README table from bench/results.",
+    )
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--quick", dest="effort", action="store_const", const="quick")
+    effort.add_argument("--full", dest="effort", action="store_const", const="full")
+    parser.set_defaults(effort="short")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--suites", type=_one_of(SUITES), default=SUITES, metavar="A,B")
+    parser.add_argument("--dtypes", type=_one_of(tuple(DTYPES)), default=(), metavar="A,B")
+    families = (*ADAPTERS, *NEIGHBOURS)
+    parser.add_argument(
+        "--adapters", type=_one_of(families), default=(), metavar="A,B", help=", ".join(families)
+    )
+    parser.add_argument(
+        "--variants", type=_list, default=(), metavar="A,B", help="parts of 'adapter variant'"
+    )
+    parser.add_argument("--cases", default="", help="part of a case, such as 'M=512 1024x1024'")
+    parser.add_argument(
+        "--backends", type=_list, default=(), metavar="A,B", help="also pin this package to these"
+    )
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cold", dest="cold", action="store_true", help="evict caches (GPU default)"
+    )
+    cache.add_argument("--warm", dest="cold", action="store_false")
+    parser.set_defaults(cold=None)
+    parser.add_argument("--gate-only", action="store_true", help="check results, time nothing")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for CSV and JSON")
+    parser.add_argument("--record", action="store_true", help="write to bench/results instead")
+    parser.add_argument("--list", action="store_true", help="print what would run")
+    return parser
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
+
+
+def _one_of(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = _list(text)
+        for part in chosen:
+            if part not in allowed:
+                raise argparse.ArgumentTypeError(f"choose from {', '.join(allowed)}, got {part!r}")
+        return chosen
+
+    return parse
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write(f"--device cuda: torch {torch.__version__} sees no GPU here\n")
+        return 2
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    plan = [(suite, case) for suite in chosen.suites for case in _cases(suite, chosen)]
+    if chosen.list or not plan:
+        print("\n".join(f"{suite}: {case}" for suite, case in plan) or "nothing matches")
+        return 0 if plan else 2
+    options = Options(
+        device=chosen.device,
+        effort=EFFORT[chosen.effort],
+        adapters=chosen.adapters,
+        variants=chosen.variants,
+        cold=chosen.device == "cuda" if chosen.cold is None else chosen.cold,
+        gate_only=chosen.gate_only,
+        full=chosen.effort == "full",
+    )
+    folder = RESULTS if chosen.record else chosen.out
+    with each_backend(list(chosen.backends)):
+        rows = _measure(plan, options, folder)
+    red = [row for row in rows if row.status == RED]
+    names = sorted({f"{row.suite} {row.adapter} {row.variant}" for row in red})
+    print(f"\n{len(rows)} rows in {folder}" + "".join(f"\nRED: {name}" for name in names))
+    return 1 if red and chosen.gate_only else 0
+
+
+def _cases(suite: str, chosen: argparse.Namespace) -> list[Case] | list[ModelCase]:
+    if suite == "model":
+        found: list = MODEL_CASES[chosen.device][chosen.effort]
+    elif chosen.gate_only and suite != "start":
+        found = GATE_CASES
+    else:
+        found = CASES[chosen.device][suite][chosen.effort]
+    return [
+        case
+        for case in found
+        if chosen.cases in str(case) and (not chosen.dtypes or case.dtype in chosen.dtypes)
+    ]
+
+
+def _measure(plan: list[tuple[str, Case]], options: Options, folder: Path) -> list[Row]:
+    """Run the plan suite by suite; files are written after each case, so a stop loses little."""
+    rows: list[Row] = []
+    begin = time.monotonic()
+    bar = tqdm(total=len(plan), unit="case", smoothing=0.0, disable=None)
+    with bar, contextlib.suppress(KeyboardInterrupt):
+        for number, (suite, case) in enumerate(plan):
+            bar.set_description(f"{suite}: {case}")
+
+            def tick(share: float, end: int = number + 1) -> None:
+                bar.update(min(share, max(end - bar.n, 0.0)))
+
+            found = RUN[suite](case, replace(options, tick=tick))
+            bar.update(number + 1 - bar.n)
+            rows += found
+            tqdm.write(table.text(found) + "\n")
+            done = [row for row in rows if row.suite == suite]
+            path = folder / f"{machine.slug(options.device)}-{suite}.csv"
+            write(done, path, twin=folder != RESULTS)
+    tqdm.write(f"{time.monotonic() - begin:.0f} s")
+    return rows
+
+
+def _compare(arguments: list[str]) -> int:
+    from .compare import report
+
+    parser = argparse.ArgumentParser("python -m bench compare")
+    parser.add_argument("old", type=Path, help="CSV or JSON of a run, or a folder of CSV files")
+    parser.add_argument("new", type=Path)
+    chosen = parser.parse_args(arguments)
+    text, status = report(chosen.old, chosen.new)
+    print(text)
+    return status
+
+
+def _pages(arguments: list[str]) -> int:
+    from .pages import regenerate
+
+    parser = argparse.ArgumentParser("python -m bench pages")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
+    chosen = parser.parse_args(arguments)
+    outdated = regenerate(check=chosen.check)
+    print("\n".join(f"{'outdated' if chosen.check else 'wrote'}: {name}" for name in outdated))
+    return 1 if chosen.check and outdated else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

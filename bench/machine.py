@@ -1,0 +1,69 @@
+"""What a row says about where it was measured: machine, chips, versions, threads, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PEERS = ("triton", "numpy", "scipy", "peft", "transformers", "lycoris-lora")
+
+
+@cache
+def facts() -> dict[str, str]:
+    """Columns of a row that are the same for a whole run."""
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "threads": str(torch.get_num_threads()),
+        "versions": "; ".join(
+            [f"python {platform.python_version()}", f"torch {torch.__version__}", *_peers()]
+        ),
+        "commit": _commit(),
+    }
+
+
+def slug(device: str) -> str:
+    """Name of the chip that ran, fit for a file name."""
+    found = facts()
+    name = found["gpu"] if device == "cuda" else f"{found['cpu']} {found['threads']} threads"
+    words = re.sub(r"\((r|tm)\)", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        text = info.read_text()
+        name = re.search(r"model name\s*:\s*(.*)", text)
+        isa = [flag for flag in ("avx2", "avx512f", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
+        if name:
+            return " ".join([name[1].strip(), *isa])
+    return platform.processor() or platform.machine()
+
+
+def _peers() -> list[str]:
+    installed = {dist.metadata["Name"]: dist.version for dist in distributions()}
+    return [f"{name} {installed[name]}" if name in installed else f"no {name}" for name in PEERS]
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("QRLORA_COMMIT", "unknown")

@@ -1,0 +1,160 @@
+"""docs/benchmarks.md and the README table, written from the recorded rows alone."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from . import plots, summary, table
+from .machine import REPOSITORY
+from .rows import RED, SKIPPED, Row, read_folder, replace_file
+
+RESULTS = REPOSITORY / "bench" / "results"
+README, PAGE = REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+_INTRO = """# Benchmarks
+
+This page is written by `python -m bench pages` from the rows in `bench/results`; no number in it is
+typed by hand, and a test fails when the two disagree. To repeat it on another machine:
+
+```
+make bench                             # or: python -m bench    under five minutes on two cores
+python -m bench --full --device cuda   # everything; --help lists suites, filters and outputs
+python -m bench --record               # into bench/results instead of bench/out
+python -m bench pages                  # plots, this page and the README table from bench/results
+python -m bench compare OLD NEW        # exits with 1 if anything got worse beyond noise
+pytest bench --benchmark-only          # pytest-benchmark's view, which saves and compares
+```
+
+How to read it. A cell gives the median, the range from the 20 % to the 80 % quantile, and the
+ratio to the **floor**: the same work with the layer frozen (for the start: one product QᵀW). All
+variants of a table ran interleaved in one process, after warm-up, in two runs.
+
+- **gate**: "green" means that outputs and all gradients were compared with fp64 before anything was
+  timed, and are at most twice as far from it as the plain PyTorch expression in the same dtype.
+  "RED" rows are wrong and get no ratio. "other maths" is another method: timed, not comparable.
+- *frozen* has no adapter, *eager* is the three-line expression, *torch.compile* the same compiled,
+  *addmm* the sum inside a library call.
+- *peft* is PEFT's default (adapter in fp32), */off* has `autocast_adapter_dtype=False`, */autocast*
+  runs under `torch.autocast`.
+- *lycoris* rebuilds the weight (its default), */bypass* does not, */kernels* is its Triton kernels.
+- `lokr` is OHoRA's product without its start, which is what PEFT and LyCORIS compute.
+- *saved* is what the layer keeps for its backward beyond weights and factors, *peak* what a step
+  allocates at most beyond what was there before it, *disk* the saved file.
+"""
+
+
+def regenerate(check: bool = False) -> list[str]:
+    """Bring the page, the README table and the plots up to date.
+
+    Parameters
+    ----------
+    check : bool
+        Write nothing.
+
+    Returns
+    -------
+    list of str
+        The files that were, or with ``check`` would be, changed. Plots are not checked: their bytes
+        depend on the version of matplotlib.
+    """
+    rows = read_folder(RESULTS)
+    drawn = plots.names(rows) if check else plots.draw(rows)
+    texts = {PAGE: page(rows, drawn), README: readme(README.read_text(), rows)}
+    stale = [path for path, text in texts.items() if _current(path) != text]
+    if not check:
+        for path in stale:
+            text = texts[path]
+            replace_file(path, lambda out, text=text: out.write(text))  # type: ignore[misc]
+    names = [str(path.relative_to(REPOSITORY)) for path in stale]
+    return names if check else names + [f"docs/{name}" for name in drawn]
+
+
+def _current(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def readme(text: str, rows: list[Row]) -> str:
+    """``text`` with the short tables between its markers.
+
+    Raises
+    ------
+    ValueError
+        If the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README.md must hold {BEGIN} and {END} once each, in this order")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{short(rows)}{END}{after}"
+
+
+def short(rows: list[Row]) -> str:
+    """The tables of the README, machine by machine."""
+    parts = []
+    for chip, group in _machines(rows):
+        parts.append(f"On {chip}; time over the frozen layer's, forward and backward together:")
+        parts += [summary.layer_table(group), summary.model_table(group)]
+        parts.append(summary.start_table(group))
+        behind = len(summary.losses(group))
+        parts.append(
+            f"An alternative that gives the same numbers is ahead beyond noise in {behind} of "
+            f"{_contests(group)} comparisons; [docs/benchmarks.md](docs/benchmarks.md) names them."
+        )
+    return "".join(part + "\n\n" for part in parts if part).rstrip("\n") + "\n" if parts else ""
+
+
+def _contests(rows: list[Row]) -> int:
+    wanted = {"layer": "both", "decode": "forward", "start": "start", "model": "step"}
+    return sum(
+        row.variant.partition(" ")[0] == summary.OURS
+        and row.metric == wanted.get(row.suite)
+        and row.clock in ("wall", "device")
+        and row.value is not None
+        and bool(row.adapter)
+        for row in rows
+    )
+
+
+def page(rows: list[Row], drawn: list[str]) -> str:
+    """docs/benchmarks.md."""
+    parts = [_INTRO]
+    for chip, group in _machines(rows):
+        parts.append(f"\n## {chip}\n")
+        parts += [f"![{name}]({name})" for name in drawn if plots.slug(group[0]) in name]
+        parts.append("\n### Where an alternative is ahead\n")
+        losses = summary.losses(group)
+        parts += [f"- {loss}" for loss in losses] or ["Nowhere beyond noise."]
+        parts.append(_exceptions(group))
+        for suite, of_suite in groupby(group, lambda row: row.suite):
+            parts.append(f"\n### {suite}")
+            for case in table.by_case(of_suite):
+                measured = [row for row in case if row.status != SKIPPED]
+                parts.append(
+                    f"\n{table.title(case[0])}\n\n{summary.markdown(table.cells(measured))}"
+                )
+    return "\n".join(parts) + "\n"
+
+
+def _exceptions(rows: list[Row]) -> str:
+    """What was wrong and what did not run, by name."""
+    lines = []
+    for status, name in ((RED, "Wrong, so without a ratio"), (SKIPPED, "Skipped")):
+        found = dict.fromkeys(
+            f"{row.suite} {row.adapter} {row.variant}: {row.note}"
+            for row in rows
+            if row.status == status
+        )
+        lines += [f"\n### {name}\n", *(f"- {line}" for line in found)] if found else []
+    return "\n".join(lines)
+
+
+def _machines(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows by the chip that they ran on, with its description."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        torch = next(part for part in row.versions.split("; ") if part.startswith("torch"))
+        chip = row.gpu if row.device == "cuda" else f"{row.cpu}, {row.threads} threads"
+        found.setdefault(f"{chip}, {torch}, commit {row.commit}", []).append(row)
+    return list(found.items())

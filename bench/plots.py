@@ -1,0 +1,125 @@
+"""Three pictures from the recorded rows: layer against tokens, start against size, memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from typing import Any
+
+from .machine import REPOSITORY
+from .rows import RED, SKIPPED, Row
+from .summary import NAMES, OURS, Line, lines_for
+
+FOLDER = "images"
+_KINDS = ("layer", "start", "memory")
+
+
+def slug(row: Row) -> str:
+    """The chip of a row, fit for a file name."""
+    chip = row.gpu if row.device == "cuda" else f"{row.cpu} {row.threads} threads"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", chip.lower())).strip("-")
+
+
+def names(rows: list[Row]) -> list[str]:
+    """The files that :func:`draw` makes, relative to docs/."""
+    chips = dict.fromkeys(slug(row) for row in rows)
+    return [
+        f"{FOLDER}/{chip}-{kind}.svg"
+        for chip in chips
+        for kind in _KINDS
+        if any(slug(row) == chip and row.suite == kind for row in rows)
+    ]
+
+
+def draw(rows: list[Row]) -> list[str]:
+    """Draw every picture; returns their names. Without matplotlib the files stay as they are."""
+    wanted = names(rows)
+    if not wanted or importlib.util.find_spec("matplotlib") is None:
+        return wanted
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # Text as text and fixed ids: the same rows give the same file.
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9})
+    drawers: dict[str, Callable[[Any, list[Row]], None]] = {
+        "layer": _layer,
+        "start": _start,
+        "memory": _memory,
+    }
+    for name in wanted:
+        chip, _, kind = name.removeprefix(f"{FOLDER}/").removesuffix(".svg").rpartition("-")
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        drawers[kind](axes, [r for r in rows if slug(r) == chip and r.suite == kind])
+        path = REPOSITORY / "docs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+    return wanted
+
+
+def _usable(rows: list[Row], metric: str) -> list[Row]:
+    return [r for r in rows if r.metric == metric and r.value and r.status not in (RED, SKIPPED)]
+
+
+def _layer(axes: Any, rows: list[Row]) -> None:
+    rows = [r for r in _usable(rows, "both") if r.clock != "wall" or r.device == "cpu"]
+    shapes = [(r.n, r.k, r.dtype) for r in rows if not r.adapter]
+    shape = max(shapes, key=shapes.count)
+    rows = [r for r in rows if (r.n, r.k, r.dtype) == shape and r.ratio]
+    colors = {family: f"C{i}" for i, family in enumerate((*NAMES, "lora"))}
+    for line in lines_for():
+        best = _best_by(rows, line, lambda r: r.m, lambda r: r.ratio or 0.0)
+        if not best:
+            continue
+        family = next(r.adapter for r in rows if line.takes(r))
+        ours = OURS in {r.variant for r in rows if line.takes(r)}
+        style = "-o" if ours else ("--" if "best of eager" in line.name else ":")
+        label = line.name.strip("*")
+        axes.plot(*zip(*best, strict=True), style, color=colors[family], label=label, lw=1.6)
+    axes.axhline(1.0, color="black", lw=1, label="frozen layer")
+    axes.set(xscale="log", yscale="log", xlabel="tokens M", ylabel="time over the frozen layer")
+    axes.set_title(f"forward and backward, {shape[0]}×{shape[1]}, {shape[2]}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize=6, ncols=2)
+
+
+def _start(axes: Any, rows: list[Row]) -> None:
+    rows = _usable(rows, "start")
+    rank, dtype = max(r.r for r in rows), rows[0].dtype
+    rows = [r for r in rows if (r.r, r.dtype) == (rank, dtype)]
+    for name in dict.fromkeys(r.variant for r in rows):
+        line = Line(name, lambda r, name=name: r.variant == name)  # type: ignore[misc]
+        points = _best_by(rows, line, lambda r: (r.n * r.k) ** 0.5, lambda r: r.value or 0.0)
+        floor = name == "one product"
+        style = {"color": "black", "ls": "-", "lw": 1} if floor else {"marker": "o", "lw": 1.6}
+        if not floor and not name.startswith(OURS):
+            style["ls"] = "--"
+        axes.plot(*zip(*points, strict=True), label="floor: " + name if floor else name, **style)
+    axes.set(xscale="log", yscale="log", xlabel="√(N·K)", ylabel="ms")
+    axes.set_title(f"time to start, one matrix, r = {rank}, {dtype}")
+    axes.legend(fontsize=6, ncols=2)
+
+
+def _memory(axes: Any, rows: list[Row]) -> None:
+    rows = [r for r in _usable(rows, "saved") if r.case() == rows[0].case()]
+    rows.sort(key=lambda r: r.value or 0.0)
+    labels = [f"{r.adapter} {r.variant} r={r.r}" for r in rows]
+    colors = ["C0" if r.variant.startswith(OURS) else "0.7" for r in rows]
+    axes.figure.set_figheight(1 + 0.17 * len(rows))
+    axes.barh(labels, [(r.value or 0.0) / 2**20 for r in rows], color=colors)
+    axes.set(xscale="log", xlabel="MiB kept for backward")
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_title(f"M = {rows[0].m}, {rows[0].n}×{rows[0].k}, {rows[0].dtype}")
+
+
+def _best_by(
+    rows: list[Row], line: Line, x: Callable[[Row], float], y: Callable[[Row], float]
+) -> list[tuple[float, float]]:
+    """The lowest point at each x of the rows that ``line`` takes."""
+    best: dict[float, float] = {}
+    for row in filter(line.takes, rows):
+        best[x(row)] = min(y(row), best.get(x(row), float("inf")))
+    return sorted(best.items())

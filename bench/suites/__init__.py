@@ -1,0 +1,1 @@
+"""One module per suite; each turns a case into rows."""
