@@ -2,8 +2,9 @@
 
 The question a pair asks: *do the two sentences document the same object?* The first sentence of a
 docstring and a later one make a positive pair; the same first sentence and a later one from
-another file of the same library make a negative pair. Every sentence thus occurs exactly once in
-each class: nothing can be read from one sentence alone, a model has to compare the two.
+another file of the same library make a negative pair. Every first sentence thus occurs once in
+each class, and a later one at most once: nothing can be read from one sentence alone, a model has
+to compare the two.
 
 Sources are read as text and never imported: no side effects, no network, and the same pairs for
 the same versions of the libraries.
