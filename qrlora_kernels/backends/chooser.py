@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ _forced: str | None = None
 _last: dict[str, Choice] = {}
 
 
+@cache
 def load(name: str) -> ModuleType:
     """The module of backend ``name``."""
     if name not in BACKENDS:

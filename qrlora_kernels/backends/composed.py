@@ -247,7 +247,8 @@ def _onednn_runs(dtype: torch.dtype) -> bool:
 
 def _scale_columns(h: Tensor, lam: Tensor, scaling: float) -> Tensor:
     """s (h ∘ λ) in h's dtype, multiplied in λ's."""
-    return (h * (scaling * lam)).to(h.dtype)
+    scale = lam if scaling == 1.0 else scaling * lam
+    return (h * scale).to(h.dtype)
 
 
 def _column_dots(h: Tensor, g: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,21 +40,18 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"x must have {weight.shape[1]} features in its last dimension (weight is "
             f"{tuple(weight.shape)}), got shape {tuple(x.shape)}"
         )
-    same("weight", weight, x)
+    check_operand("weight", weight, tuple(weight.shape), x)
     if bias is not None:
-        shaped("bias", bias, (weight.shape[0],))
-        same("bias", bias, x)
+        check_operand("bias", bias, (weight.shape[0],), x)
 
 
-def shaped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """``tensor`` has exactly ``shape``."""
+def check_operand(
+    name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, or_fp32: bool = False
+) -> None:
+    """``tensor`` has ``shape`` and x's device and dtype (or fp32, for trainables over half)."""
     check_tensor(name, tensor)
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-
-
-def same(name: str, tensor: Tensor, x: Tensor, or_fp32: bool = False) -> None:
-    """``tensor`` has x's device and dtype (or fp32, for trainables over half-precision weights)."""
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
     if tensor.dtype != x.dtype and not (
@@ -74,12 +71,12 @@ def check_scaling(scaling: object) -> None:
         raise TypeError(f"scaling must be a float, got {type(scaling).__name__}")
 
 
-def autocast(*tensors: Tensor | None) -> list[Any]:
+def autocast(*tensors: Tensor | None) -> Sequence[Any]:
     """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
     # What is no tensor is named by the checks, which come after.
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device)
     return [
         t.to(dtype)
@@ -91,7 +88,9 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
 
 def wants_gradient(*operands: Tensor | None) -> bool:
     """Whether autograd must record the call at all."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in operands)
 
 
 def plain_reason(*frozen: Tensor | None) -> str | None:

@@ -13,14 +13,13 @@ from ..reference import kron_linear_ref
 from .common import (
     autocast,
     check_linear,
+    check_operand,
     check_scaling,
     check_tensor,
     flatten,
     plain_reason,
     restore,
     run_plain,
-    same,
-    shaped,
     wants_gradient,
 )
 from .operator import Operator, placeholder
@@ -180,7 +179,6 @@ def _check_factors(
     if a0 is not None and b0 is not None:
         factors["a0"], factors["b0"] = (a0, factors["a"][1]), (b0, factors["b"][1])
     for name, (factor, shape) in factors.items():
-        shaped(name, factor, shape)
-        same(name, factor, x, or_fp32=True)
+        check_operand(name, factor, shape, x, or_fp32=True)
         if factor.dtype != a.dtype:
             raise TypeError(f"{name} must have the dtype of a, {a.dtype}, got {factor.dtype}")

@@ -17,12 +17,11 @@ from ..reference import linear_add_ref
 from .common import (
     autocast,
     check_linear,
+    check_operand,
     flatten,
     plain_reason,
     restore,
     run_plain,
-    same,
-    shaped,
     wants_gradient,
 )
 from .operator import Operator
@@ -103,8 +102,7 @@ def linear_add(
     """
     x, weight, bias, addend = autocast(x, weight, bias, addend)
     check_linear(x, weight, bias)
-    shaped("addend", addend, (*x.shape[:-1], weight.shape[0]))
-    same("addend", addend, x)
+    check_operand("addend", addend, (*x.shape[:-1], weight.shape[0]), x)
     if reason := plain_reason(weight):
         plain = (x, weight, bias, addend)
         return run_plain("linear_add", reason, backend, linear_add_ref, *plain)

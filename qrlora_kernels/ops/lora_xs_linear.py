@@ -13,14 +13,13 @@ from ..reference import lora_xs_linear_ref
 from .common import (
     autocast,
     check_linear,
+    check_operand,
     check_scaling,
     check_tensor,
     flatten,
     plain_reason,
     restore,
     run_plain,
-    same,
-    shaped,
     wants_gradient,
 )
 from .operator import Operator, placeholder
@@ -144,12 +143,9 @@ def lora_xs_linear(
     check_linear(x, weight, bias)
     check_tensor("core", core)
     rank = core.shape[0] if core.dim() == 2 else 0
-    shaped("core", core, (rank, rank))
-    shaped("a", a, (rank, weight.shape[1]))
-    shaped("b", b, (weight.shape[0], rank))
-    for name, factor in (("a", a), ("b", b)):
-        same(name, factor, x)
-    same("core", core, x, or_fp32=True)
+    check_operand("core", core, (rank, rank), x, or_fp32=True)
+    check_operand("a", a, (rank, weight.shape[1]), x)
+    check_operand("b", b, (weight.shape[0], rank), x)
     if reason := plain_reason(weight, a, b):
         plain = (x, weight, bias, a, b, core, scaling)
         return run_plain("lora_xs_linear", reason, backend, lora_xs_linear_ref, *plain)

@@ -13,14 +13,13 @@ from ..reference import qr_linear_ref
 from .common import (
     autocast,
     check_linear,
+    check_operand,
     check_scaling,
     check_tensor,
     flatten,
     plain_reason,
     restore,
     run_plain,
-    same,
-    shaped,
     wants_gradient,
 )
 from .operator import Operator, placeholder
@@ -144,12 +143,9 @@ def qr_linear(
     check_linear(x, weight, bias)
     check_tensor("lam", lam)
     rank = lam.shape[0] if lam.dim() == 1 else -1
-    shaped("lam", lam, (max(rank, 0),))
-    shaped("q", q, (weight.shape[0], rank))
-    shaped("r", r, (rank, weight.shape[1]))
-    for name, factor in (("q", q), ("r", r)):
-        same(name, factor, x)
-    same("lam", lam, x, or_fp32=True)
+    check_operand("lam", lam, (max(rank, 0),), x, or_fp32=True)
+    check_operand("q", q, (weight.shape[0], rank), x)
+    check_operand("r", r, (rank, weight.shape[1]), x)
     if reason := plain_reason(weight, q, r):
         plain = (x, weight, bias, q, r, lam, scaling)
         return run_plain("qr_linear", reason, backend, qr_linear_ref, *plain)
