@@ -53,8 +53,29 @@ inline void store_bf16(bf16* p, __mmask16 mask, __m512 v) {
     _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+// The common block, whole and with one bf16 result: a cache line per row.
+inline void finish_whole(const Gemm& g, const float* block, int64_t i0, int64_t j0) {
+    const int64_t rows = std::min(side, g.m - i0);
+    const __mmask16 all = first16(16);
+    const __m512 none = _mm512_setzero_ps();
+    const __m512 bias_low = g.bias ? load_bf16(all, g.bias + j0) : none;
+    const __m512 bias_high = g.bias ? load_bf16(all, g.bias + j0 + 16) : none;
+    bf16* c = static_cast<bf16*>(g.c) + i0 * g.ldc + j0;
+    const bf16* addend = g.addend ? g.addend + i0 * g.ldc + j0 : nullptr;
+    for (int64_t i = 0; i < rows; ++i, block += side, c += g.ldc) {
+        __m512 low = _mm512_add_ps(_mm512_load_ps(block), bias_low);
+        __m512 high = _mm512_add_ps(_mm512_load_ps(block + 16), bias_high);
+        if (addend) {
+            low = _mm512_add_ps(low, load_bf16(all, addend + i * g.ldc));
+            high = _mm512_add_ps(high, load_bf16(all, addend + i * g.ldc + 16));
+        }
+        _mm512_storeu_si512(c, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
 // One rounding: block [32, 32] fp32 + bias + addend into C.
 inline void finish(const Gemm& g, const float* block, int64_t i0, int64_t j0) {
+    if (g.n - j0 >= side && !g.fp32_out && !g.scaled) return finish_whole(g, block, i0, j0);
     const int64_t rows = std::min(side, g.m - i0);
     for (int64_t j = 0; j < side && j0 + j < g.n; j += 16) {
         const __mmask16 mask = first16(g.n - j0 - j);

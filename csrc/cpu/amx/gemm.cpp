@@ -10,18 +10,20 @@ namespace qrlora::amx {
 namespace {
 
 constexpr int64_t panel_bytes = 1 << 20;
+constexpr int64_t narrow = 256;  // columns under which reading A again costs more than packing B
 
 // How C is cut into tasks. An element's sum does not depend on the cut, nor on the threads.
 struct Cut {
     int64_t depth, panel, panels, rows, chunks;
     explicit Cut(const Gemm& g) : depth(padded_depth(g)) {
         const int64_t cached = panel_bytes / 2 / std::max<int64_t>(depth, 1);
-        const int64_t share = (g.n + g.threads - 1) / g.threads;
-        panel = std::min(std::max(side, cached / side * side), round_up(share, side));
-        panels = (g.n + panel - 1) / panel;
-        const int64_t wanted = panels >= g.threads ? 1 : (g.threads + panels - 1) / panels;
-        rows = round_up((g.m + wanted - 1) / wanted, side);
-        chunks = (g.m + rows - 1) / rows;
+        const int64_t share = std::max(narrow, tiles(g.n, g.threads));
+        panels = tiles(g.n, std::max(side, std::min(share, cached) / side * side));
+        if (panels > 1 && panels < 4 * g.threads) panels = round_up(panels, g.threads);
+        panel = round_up(tiles(g.n, panels), side);
+        panels = tiles(g.n, panel);
+        rows = round_up(tiles(g.m, tiles(g.threads, panels)), side);
+        chunks = tiles(g.m, rows);
     }
 };
 

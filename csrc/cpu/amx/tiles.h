@@ -81,7 +81,7 @@ inline Zeroed<T> allocate(int64_t count) {
     return Zeroed<T>(static_cast<T*>(p));
 }
 
-// How many tiles of `side` cover `size`.
+// How many pieces of `side` cover `size`.
 inline int64_t tiles(int64_t size, int64_t side) { return (size + side - 1) / side; }
 
 // Bit j set for the first `count` of 32 (16) lanes.
