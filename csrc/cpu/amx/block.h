@@ -128,9 +128,8 @@ inline void store_block(float* block) {
     _tile_stored(3, block + 16 * side + 16, side * 4);
 }
 
-// block [32, 32] = the sum of the products; its right half is not computed unless `wide`.
-inline void multiply_all(const Gemm& g, const Rows (&a)[2], const bf16* b, float* block,
-                         bool wide) {
+// Tiles 0..3 = the sum of the products; the right half is not computed unless `wide`.
+inline void multiply_all(const Gemm& g, const Rows (&a)[2], const bf16* b, bool wide) {
     zero_block();
     for (int t = 0; t < g.count; ++t) {
         const int64_t depth = g.products[t].depth;
@@ -140,7 +139,6 @@ inline void multiply_all(const Gemm& g, const Rows (&a)[2], const bf16* b, float
             multiply<false>(a[t], b, depth);
         b += side * round_up(depth, tile_depth);
     }
-    store_block(block);
 }
 
 // Products of at most 32 rows; see few_rows.cpp.

@@ -49,7 +49,8 @@ class Task {
                 const Product& p = g_.products[t];
                 b[t] = rows_of({p.b.data, p.b.col, p.b.row}, p.depth, j, g_.n, copy);
             }
-            multiply_all(g_, b, tiles_, turned, g_.m > 16);
+            multiply_all(g_, b, tiles_, g_.m > 16);
+            store_block(turned);
             turn(turned, block);
             finish(g_, block, 0, j);
         }

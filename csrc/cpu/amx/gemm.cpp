@@ -9,7 +9,7 @@ namespace qrlora::amx {
 
 namespace {
 
-constexpr int64_t panel_bytes = 1 << 20;
+constexpr int64_t panel_bytes = 5 << 18;
 constexpr int64_t narrow = 256;  // columns under which reading A again costs more than packing B
 
 // How C is cut into tasks. An element's sum does not depend on the cut, nor on the threads.
@@ -47,13 +47,22 @@ class Task {
             for (int t = 0; t < g_.count; ++t)
                 a[t] = rows_of(g_.products[t].a, g_.products[t].depth, i, g_.m, copy);
             for (int64_t j = j0; j < j1; j += side) {
-                multiply_all(g_, a, tiles_ + (j - j0) * cut_.depth, block_, g_.n - j > 16);
-                finish(g_, block_, i, j);
+                multiply_all(g_, a, tiles_ + (j - j0) * cut_.depth, g_.n - j > 16);
+                finish_waiting();
+                store_block(block_);
+                row_ = i, column_ = j;
             }
         }
+        finish_waiting();
     }
 
   private:
+    // A block is rounded while the tile unit is busy with the next one.
+    void finish_waiting() {
+        if (row_ >= 0) finish(g_, block_, row_, column_);
+        row_ = -1;
+    }
+
     void pack_columns(int64_t j, bf16* to) {
         for (int t = 0; t < g_.count; ++t) {
             const Product& p = g_.products[t];
@@ -65,6 +74,7 @@ class Task {
     const Gemm& g_;
     const Cut& cut_;
     float* block_;
+    int64_t row_ = -1, column_ = 0;  // where the block goes; no block waits if row_ < 0
     bf16 *tiles_, *rows_;
 };
 

@@ -163,16 +163,6 @@ inline void pack_tiles(const bf16* from, int64_t ld, int64_t rows, int64_t colum
     }
 }
 
-// bf16 [rows, columns] in memory, rows ld apart, to zero-padded rows `to_ld` apart.
-inline void copy_rows(const bf16* from, int64_t ld, int64_t rows, int64_t columns, bf16* to,
-                      int64_t to_rows, int64_t to_ld) {
-    for (int64_t i = 0; i < to_rows; ++i)
-        for (int64_t j = 0; j < to_ld; j += 32)
-            _mm512_storeu_si512(
-                to + i * to_ld + j,
-                _mm512_maskz_loadu_epi16(i < rows ? first32(columns - j) : 0, from + i * ld + j));
-}
-
 // C [rows, columns] fp32 rounded into bf16 memory whose rows lie side by side.
 inline void store_rounded(const float* c, int64_t ldc, int64_t rows, int64_t columns, bf16* to) {
     for (int64_t i = 0; i < rows; ++i)

@@ -75,11 +75,7 @@ void pack_b(const bf16* b, int64_t row, int64_t col, int64_t depth, int64_t colu
 void pack_a(const bf16* a, int64_t row, int64_t col, int64_t depth, int64_t rows, bf16* to,
             int64_t ld) {
     if (col != 1) return pack_a_transposed(a, col, depth, rows, to, ld);
-    for (int64_t i = 0; i < 32; ++i) {
-        const int64_t kept = i < rows ? depth : 0;
-        if (kept) std::memcpy(to + i * ld, a + i * row, kept * sizeof(bf16));
-        std::memset(static_cast<void*>(to + i * ld + kept), 0, (ld - kept) * sizeof(bf16));
-    }
+    copy_rows(a, row, rows, depth, to, 32, ld);
 }
 
 }  // namespace qrlora::amx

@@ -128,6 +128,16 @@ inline void pair_rows(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
     high = _mm512_permutex2var_epi16(even, _mm512_add_epi16(step, _mm512_set1_epi16(16)), odd);
 }
 
+// bf16 [rows, columns] in memory, rows ld apart, to zero-padded rows `to_ld` apart.
+inline void copy_rows(const bf16* from, int64_t ld, int64_t rows, int64_t columns, bf16* to,
+                      int64_t to_rows, int64_t to_ld) {
+    for (int64_t i = 0; i < to_rows; ++i)
+        for (int64_t j = 0; j < to_ld; j += 32)
+            _mm512_storeu_si512(
+                to + i * to_ld + j,
+                _mm512_maskz_loadu_epi16(i < rows ? first32(columns - j) : 0, from + i * ld + j));
+}
+
 // 32 columns of B over the whole depth, as two tiles for each 32 of the depth; zero padded.
 void pack_b(const bf16* b, int64_t row, int64_t col, int64_t depth, int64_t columns, bf16* to);
 
