@@ -8,31 +8,13 @@
 namespace qrlora {
 namespace {
 
-constexpr int64_t PANEL = 16;
+constexpr int64_t PANEL = TILE_N;
 constexpr int64_t PROJECT_ROWS = 256;  // rows of r in one pass over the matrix
 
 // Modified Gram-Schmidt of the panel in place; returns R [count, count], diagonal positive.
 std::vector<double> orthonormalise(Panel& x) {
-    const int64_t count = x.columns;
-    std::vector<double> r(count * count, 0.0);
-    for (int64_t j = 0; j < count; ++j) {
-        double* row = r.data() + j * count;
-        double dots[PANEL] = {};
-        for (int64_t i = 0; i < x.rows; ++i) {
-            const double* line = x.row(i);
-            for (int64_t k = 0; k < PANEL; ++k) dots[k] += line[j] * line[k];
-        }
-        const double norm = std::sqrt(dots[j]);
-        for (int64_t k = j; k < count; ++k) row[k] = dots[k] / norm;
-        double scale[PANEL] = {};
-        std::copy(row + j + 1, row + count, scale + j + 1);
-        for (int64_t i = 0; i < x.rows; ++i) {
-            double* line = x.row(i);
-            const double unit = line[j] / norm;
-            for (int64_t k = 0; k < PANEL; ++k) line[k] -= unit * scale[k];
-            line[j] = unit;
-        }
-    }
+    std::vector<double> r(x.columns * x.columns, 0.0);
+    dense_kernels().orthonormalise(x.row(0), x.rows, x.columns, x.ld, r.data());
     return r;
 }
 
@@ -142,7 +124,8 @@ bool factors_from_pivots(const MatrixView& w, const std::vector<int64_t>& pivots
     for (int64_t i = 0; i < w.rows; ++i) {
         for (int64_t j = 0; j < size; ++j) store(out.q, out.dtype, i * size + j, q.row(i)[j]);
     }
-    for (int64_t first = 0; first < size; first += PROJECT_ROWS) {
+    // Where every column is a pivot, the triangle below is all of r.
+    for (int64_t first = 0; size < w.columns && first < size; first += PROJECT_ROWS) {
         if (interrupted()) return false;
         const int64_t last = std::min(first + PROJECT_ROWS, size);
         if (w.dtype == DType::f64) {

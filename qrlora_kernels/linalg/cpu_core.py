@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..native import CORE
 from .blocked import Pivots
-from .factors import MANY
 
 # As enum DType of csrc/include/qrlora/dtype.h and enum RankRule of qrlora/cpu/pivoted_qr.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -23,11 +22,6 @@ Factors = tuple[Tensor, Tensor, Tensor]
 def handles(weight: Tensor) -> bool:
     """The core is there and the matrix is on the CPU."""
     return CORE is not None and weight.device.type == "cpu"
-
-
-def factorises(weight: Tensor, pivots: Tensor) -> bool:
-    """The core makes the factors; LAPACK's Householder QR is faster where there are many pivots."""
-    return handles(weight) and len(pivots) <= MANY * min(weight.shape)
 
 
 def search(

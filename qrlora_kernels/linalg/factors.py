@@ -7,9 +7,6 @@ from torch import Tensor
 
 from .panels import project
 
-# Share of min(N, K) above which pivots are many: Householder QR then beats the core's Gram-Schmidt.
-MANY = 0.3
-
 
 def factors_from_pivots(
     weight: Tensor, pivots: Tensor, out_dtype: torch.dtype

@@ -194,7 +194,7 @@ def _factors(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(q, r, diagonal) of each matrix; the one path by which factors are made and made again."""
     made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    native = [i for i, weight in enumerate(weights) if cpu_core.factorises(weight, pivots[i])]
+    native = [i for i, weight in enumerate(weights) if cpu_core.handles(weight)]
     if native:
         results = cpu_core.factors(
             [weights[i] for i in native],
