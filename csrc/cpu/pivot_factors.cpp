@@ -1,4 +1,5 @@
-// q and r from given pivots: block Gram-Schmidt in fp64, twice, then one pass r = qᵀ w.
+// q and r from given pivots: block Gram-Schmidt in fp64, twice where a column nearly vanishes, then
+// one pass r = qᵀ w.
 #include <algorithm>
 #include <cmath>
 
@@ -8,31 +9,14 @@
 namespace qrlora {
 namespace {
 
-constexpr int64_t PANEL = 16;
+constexpr int64_t PANEL = TILE_N;
+constexpr double KEPT2 = 0.01;         // share of a norm² below which it is orthogonalised again
 constexpr int64_t PROJECT_ROWS = 256;  // rows of r in one pass over the matrix
 
 // Modified Gram-Schmidt of the panel in place; returns R [count, count], diagonal positive.
 std::vector<double> orthonormalise(Panel& x) {
-    const int64_t count = x.columns;
-    std::vector<double> r(count * count, 0.0);
-    for (int64_t j = 0; j < count; ++j) {
-        double* row = r.data() + j * count;
-        double dots[PANEL] = {};
-        for (int64_t i = 0; i < x.rows; ++i) {
-            const double* line = x.row(i);
-            for (int64_t k = 0; k < PANEL; ++k) dots[k] += line[j] * line[k];
-        }
-        const double norm = std::sqrt(dots[j]);
-        for (int64_t k = j; k < count; ++k) row[k] = dots[k] / norm;
-        double scale[PANEL] = {};
-        std::copy(row + j + 1, row + count, scale + j + 1);
-        for (int64_t i = 0; i < x.rows; ++i) {
-            double* line = x.row(i);
-            const double unit = line[j] / norm;
-            for (int64_t k = 0; k < PANEL; ++k) line[k] -= unit * scale[k];
-            line[j] = unit;
-        }
-    }
+    std::vector<double> r(x.columns * x.columns, 0.0);
+    dense_kernels().orthonormalise(x.row(0), x.rows, x.columns, x.ld, r.data());
     return r;
 }
 
@@ -59,22 +43,40 @@ void copy_panel(const Panel& from, Panel& to) {
     std::copy(from.row(0), from.row(0) + from.rows * from.ld, to.row(0));
 }
 
+// What is left of some column is so short that its orthogonality lost more than a digit or two.
+bool lost_digits(const Panel& h, const std::vector<double>& r, int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+        double whole2 = 0.0;
+        for (int64_t i = 0; i < first; ++i) whole2 += h.row(i)[j] * h.row(i)[j];
+        for (int64_t i = 0; i <= j; ++i) whole2 += r[i * count + j] * r[i * count + j];
+        const double left = r[j * count + j];
+        if (!(left * left >= KEPT2 * whole2)) return true;
+    }
+    return false;
+}
+
 // Q grows in `basis`; the triangle [size, size] of R = Qᵀ W[:, pivots] is returned.
 std::vector<double> factorise(const MatrixView& w, const std::vector<int64_t>& pivots, Basis& basis,
                               int threads, const Interrupted& interrupted) {
     const int64_t size = static_cast<int64_t>(pivots.size());
     std::vector<double> triangle(size * size, 0.0);
-    Panel x, h1;
+    Panel x, h1, h2;
     for (int64_t first = 0; first < size; first += PANEL) {
         if (interrupted()) return {};
         const int64_t count = std::min(PANEL, size - first);
         x.gather(w, pivots.data() + first, count, threads);
         basis.project_out(x);
-        copy_panel(basis.coefficients(), h1);
+        if (first > 0) copy_panel(basis.coefficients(), h1);
         const std::vector<double> r1 = orthonormalise(x);
-        basis.project_out(x);
-        const std::vector<double> r2 = orthonormalise(x);
-        store_triangle(h1, basis.coefficients(), r1, r2, first, count, size, triangle.data());
+        h2.reset(first, count);
+        std::vector<double> r2(count * count, 0.0);
+        for (int64_t j = 0; j < count; ++j) r2[j * count + j] = 1.0;
+        if (lost_digits(h1, r1, first, count)) {
+            basis.project_out(x);
+            if (first > 0) copy_panel(basis.coefficients(), h2);
+            r2 = orthonormalise(x);
+        }
+        store_triangle(h1, h2, r1, r2, first, count, size, triangle.data());
         basis.append_orthonormal(x);
     }
     return triangle;
@@ -142,7 +144,8 @@ bool factors_from_pivots(const MatrixView& w, const std::vector<int64_t>& pivots
     for (int64_t i = 0; i < w.rows; ++i) {
         for (int64_t j = 0; j < size; ++j) store(out.q, out.dtype, i * size + j, q.row(i)[j]);
     }
-    for (int64_t first = 0; first < size; first += PROJECT_ROWS) {
+    // Where every column is a pivot, the triangle below is all of r.
+    for (int64_t first = 0; size < w.columns && first < size; first += PROJECT_ROWS) {
         if (interrupted()) return false;
         const int64_t last = std::min(first + PROJECT_ROWS, size);
         if (w.dtype == DType::f64) {

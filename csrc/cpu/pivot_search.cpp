@@ -1,5 +1,8 @@
 // Greedy column pivots, found block by block without updating the matrix. The method is explained,
 // and written once more in plain torch operations, in qrlora_kernels/linalg/blocked.py.
+//
+// Where many pivots are needed, recomputing the candidates' residuals from an ever larger basis
+// costs more than updating all of them: from EXPLICIT_FROM on the residual matrix is kept, in fp64.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -17,6 +20,10 @@ constexpr double EPS64 = std::numeric_limits<double>::epsilon();
 constexpr double TIE = 1e-13;
 constexpr double DEPENDENT = 64 * EPS64;
 constexpr double BLOCK_DROP = 1e-4;
+// Shares of min(rows, columns): a search that may go beyond the first is explicit from the start,
+// one that a rule may stop earlier becomes explicit at the second.
+constexpr double EXPLICIT_LIMIT = 0.3;
+constexpr double EXPLICIT_FROM = 0.2;
 constexpr double NONE = -std::numeric_limits<double>::infinity();
 
 enum class Outcome { more, refresh, below_tau };
@@ -27,12 +34,13 @@ class Search {
         : w_(w),
           options_(options),
           threads_(threads),
-          basis_(w.rows, options.limit, threads),
+          basis_(w.rows, capacity(w, options), threads),
           fp32_pass_(w.dtype != DType::f64) {}
 
     Pivots run(const Interrupted& interrupted);
 
   private:
+    static int64_t capacity(const MatrixView& w, const PivotOptions& options);
     bool start();
     Outcome block(bool fresh);
     void choose_candidates();
@@ -41,9 +49,15 @@ class Search {
     void take_block();
     template <class T>
     void lower_bounds(const Panel& added);
+    void project_explicit(const Panel& added, const double* q, int64_t height, int64_t first,
+                          int64_t ld, double* rows);
     void refresh(double known2);
     void set_exact(int64_t column, double norm2);
     bool bracketed() const;
+    bool wants_explicit() const;
+    void make_explicit();
+    void compact();
+    void gather_residual(const int64_t* columns, int64_t count);
 
     double bound(int64_t j) const { return alive_[j] ? norm2_[j] + slack_[j] : NONE; }
     bool independent(int64_t j, double norm2) const {
@@ -63,12 +77,25 @@ class Search {
     double outside_ = NONE;  // largest bound outside the candidates, and its lowest column
     int64_t outside_column_ = 0;
     Panel residual_, gram_, accepted_panel_;
+    // The residual of the columns kept_, and where in it a column is.
+    bool explicit_ = false;
+    Panel matrix_, compacted_;
+    std::vector<int64_t> kept_, place_;
     std::vector<double> left2_;
     std::vector<int64_t> accepted_;
     std::vector<double> lower_;
     double floor2_ = 0.0;  // magnitude rule: (tau |R_11|)²
     Pivots found_;
 };
+
+// Columns that the basis can hold: an explicit search needs one block beyond where it begins.
+int64_t Search::capacity(const MatrixView& w, const PivotOptions& options) {
+    const auto whole = static_cast<double>(std::min(w.rows, w.columns));
+    if (options.limit <= EXPLICIT_LIMIT * whole) return options.limit;
+    const double before = options.rule == RankRule::none ? 0.0 : EXPLICIT_FROM * whole;
+    const auto most = static_cast<int64_t>(before) + 1 + std::max<int64_t>(options.block, 128);
+    return std::min(options.limit, most);
+}
 
 Pivots Search::run(const Interrupted& interrupted) {
     found_.finite = start();
@@ -107,10 +134,11 @@ bool Search::start() {
 }
 
 Outcome Search::block(bool fresh) {
+    if (!explicit_ && wants_explicit()) make_explicit();
+    if (explicit_) compact();
     choose_candidates();
     const int64_t count = static_cast<int64_t>(candidates_.size());
-    residual_.gather(w_, candidates_.data(), count, threads_);
-    basis_.project_out(residual_);
+    gather_residual(candidates_.data(), count);
     multiply_tn(residual_, count, residual_, gram_, threads_, true);
     const Outcome outcome = pivot_block(!fresh);
     if (outcome == Outcome::refresh) {
@@ -134,7 +162,11 @@ void Search::choose_candidates() {
     }
     outside_ = NONE;
     outside_column_ = w_.columns;
-    const int64_t count = std::min<int64_t>(options_.block, order_.size());
+    // An explicit residual costs nothing to look at, so smaller blocks suffice there.
+    const int64_t most = explicit_
+                             ? std::clamp<int64_t>(std::min(w_.rows, w_.columns) / 16, 32, 128)
+                             : options_.block;
+    const int64_t count = std::min<int64_t>(most, order_.size());
     if (count < static_cast<int64_t>(order_.size())) {
         std::nth_element(order_.begin(), order_.begin() + count, order_.end(),
                          [&](int64_t a, int64_t b) {
@@ -222,6 +254,7 @@ void Search::take_block() {
         }
     }
     cholesky(lower_, count);
+    if (explicit_) basis_.clear();  // the residual is orthogonal to what was taken before
     basis_.append(accepted_panel_, lower_);
     if (fp32_pass_) {
         lower_bounds<float>(accepted_panel_);
@@ -253,22 +286,26 @@ void Search::lower_bounds(const Panel& added) {
     }
     const double eps = sizeof(T) == 4 ? EPS32 : EPS64;
     const double unit = 8 * eps * std::sqrt(static_cast<double>(count));
-    const int64_t width = std::clamp<int64_t>(round_up(w_.columns / (4 * threads_), TILE_N), TILE_N,
+    const int64_t columns = explicit_ ? matrix_.columns : w_.columns;
+    const int64_t width = std::clamp<int64_t>(round_up(columns / (4 * threads_), TILE_N), TILE_N,
                                               1024 / static_cast<int64_t>(sizeof(T)));
-    parallel_for(threads_, (w_.columns + width - 1) / width, [&](int64_t tile) {
-        const int64_t first = tile * width, last = std::min(first + width, w_.columns);
+    parallel_for(threads_, (columns + width - 1) / width, [&](int64_t tile) {
+        const int64_t first = tile * width, last = std::min(first + width, columns);
         thread_local AlignedBuffer<T> rows_buffer;
         T* rows = rows_buffer.reserve(height * width);
         const int64_t ld = round_up(last - first, TILE_N);
         if constexpr (sizeof(T) == 4) {
             dense_kernels().project_f32(w_, q, height, first, last, rows, ld);
+        } else if (explicit_) {
+            project_explicit(added, q, height, first, ld, rows);
         } else {
             dense_kernels().project_f64(w_, q, height, first, last, rows, ld);
         }
-        for (int64_t j = first; j < last; ++j) {
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t j = explicit_ ? kept_[i] : i;
             double lowered = 0.0, noise = 0.0;
             for (int64_t s = 0; s < count; ++s) {
-                const double value = rows[s * ld + j - first];
+                const double value = rows[s * ld + i - first];
                 lowered += value * value;
                 noise += growth[s] * value * value;
             }
@@ -279,6 +316,16 @@ void Search::lower_bounds(const Panel& added) {
             slack_[j] += 2 * std::sqrt(lowered) * error + error * error + 4 * EPS64 * norm2_[j];
         }
     });
+}
+
+// rows[., ld] = addedᵀ E for ld columns of the explicit residual E, and E -= added rows.
+void Search::project_explicit(const Panel& added, const double* q, int64_t height, int64_t first,
+                              int64_t ld, double* rows) {
+    std::fill(rows, rows + height * ld, 0.0);
+    double* tile = matrix_.row(0) + first;
+    dense_kernels().gemm_tn({height, ld, w_.rows, q, height, tile, matrix_.ld, rows, ld, 1.0});
+    dense_kernels().gemm_nn({round_up(w_.rows, TILE_M), ld, added.columns, added.row(0), added.ld,
+                             rows, ld, tile, matrix_.ld, -1.0});
 }
 
 // Enters a norm² that was computed in fp64.
@@ -299,8 +346,7 @@ void Search::refresh(double known2) {
     for (size_t first = 0; first < order_.size(); first += chunk) {
         const int64_t count = std::min<int64_t>(chunk, order_.size() - first);
         const int64_t* columns = order_.data() + first;
-        residual_.gather(w_, columns, count, threads_);
-        basis_.project_out(residual_);
+        gather_residual(columns, count);
         for (int64_t j = 0; j < count; ++j) {
             double norm2 = 0.0;
             for (int64_t i = 0; i < w_.rows; ++i)
@@ -309,6 +355,54 @@ void Search::refresh(double known2) {
             alive_[columns[j]] = independent(columns[j], norm2);
         }
     }
+}
+
+bool Search::wants_explicit() const {
+    const double whole = static_cast<double>(std::min(w_.rows, w_.columns));
+    if (options_.limit <= EXPLICIT_LIMIT * whole) return false;
+    return options_.rule == RankRule::none || basis_.size() >= EXPLICIT_FROM * whole;
+}
+
+void Search::make_explicit() {
+    kept_.clear();
+    place_.resize(w_.columns);
+    for (int64_t j = 0; j < w_.columns; ++j) {
+        if (alive_[j]) kept_.push_back(j);
+    }
+    matrix_.gather(w_, kept_.data(), static_cast<int64_t>(kept_.size()), threads_);
+    basis_.project_out(matrix_);
+    for (size_t i = 0; i < kept_.size(); ++i) place_[kept_[i]] = static_cast<int64_t>(i);
+    explicit_ = true;
+    fp32_pass_ = false;
+}
+
+// Drops columns that are pivots or dependent by now, once they are a fifth.
+void Search::compact() {
+    std::vector<int64_t> alive;
+    for (int64_t j : kept_) {
+        if (alive_[j]) alive.push_back(j);
+    }
+    if (alive.size() * 5 > kept_.size() * 4) return;
+    std::vector<int64_t> places;
+    for (size_t i = 0; i < alive.size(); ++i) {
+        places.push_back(place_[alive[i]]);
+        place_[alive[i]] = static_cast<int64_t>(i);
+    }
+    compacted_.gather(matrix_.view(), places.data(), static_cast<int64_t>(places.size()), threads_);
+    std::swap(matrix_, compacted_);
+    kept_ = std::move(alive);
+}
+
+// Residuals of the given columns in fp64, to residual_.
+void Search::gather_residual(const int64_t* columns, int64_t count) {
+    if (!explicit_) {
+        residual_.gather(w_, columns, count, threads_);
+        basis_.project_out(residual_);
+        return;
+    }
+    std::vector<int64_t> places(count);
+    for (int64_t i = 0; i < count; ++i) places[i] = place_[columns[i]];
+    residual_.gather(matrix_.view(), places.data(), count, threads_);
 }
 
 // The energy or abs-sum rank is bracketed, or known to reach max_rank; see rules.rank_bracket.

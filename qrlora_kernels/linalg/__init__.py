@@ -1,5 +1,7 @@
 """Starts of the adapters: pivoted QR, truncated SVD, Kronecker factors."""
 
+from .cache import cached_start
+from .distributed import distributed_start
 from .kron import KronFactors, effective_rank, high_rank, kron_factors
 from .pivoted_qr import PivotedQR, pivoted_qr, rebuild_pivoted_qr
 from .profile import RankProfile, rank_profile
@@ -23,7 +25,9 @@ __all__ = [
     "RankRule",
     "TruncatedSVD",
     "abs_sum_rank",
+    "cached_start",
     "check_rank_options",
+    "distributed_start",
     "effective_rank",
     "energy_rank",
     "high_rank",

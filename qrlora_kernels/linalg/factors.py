@@ -15,7 +15,7 @@ def factors_from_pivots(
 
     Householder QR in fp64 of the pivot columns, signs chosen so that the diagonal is positive,
     then one pass Qᵀ W (fp64 for an fp64 weight, fp32 otherwise). The block at the pivots is the
-    exact triangle: r[j, pivots[i]] is 0 for i < j and the diagonal for i = j.
+    exact triangle: r[j, pivots[i]] is 0 for j > i and the diagonal for j = i.
     """
     q, triangle = torch.linalg.qr(weight[:, pivots].double())
     sign = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q)

@@ -111,7 +111,7 @@ def kron_factors(
         Name the argument, and which matrix of the list. Among them: ``rank`` does not divide N and
         K or exceeds r_high; fewer than 2r diagonal entries; K/r rows asked of a Q that has N < K/r
         (a matrix more than r times wider than tall: the paper's formula has no B₀ there, use
-        "kaiming").
+        "kaiming"); both factors zero, from which no gradient leads away.
     """
     check_rank_options(rank, None, "magnitude", None)
     check_out_dtype(out_dtype)
@@ -130,6 +130,7 @@ def kron_factors(
             pair = _kaiming(weight, r, seed)
         else:
             pair = _from_factors(name, weight, r, columns, start, seed, cut)
+            _check_can_train(name, pair)
         dtype = out_dtype or weight.dtype
         results.append(KronFactors(pair.a0.to(dtype), pair.b0.to(dtype)))
     return results[0] if single else results
@@ -156,6 +157,15 @@ def _check_rank(name: str, weight: Tensor, rank: int | None, start: Start) -> in
             f"B0 = Q[:K/r, I2] R[I2, :r] at rank {r}; use start='kaiming'"
         )
     return r
+
+
+def _check_can_train(name: str, pair: KronFactors) -> None:
+    """At A = B = 0 both gradients vanish for good."""
+    if not bool(pair.a0.any()) and not bool(pair.b0.any()):
+        raise ValueError(
+            f"{name} must give a start other than zero, but the chosen rows of R are zero in their "
+            "first r columns; use columns='selected' or another seed"
+        )
 
 
 def _from_factors(

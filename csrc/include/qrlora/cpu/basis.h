@@ -37,6 +37,7 @@ class Panel {
     void reset(int64_t rows, int64_t columns);
     // Columns of `w`, converted.
     void gather(const MatrixView& w, const int64_t* columns, int64_t count, int threads);
+    MatrixView view() const { return {row(0), DType::f64, rows, columns, ld, 1}; }
     double* row(int64_t i) { return buffer_.data() + i * ld; }
     const double* row(int64_t i) const { return buffer_.data() + i * ld; }
     int64_t rows = 0, columns = 0, ld = 0;
@@ -65,6 +66,7 @@ class Basis {
     const Panel& coefficients() const { return coefficients_; }
     const Panel& panel() const { return q_; }
     int64_t size() const { return size_; }
+    void clear() { size_ = 0; }
 
   private:
     Panel q_, coefficients_, gram_, inverse_, scaled_;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace qrlora {
 
@@ -13,6 +14,11 @@ class AlignedBuffer {
     AlignedBuffer() = default;
     AlignedBuffer(const AlignedBuffer&) = delete;
     AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+    AlignedBuffer(AlignedBuffer&& other) noexcept { swap(other); }
+    AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
+        swap(other);
+        return *this;
+    }
     ~AlignedBuffer() { std::free(data_); }
 
     // At least `count` elements; what was there before is lost if it has to grow.
@@ -27,6 +33,10 @@ class AlignedBuffer {
             count_ = count;
         }
         return data_;
+    }
+    void swap(AlignedBuffer& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(count_, other.count_);
     }
     T* data() { return data_; }
     const T* data() const { return data_; }

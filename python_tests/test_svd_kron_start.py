@@ -1,0 +1,149 @@
+"""Starts of LoRA-XS and OHoRA: truncated SVD, Kronecker factors, effective rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pivot_matrices import gaussian
+from torch import Tensor
+
+from qrlora_kernels.linalg import effective_rank, high_rank, kron_factors, truncated_svd
+from qrlora_kernels.linalg import svd as svd_module
+
+
+def decaying(rows: int, columns: int) -> Tensor:
+    return gaussian(rows, columns) * torch.logspace(0, -3, columns, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", ["top", "middle", "bottom"])
+@pytest.mark.parametrize("shape", [(300, 260), (90, 200), (200, 90)], ids=str)
+def test_triplets(shape: tuple[int, int], which: str, dtype: torch.dtype) -> None:
+    weight = decaying(*shape).to(dtype)
+    u, s, vh = (t.double() for t in truncated_svd(weight, 6, which, out_dtype=torch.float64))
+    values = torch.linalg.svdvals(weight.double())
+    spare = len(values) - 6
+    first = {"top": 0, "middle": spare // 2, "bottom": spare}[which]
+    tolerance = 1e-9 if dtype == torch.float64 and which != "top" else 3e-6
+    torch.testing.assert_close(
+        s, values[first : first + 6], rtol=1e-5, atol=tolerance * float(values[0])
+    )
+    scale = 1e-3 if which == "top" else 1e-5
+    assert (weight.double() @ vh.mT - u * s).norm(dim=0).max() <= scale * values[0]
+    assert (weight.double().mT @ u - vh.mT * s).norm(dim=0).max() <= scale * values[0]
+    eye = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(u.mT @ u, eye, rtol=0, atol=2e-5)
+    torch.testing.assert_close(vh @ vh.mT, eye, rtol=0, atol=2e-5)
+    assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_krylov_is_taken_where_the_tail_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
+    truncated_svd(decaying(400, 400), 8)
+
+
+def test_unresolved_tail_falls_back_to_the_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    full = svd_module._full
+    monkeypatch.setattr(svd_module, "_full", lambda *args: calls.append(1) or full(*args))
+    weight = gaussian(400, 400)
+    u, s, vh = truncated_svd(weight, 8, tol=1e-13)
+    assert calls == [1]
+    assert (weight @ vh.mT - u * s).norm() < 1e-10 * s[0]
+
+
+def test_svd_is_repeatable_and_leaves_the_random_state_alone() -> None:
+    weights = [decaying(220, 200).float(), decaying(64, 80).bfloat16()]
+    before = torch.get_rng_state()
+    together, again = truncated_svd(weights, 4), truncated_svd(weights, 4)
+    alone = [truncated_svd(weight, 4) for weight in weights]
+    assert torch.equal(before, torch.get_rng_state())
+    for results in (again, alone):
+        for one, two in zip(together, results, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((768, 768), 24), ((768, 3072), 24), ((4096, 14336), 64), ((1024, 4096), 32), ((7, 11), 1)],
+)
+def test_high_rank(shape: tuple[int, int], rank: int) -> None:
+    assert high_rank(*shape) == rank
+
+
+@pytest.mark.parametrize("columns", ["leading", "selected"])
+@pytest.mark.parametrize("start", ["qr", "svd"])
+@pytest.mark.parametrize("shape", [(48, 36), (36, 144)], ids=str)
+def test_kron_factors_are_the_papers(shape: tuple[int, int], start: str, columns: str) -> None:
+    weight, r = gaussian(*shape), 6
+    if start == "qr":
+        left, right = torch.linalg.qr(weight)
+        order = right.diagonal().abs().argsort(descending=True)
+    else:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        left, right, order = u, s[:, None] * vh, torch.arange(len(s))
+    i1, i2 = order[:r], order[r : 2 * r]
+    n, k = shape
+
+    def expected(rows: int, chosen: Tensor) -> Tensor:
+        if columns == "leading":
+            return left[:rows][:, chosen] @ right[chosen][:, :r]
+        return left[:rows][:, chosen] @ right[chosen][:, chosen]
+
+    a0, b0 = kron_factors(weight, rank=r, columns=columns, start=start)
+    assert (a0.shape, b0.shape) == ((n // r, r), (k // r, r))
+    if columns == "leading" or start == "qr":  # products in which the signs of the SVD cancel
+        torch.testing.assert_close(a0, expected(n // r, i1))
+        torch.testing.assert_close(b0, expected(k // r, i2))
+
+
+@pytest.mark.parametrize("start", ["random", "kaiming"])
+def test_random_starts_are_seeded(start: str) -> None:
+    weight = gaussian(144, 144).float()
+    before = torch.get_rng_state()
+    one = kron_factors(weight, columns="selected", start=start, seed=3)
+    two = kron_factors([weight], columns="selected", start=start, seed=3)[0]
+    other = kron_factors(weight, columns="selected", start=start, seed=4)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.a0, two.a0)
+    assert torch.equal(one.b0, two.b0)
+    assert not torch.equal(one.a0, other.a0)
+    if start == "kaiming":
+        assert one.a0.abs().max() <= 12**-0.5
+
+
+@pytest.mark.parametrize(
+    ("match", "shape", "options"),
+    [
+        ("rank must divide", (48, 36), {"rank": 5}),
+        ("r_high = 6", (48, 36), {"rank": 12}),
+        ("diagonal entries", (1, 5), {}),
+        ("K/r = 50 rows", (4, 100), {"rank": 2}),
+        ("columns must be one of", (48, 36), {"columns": "all"}),
+        ("start must be one of", (48, 36), {"start": "zeros"}),
+    ],
+)
+def test_kron_errors(match: str, shape: tuple[int, int], options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=match):
+        kron_factors(gaussian(*shape), **options)  # type: ignore[call-overload]
+
+
+def test_a_start_that_cannot_train_is_refused() -> None:
+    weight = gaussian(48, 36)
+    weight[:, :6] = 0  # R is zero in its first r columns
+    with pytest.raises(ValueError, match="other than zero"):
+        kron_factors(weight, rank=6)
+
+
+def test_effective_rank() -> None:
+    assert effective_rank(torch.eye(17)) == pytest.approx(17)
+    assert effective_rank(gaussian(20, 1) @ gaussian(1, 30)) == pytest.approx(1)
+    assert effective_rank(torch.zeros(3, 3)) == 0
+    # Two equal values among zeros: entropy log 2.
+    assert effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0]))) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"rank": 31}, {"rank": 3, "which": "left"}], ids=str)
+def test_svd_errors(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"rank|which"):
+        truncated_svd(gaussian(40, 30), **bad)  # type: ignore[call-overload]

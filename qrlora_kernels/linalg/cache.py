@@ -1,0 +1,100 @@
+"""A folder of factorisations, so that the second start of a model only reads files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..fingerprint import fingerprint
+from .checks import named_matrices
+from .records import Start, check_start, from_record, to_record
+
+# Part of every key: raise it when the same options come to mean other factors.
+FORMAT = 1
+
+
+def cached_start(
+    start: Start, weights: Sequence[Tensor], folder: str | os.PathLike[str], **options: Any
+) -> list[Any]:
+    """``start(weights, **options)``, reading from ``folder`` what an earlier call left there.
+
+    A file is found by the digest of the weight's bits, shape and dtype, the start and the options
+    that shape its result, so a changed weight or option is a miss. What is missing is computed in
+    one batched call. A file that cannot be read is computed and written again.
+
+    Parameters
+    ----------
+    start : pivoted_qr, truncated_svd or kron_factors
+    weights : sequence of Tensor [N, K]
+    folder : path
+        Made if it does not exist. Files of q and r are as large as the factors.
+    **options
+        As ``start`` takes them.
+
+    Returns
+    -------
+    list
+        The results in the order of ``weights``, on the devices of the weights.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``start`` raises them, or ``start`` is another function.
+    """
+    check_start(start)
+    if isinstance(weights, Tensor):
+        raise TypeError("weights must be a list of tensors, got a Tensor")
+    named, _ = named_matrices(weights)
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    paths = [root / f"{_key(start, weight, options)}.safetensors" for _, weight in named]
+    results = [_read(start, path, weight) for path, (_, weight) in zip(paths, named, strict=True)]
+    missing = [i for i, result in enumerate(results) if result is None]
+    if missing:
+        for i, result in zip(missing, start([weights[i] for i in missing], **options), strict=True):
+            _write(result, paths[i])
+            results[i] = result
+    return results
+
+
+def _key(start: Start, weight: Tensor, options: dict[str, Any]) -> str:
+    shaping = {name: str(value) for name, value in options.items() if name != "progress"}
+    text = json.dumps([FORMAT, start.__name__, fingerprint(weight), shaping], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _read(start: Start, path: Path, weight: Tensor) -> Any:
+    """The stored result on the weight's device; None where there is no whole file."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt", device=str(weight.device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            values = json.loads(file.metadata()["values"])
+        return from_record(start, tensors, values)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _write(result: Any, path: Path) -> None:
+    """Under a name of its own first: other processes see the whole file or none."""
+    tensors, values = to_record(result)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(contiguous, draft, metadata={"values": json.dumps(values)})
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
