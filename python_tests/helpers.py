@@ -73,7 +73,7 @@ def operands(
         step_a, step_b = draw(n // r, r), draw(k // r, r)
         for _ in range(4):  # the norm of the change is not linear in the steps
             change_now = _kron(a0 + step_a, b0 + step_b) - _kron(a0, b0)
-            ratio = size / SCALING / change_now.norm().clamp(min=1e-30)
+            ratio = size / SCALING / change_now.norm() if n and k else 1.0
             step_a, step_b = ratio * step_a, ratio * step_b
         tensors = {"a": a0 + step_a, "b": b0 + step_b, "a0": a0, "b0": b0}
         return out | {name: t.to(wide) for name, t in tensors.items()}

@@ -69,6 +69,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: Factor
         tensors |= {f"{name}.{key}": getattr(layer, key) for key in saved}
         manifest["layers"][name] = _describe(layer, store)
     tensors = {key: _for_file(tensor) for key, tensor in tensors.items()}
+    manifest["shapes"] = {key: list(tensor.shape) for key, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -208,10 +209,19 @@ def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
             f"{path} has format version {version!r}, and qrlora_kernels {__version__} reads up to "
             f"{FORMAT_VERSION}: install a newer release"
         )
-    manifest = json.loads(metadata["manifest"])
-    missing = [key for key in _expected(manifest) if key not in tensors]
+    try:
+        manifest = json.loads(metadata["manifest"])
+        shapes = {key: manifest["shapes"][key] for key in _expected(manifest)}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has a damaged manifest: {error!r}") from None
+    missing = [key for key in shapes if key not in tensors]
     if missing:
         raise ValueError(f"{path} lacks the tensors {', '.join(missing)}")
+    for key, shape in shapes.items():
+        if list(tensors[key].shape) != shape:
+            raise ValueError(
+                f"{path} must hold {key} with shape {shape}, got {list(tensors[key].shape)}"
+            )
     return manifest, tensors
 
 

@@ -256,9 +256,9 @@ def kron_linear_bwd_ref(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
     dyu, xu, wu, au, bu = _up(dy, dy, x, weight, a, b)
-    n, r, k = a.shape[0], a.shape[1], b.shape[0]
-    grads = dyu.reshape(-1, n, r)
-    tokens = xu.reshape(-1, r, k)
+    m, n, r, k = x.shape[0], a.shape[0], a.shape[1], b.shape[0]
+    grads = dyu.reshape(m, n, r)
+    tokens = xu.reshape(m, r, k)
     t = au.mT @ grads
     da = db = dx = None
     if need_da:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional, linalg
 from ..linalg.kron import Columns, Start
+from ..ops.common import autocast_enabled, outside_autocast
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, one_of
 
@@ -180,7 +181,7 @@ class OHoRALinear(AdapterLinear):
 
     def _update(self, x: Tensor) -> Tensor:
         # In fp32 even under autocast: two products of nearly the same factors are subtracted.
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device.type):
             tokens = x.to(accumulation_dtype(x.dtype))
             if self.options.product == "materialised":
                 delta = kron_delta_ref(self.a, self.b, self.a0, self.b0, self.scaling)
@@ -207,7 +208,7 @@ class OHoRALinear(AdapterLinear):
 
 
 def _computes_in_half(x: Tensor) -> bool:
-    return x.dtype in HALF or torch.is_autocast_enabled(x.device.type)
+    return x.dtype in HALF or autocast_enabled(x.device.type)
 
 
 def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -71,11 +72,21 @@ def check_scaling(scaling: object) -> None:
         raise TypeError(f"scaling must be a float, got {type(scaling).__name__}")
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; the meta device knows none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def outside_autocast(device: str) -> AbstractContextManager[Any]:
+    """A block in which nothing is recast."""
+    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
 def autocast(*tensors: Tensor | None) -> Sequence[Any]:
     """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
     # What is no tensor is named by the checks, which come after.
     device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [
@@ -119,8 +130,5 @@ def run_plain(
     """
     if not torch.compiler.is_compiling():
         plain_choice(op, reason, backend)
-    device = operands[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return expression(*operands)
-    with torch.autocast(device, enabled=False):
+    with outside_autocast(operands[0].device.type):
         return expression(*operands)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.chooser import Problem, run
+from .common import autocast_enabled
 
 LIBRARY = torch.library.Library("qrlora", "DEF")
 
@@ -64,7 +65,7 @@ class Operator:
         r = operands[self.trainable_at].shape[-1]
         problem = Problem(self.op, rows.device, rows.dtype, rows.shape[0], n, k, r)
         device = rows.device.type
-        if torch.is_autocast_enabled(device):
+        if autocast_enabled(device):
             # The operands have their final dtypes; nothing inside may be recast.
             with torch.autocast(device, enabled=False):
                 results = run(problem, self.step, backend, operands)
