@@ -169,7 +169,7 @@ def _measure(plan: list[tuple[str, Case]], options: Options, folder: Path) -> li
             rows += found
             tqdm.write(table.text(found) + "\n")
             done = [row for row in rows if row.suite == suite]
-            path = folder / f"{machine.slug(options.device)}-{suite}.csv"
+            path = folder / f"{machine.slug(found[0].chip)}-{suite}.csv"
             write(done, path, twin=folder != RESULTS)
     tqdm.write(f"{time.monotonic() - begin:.0f} s")
     return rows
