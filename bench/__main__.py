@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cache.add_argument("--warm", dest="cold", action="store_false")
     parser.set_defaults(cold=None)
+    parser.add_argument("--seconds", type=float, help="per case, instead of the effort's own")
     parser.add_argument("--gate-only", action="store_true", help="check results, time nothing")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for CSV and JSON")
@@ -118,9 +119,10 @@ def _run(chosen: argparse.Namespace) -> int:
     if chosen.list or not plan:
         print("\n".join(f"{suite}: {case}" for suite, case in plan) or "nothing matches")
         return 0 if plan else 2
+    effort = EFFORT[chosen.effort]
     options = Options(
         device=chosen.device,
-        effort=EFFORT[chosen.effort],
+        effort=replace(effort, seconds=chosen.seconds or effort.seconds),
         adapters=chosen.adapters,
         variants=chosen.variants,
         cold=chosen.device == "cuda" if chosen.cold is None else chosen.cold,
@@ -167,7 +169,7 @@ def _measure(plan: list[tuple[str, Case]], options: Options, folder: Path) -> li
             rows += found
             tqdm.write(table.text(found) + "\n")
             done = [row for row in rows if row.suite == suite]
-            path = folder / f"{machine.slug(options.device)}-{suite}.csv"
+            path = folder / f"{machine.slug(found[0].chip)}-{suite}.csv"
             write(done, path, twin=folder != RESULTS)
     tqdm.write(f"{time.monotonic() - begin:.0f} s")
     return rows

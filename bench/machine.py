@@ -31,12 +31,9 @@ def facts() -> dict[str, str]:
     }
 
 
-def slug(device: str) -> str:
-    """Name of the chip that ran, fit for a file name."""
-    found = facts()
-    name = found["gpu"] if device == "cuda" else f"{found['cpu']} {found['threads']} threads"
-    words = re.sub(r"\((r|tm)\)", " ", name.lower())
-    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+def slug(chip: str) -> str:
+    """A chip's name, fit for a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", chip.lower())).strip("-")
 
 
 def _cpu() -> str:

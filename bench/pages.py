@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
 from . import plots, summary, table
-from .machine import REPOSITORY
+from .machine import REPOSITORY, slug
+from .registry import SUITES
 from .rows import RED, SKIPPED, Row, read_folder, replace_file
 
 RESULTS = REPOSITORY / "bench" / "results"
@@ -122,12 +122,17 @@ def page(rows: list[Row], drawn: list[str]) -> str:
     parts = [_INTRO]
     for chip, group in _machines(rows):
         parts.append(f"\n## {chip}\n")
-        parts += [f"![{name}]({name})" for name in drawn if plots.slug(group[0]) in name]
+        parts += [
+            f"![{name.rpartition('-')[2]}]({name})" for name in drawn if slug(group[0].chip) in name
+        ]
         parts.append("\n### Where an alternative is ahead\n")
         losses = summary.losses(group)
         parts += [f"- {loss}" for loss in losses] or ["Nowhere beyond noise."]
         parts.append(_exceptions(group))
-        for suite, of_suite in groupby(group, lambda row: row.suite):
+        for suite in SUITES:
+            of_suite = [row for row in group if row.suite == suite]
+            if not of_suite:
+                continue
             parts.append(f"\n### {suite}")
             for case in table.by_case(of_suite):
                 measured = [row for row in case if row.status != SKIPPED]
@@ -155,6 +160,5 @@ def _machines(rows: list[Row]) -> list[tuple[str, list[Row]]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         torch = next(part for part in row.versions.split("; ") if part.startswith("torch"))
-        chip = row.gpu if row.device == "cuda" else f"{row.cpu}, {row.threads} threads"
-        found.setdefault(f"{chip}, {torch}, commit {row.commit}", []).append(row)
+        found.setdefault(f"{row.chip}, {torch}, commit {row.commit}", []).append(row)
     return list(found.items())

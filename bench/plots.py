@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from collections.abc import Callable
 from typing import Any
 
-from .machine import REPOSITORY
+from .machine import REPOSITORY, slug
 from .rows import RED, SKIPPED, Row
 from .summary import NAMES, OURS, Line, lines_for
 
@@ -15,20 +14,14 @@ FOLDER = "images"
 _KINDS = ("layer", "start", "memory")
 
 
-def slug(row: Row) -> str:
-    """The chip of a row, fit for a file name."""
-    chip = row.gpu if row.device == "cuda" else f"{row.cpu} {row.threads} threads"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", chip.lower())).strip("-")
-
-
 def names(rows: list[Row]) -> list[str]:
     """The files that :func:`draw` makes, relative to docs/."""
-    chips = dict.fromkeys(slug(row) for row in rows)
+    chips = dict.fromkeys(slug(row.chip) for row in rows)
     return [
         f"{FOLDER}/{chip}-{kind}.svg"
         for chip in chips
         for kind in _KINDS
-        if any(slug(row) == chip and row.suite == kind for row in rows)
+        if any(slug(row.chip) == chip and row.suite == kind for row in rows)
     ]
 
 
@@ -51,8 +44,8 @@ def draw(rows: list[Row]) -> list[str]:
     }
     for name in wanted:
         chip, _, kind = name.removeprefix(f"{FOLDER}/").removesuffix(".svg").rpartition("-")
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        drawers[kind](axes, [r for r in rows if slug(r) == chip and r.suite == kind])
+        figure = plt.figure(figsize=(8, 3.6), layout="constrained")
+        drawers[kind](figure, [r for r in rows if slug(r.chip) == chip and r.suite == kind])
         path = REPOSITORY / "docs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
@@ -64,29 +57,44 @@ def _usable(rows: list[Row], metric: str) -> list[Row]:
     return [r for r in rows if r.metric == metric and r.value and r.status not in (RED, SKIPPED)]
 
 
-def _layer(axes: Any, rows: list[Row]) -> None:
+def _layer(figure: Any, rows: list[Row]) -> None:
+    """A panel per family: this package, the best plain code, and what PEFT and LyCORIS need."""
     rows = [r for r in _usable(rows, "both") if r.clock != "wall" or r.device == "cpu"]
     shapes = [(r.n, r.k, r.dtype) for r in rows if not r.adapter]
     shape = max(shapes, key=shapes.count)
     rows = [r for r in rows if (r.n, r.k, r.dtype) == shape and r.ratio]
-    colors = {family: f"C{i}" for i, family in enumerate((*NAMES, "lora"))}
-    for line in lines_for():
-        best = _best_by(rows, line, lambda r: r.m, lambda r: r.ratio or 0.0)
-        if not best:
-            continue
-        family = next(r.adapter for r in rows if line.takes(r))
-        ours = OURS in {r.variant for r in rows if line.takes(r)}
-        style = "-o" if ours else ("--" if "best of eager" in line.name else ":")
-        label = line.name.strip("*")
-        axes.plot(*zip(*best, strict=True), style, color=colors[family], label=label, lw=1.6)
-    axes.axhline(1.0, color="black", lw=1, label="frozen layer")
-    axes.set(xscale="log", yscale="log", xlabel="tokens M", ylabel="time over the frozen layer")
-    axes.set_title(f"forward and backward, {shape[0]}×{shape[1]}, {shape[2]}")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize=6, ncols=2)
+    panels = figure.subplots(1, len(NAMES), sharey=True)
+    for axes, name in zip(panels, NAMES.values(), strict=True):
+        wanted = "LoRA (other maths)" if name != "LoKr" else "LoKr, best of"
+        for line in lines_for():
+            if not line.name.strip("*").startswith((f"{name},", wanted)):
+                continue
+            best = _best_by(rows, line, lambda r: r.m, lambda r: r.ratio or 0.0)
+            if best:
+                label = line.name.strip("*").removeprefix(f"{name}, ")
+                axes.plot(*zip(*best, strict=True), label=label, **_style(label))
+        axes.axhline(1.0, color="black", lw=1, label="frozen layer")
+        axes.set(xscale="log", yscale="log", xlabel="tokens M", title=name)
+        axes.set_yticks([1, 1.5, 2, 3, 5, 10, 20], labels=["1", "1.5", "2", "3", "5", "10", "20"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("time over the frozen layer")
+    drawn = {}
+    for axes in panels:
+        drawn.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(drawn.values(), drawn.keys(), fontsize=7, ncols=4, loc="outside lower center")
+    figure.suptitle(f"forward and backward, {shape[0]}×{shape[1]}, {shape[2]}")
 
 
-def _start(axes: Any, rows: list[Row]) -> None:
+def _style(label: str) -> dict[str, Any]:
+    if label == "this package":
+        return {"color": "C0", "marker": "o", "lw": 2}
+    colors = ("best of eager", "LoRA (other maths), best", "best of PEFT", "best of LyCORIS")
+    found = [f"C{i + 1}" for i, start in enumerate(colors) if label.startswith(start)]
+    return {"color": found[0] if found else "0.4", "ls": "--", "lw": 1.4}
+
+
+def _start(figure: Any, rows: list[Row]) -> None:
+    axes = figure.subplots()
     rows = _usable(rows, "start")
     rank, dtype = max(r.r for r in rows), rows[0].dtype
     rows = [r for r in rows if (r.r, r.dtype) == (rank, dtype)]
@@ -94,21 +102,24 @@ def _start(axes: Any, rows: list[Row]) -> None:
         line = Line(name, lambda r, name=name: r.variant == name)  # type: ignore[misc]
         points = _best_by(rows, line, lambda r: (r.n * r.k) ** 0.5, lambda r: r.value or 0.0)
         floor = name == "one product"
-        style = {"color": "black", "ls": "-", "lw": 1} if floor else {"marker": "o", "lw": 1.6}
-        if not floor and not name.startswith(OURS):
+        style: dict[str, Any] = {"marker": "o", "lw": 2 if name.startswith(OURS) else 1}
+        if floor:
+            style = {"color": "black", "lw": 1}
+        elif not name.startswith(OURS):
             style["ls"] = "--"
         axes.plot(*zip(*points, strict=True), label="floor: " + name if floor else name, **style)
     axes.set(xscale="log", yscale="log", xlabel="√(N·K)", ylabel="ms")
     axes.set_title(f"time to start, one matrix, r = {rank}, {dtype}")
-    axes.legend(fontsize=6, ncols=2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _memory(axes: Any, rows: list[Row]) -> None:
+def _memory(figure: Any, rows: list[Row]) -> None:
+    axes = figure.subplots()
     rows = [r for r in _usable(rows, "saved") if r.case() == rows[0].case()]
     rows.sort(key=lambda r: r.value or 0.0)
     labels = [f"{r.adapter} {r.variant} r={r.r}" for r in rows]
     colors = ["C0" if r.variant.startswith(OURS) else "0.7" for r in rows]
-    axes.figure.set_figheight(1 + 0.17 * len(rows))
+    figure.set_figheight(1 + 0.17 * len(rows))
     axes.barh(labels, [(r.value or 0.0) / 2**20 for r in rows], color=colors)
     axes.set(xscale="log", xlabel="MiB kept for backward")
     axes.tick_params(axis="y", labelsize=6)

@@ -58,6 +58,11 @@ class Row:
     versions: str = field(default_factory=lambda: facts()["versions"])
     commit: str = field(default_factory=lambda: facts()["commit"])
 
+    @property
+    def chip(self) -> str:
+        """What ran: the GPU, or the CPU and its threads."""
+        return self.gpu if self.device == "cuda" else f"{self.cpu}, {self.threads} threads"
+
     def key(self) -> tuple[Any, ...]:
         """What identifies the measurement, whatever it gave."""
         return tuple(getattr(self, name) for name in KEY)

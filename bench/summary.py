@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .compare import noise
-from .rows import OK, RED, SKIPPED, Row
+from .rows import OK, OTHER, RED, SKIPPED, Row
 from .table import by_case, quantity, title
 
 OURS = "qrlora_kernels"
@@ -38,8 +38,12 @@ def lines_for(families: Iterable[str] = NAMES) -> list[Line]:
         found.append(_line(f"{NAMES[family]}, best of {', '.join(_PLAIN)}", family, _PLAIN))
     found.append(_line("LoKr, best of LyCORIS", "lokr", ("lycoris",)))
     found.append(_line("LoKr, best of PEFT", "lokr", ("peft",)))
-    found.append(Line("LoRA, PEFT default", lambda r: (r.adapter, r.variant) == ("lora", "peft")))
-    found.append(_line("LoRA, best of PEFT", "lora", ("peft",)))
+    found.append(
+        Line(
+            "LoRA (other maths), PEFT default", lambda r: (r.adapter, r.variant) == ("lora", "peft")
+        )
+    )
+    found.append(_line("LoRA (other maths), best of PEFT", "lora", ("peft",)))
     return found
 
 
@@ -66,7 +70,7 @@ def model_table(rows: list[Row]) -> str:
     for line in wanted:
         best = [max(_values(group, line), key=_value, default=None) for group in cases]
         if any(best):
-            lines.append([line.name.replace("LoKr", ""), *map(_with_share, best)])
+            lines.append([line.name, *map(_with_share, best)])
     return markdown(lines) if cases else ""
 
 
@@ -80,6 +84,8 @@ def start_table(rows: list[Row]) -> str:
         line = Line(name, lambda row, name=name: row.variant == name)  # type: ignore[misc]
         best = [min(_values(group, line), key=_value, default=None) for group in cases]
         shown = f"**{name}**" if name.startswith(OURS) else name
+        if all(row.status == OTHER for row in chosen if row.variant == name):
+            shown += " (other maths)"
         if any(best):
             lines.append(
                 [shown, *("–" if r is None else quantity(_value(r), r.unit) for r in best)]

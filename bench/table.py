@@ -78,6 +78,8 @@ def quantity(value: float, unit: str) -> str:
         for size, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
             if value >= size:
                 return f"{value / size:.3g} {name}"
+    if unit == "ms" and value >= 1000:
+        return f"{value / 1000:.3g} s"
     if unit == "tokens/s":
         return f"{value:,.0f} {unit}"
     return f"{value:.3g} {unit}".rstrip()

@@ -82,7 +82,7 @@ def _runner(
 
 
 def _pinned(adapter: str, backend: str, problem: LayerProblem) -> Runner:
-    ok, reason = qk.backends.report()[backend]
+    ok, reason = qk.backends.report().get(backend, (False, "there is none of this name"))
     if not ok:
         raise Unavailable(f"backend {backend}: {reason}")
     build = _lokr if adapter == "lokr" else functools.partial(_layer, adapter)

@@ -70,15 +70,14 @@ def require(modules: Sequence[str]) -> None:
 def layers_for(adapters: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Layer]:
     """The floor, and the layers of these families whose key holds one of ``variants``."""
     _load()
-    return [
+    chosen = [
         layer
         for layer in LAYERS
-        if not layer.adapter
-        or (
-            (not adapters or layer.adapter in adapters)
-            and (not variants or any(v in layer.key for v in variants))
-        )
+        if layer.adapter
+        and (not adapters or layer.adapter in adapters)
+        and (not variants or any(v in layer.key for v in variants))
     ]
+    return [layer for layer in LAYERS if not layer.adapter] + chosen
 
 
 def starts_for(variants: Sequence[str] = ()) -> list[Start]:
