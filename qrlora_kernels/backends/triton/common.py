@@ -170,9 +170,11 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def tma_ready(chip: Chip, *tensors: Tensor) -> bool:
-    """Whether each 2-D tensor's memory suits a tensor descriptor: unit columns, 16-byte rows."""
+    """Whether each 2-D tensor suits a tensor descriptor: half precision (descriptors feed tensor
+    cores), unit columns, rows on 16 bytes."""
     return chip.has_tma and all(
         t.numel() > 0
+        and t.element_size() == 2
         and t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % 16 == 0

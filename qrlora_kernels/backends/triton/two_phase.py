@@ -109,7 +109,7 @@ def two_phase(
     w_out, v_out = common.rows_are_out(w), v is None or common.rows_are_out(v)
     w_memory = w if w_out else w.t()
     tma = common.tma_ready(chip, x, w_memory, out)
-    block_r = rank_step(1 if u is None else u.shape[1])
+    block_r = rank_step(1 if u is None else u.shape[1], x.element_size())
     w_block, v_block = (tile.block_n, tile.block_k), (tile.block_n, block_r)
     u_source = v_source = None
     tma_low = False
