@@ -57,7 +57,11 @@ class Case:
         weight = meta(self.n, self.k, dtype=self.dtype)
         if self.conv1d:
             weight = meta(self.k, self.n, dtype=self.dtype).t()
-        return meta(self.m, self.k, dtype=self.dtype), meta(self.m, self.n, dtype=self.dtype), weight
+        return (
+            meta(self.m, self.k, dtype=self.dtype),
+            meta(self.m, self.n, dtype=self.dtype),
+            weight,
+        )
 
     def _run_kron(self) -> None:
         x, dy, weight = self._layer()

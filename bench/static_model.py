@@ -1,8 +1,8 @@
 """Time of a layer's forward and backward on an H200, from counted FLOPs and bytes: a prediction.
 
-Each kernel takes the longer of its arithmetic and its traffic, and the arithmetic of a tiled product
-is rounded up to whole waves of tiles. The rates are measured ones of that GPU; what is assumed is
-named below. Nothing here is a measurement of these kernels.
+Each kernel takes the longer of its arithmetic and its traffic; that of a tiled product is rounded
+Each kernel takes the longer of its arithmetic and its traffic; that of a tiled product is rounded
+up to whole waves of tiles. The rates are measured ones of that GPU; what is assumed is named below.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def skinny(m: int, k: int, rank: int) -> Kernel:
     tiles = -(-m // tile.block_m)
     splits = max(1, min(2 * H200.multiprocessors // tiles, k // tile.block_k // 4))
     partial = 8 * splits * m * rank if splits > 1 and m > tables.DECODE_TOKENS else 0
-    return Kernel(2.0 * max(m, 16) * k * sum(widths), 2 * (m * k + rank * k) + 4 * m * rank + partial)
+    return Kernel(
+        2.0 * max(m, 16) * k * sum(widths), 2 * (m * k + rank * k) + 4 * m * rank + partial
+    )
 
 
 def kron(m: int, n: int, k: int, r: int, backward: bool) -> Kernel:
@@ -103,7 +105,9 @@ def table() -> list[str]:
     ]
     for m, n, k in shapes:
         base = frozen(m, n, k)
-        ratios = [adapter(m, n, k, rank) / base for rank in (16, 64, 150)] + [ohora(m, n, k, 64) / base]
+        ratios = [adapter(m, n, k, rank) / base for rank in (16, 64, 150)] + [
+            ohora(m, n, k, 64) / base
+        ]
         cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
         lines.append(f"| {m}×{n}×{k} | {base * 1e6:.0f} | {cells} |")
     return lines

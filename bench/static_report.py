@@ -1,8 +1,8 @@
 """Resources of every compiled kernel, and the time that counting predicts; needs no GPU.
 
-    python bench/static_report.py                   # two Markdown tables
-    python bench/static_report.py --json FILE       # the same, for the tests
-    python bench/static_report.py --write bench/notes/triton.md
+python bench/static_report.py                   # two Markdown tables
+python bench/static_report.py --json FILE       # the same, for the tests
+python bench/static_report.py --write bench/notes/triton.md
 """
 
 from __future__ import annotations

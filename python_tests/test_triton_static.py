@@ -1,4 +1,4 @@
-"""What the Triton launchers launch, compiled for chips that are not here: it fits and never spills."""
+"""What the Triton launchers launch, compiled for absent chips: it fits and never spills."""
 
 from __future__ import annotations
 

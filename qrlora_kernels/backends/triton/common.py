@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,13 +113,14 @@ def narrow(tile, DTYPE: tl.constexpr):
         return tile.to(DTYPE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     return Chip(
         capability=properties.major * 10 + properties.minor,
         multiprocessors=properties.multi_processor_count,
-        shared=properties.shared_memory_per_block_optin,
+        # The type stubs do not know it.
+        shared=getattr(properties, "shared_memory_per_block_optin"),  # noqa: B009
     )
 
 

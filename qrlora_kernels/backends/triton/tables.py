@@ -82,6 +82,7 @@ BIG_SHARED = 160 * 1024
 
 def gemm_tile(chip: Chip, m: int, n: int, itemsize: int) -> GemmTile:
     """The tile for an [m, n] product of elements of ``itemsize`` bytes."""
+    rows: tuple[GemmTile, ...]
     if m <= DECODE_TOKENS:
         half = _DECODE if chip.shared >= BIG_SHARED else _DECODE_SAFE
         rows = half if itemsize == 2 else _DECODE_FLOAT32

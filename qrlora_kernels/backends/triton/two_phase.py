@@ -7,7 +7,6 @@ base output is not lost, and the frozen output makes no second trip through memo
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
