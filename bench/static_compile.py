@@ -1,7 +1,7 @@
 """Compile what the Triton launchers would launch, for chips that are not here.
 
-The launchers run unchanged on meta tensors. A driver that knows only a target stands in for the
-GPU's, and every launch becomes a compile, so signatures, specialisation and tiles are the real ones.
+The launchers run unchanged on meta tensors. A driver that knows only a target stands in for that of
+a GPU, and every launch becomes a compile: signatures, specialisation and tiles are the real ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Resources:
         return asdict(self)
 
     def blocks_per_multiprocessor(self, chip: Chip) -> int:
-        """Resident blocks that registers, threads and shared memory (with 1 KiB of system use) allow."""
+        """Resident blocks that registers, threads and shared memory (1 KiB reserved) allow."""
         threads = self.warps * 32
         registers = -(-self.registers // 8) * 8 * threads
         return min(65536 // registers, 2048 // threads, (chip.shared + KIB) // (self.shared + KIB))

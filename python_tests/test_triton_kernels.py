@@ -180,7 +180,7 @@ def test_poisoned_memory_and_same_bits(chip: Chip, op: str) -> None:
 @pytest.mark.parametrize("op", GRADIENTS)
 def test_small_update_survives(chip: Chip, op: str) -> None:
     """A change of 1e-4 of the weight, in bf16, keeps its size on average."""
-    given = helpers.operands(op, 256, 64, 64, 8, torch.bfloat16, change=1e-4)
+    given = helpers.operands(op, 128, 64, 64, 8, torch.bfloat16, change=1e-4)
     dy = helpers.gradient_like(op, given)
     still = dict(given)
     if op == "kron_linear":
@@ -189,11 +189,15 @@ def test_small_update_survives(chip: Chip, op: str) -> None:
         name = helpers.TRAINABLES[op][0]
         still[name] = torch.zeros_like(given[name])
     update = given["x"].double() @ helpers.delta_weight(op, given).T
-    gain = helpers.update_gain(run(op, given, dy)["y"], run(op, still, dy)["y"], update)
-    # One rounding leaves an unbiased error; its spread over these 16,384 outputs is about 0.1.
-    assert gain == pytest.approx(1.0, abs=0.3)
+    base = run(op, still, dy)["y"]
+    gain = helpers.update_gain(run(op, given, dy)["y"], base, update)
+    # The gain of the exact result rounded once to bf16, on the same few outputs: both carry the
+    # same rounding noise, and a path that rounds before it adds the update is at 0.05.
+    best = helpers.update_gain(helpers.exact(op, given).bfloat16(), base, update)
+    assert gain == pytest.approx(best, abs=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("op", GRADIENTS)
 def test_infinity_stays_in_its_token(chip: Chip, op: str) -> None:
     """Masked loads have a fill value: a padded 0 must not meet another token's infinity."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,13 +113,14 @@ def narrow(tile, DTYPE: tl.constexpr):
         return tile.to(DTYPE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
     return Chip(
         capability=properties.major * 10 + properties.minor,
         multiprocessors=properties.multi_processor_count,
-        shared=properties.shared_memory_per_block_optin,
+        # The type stubs do not know it.
+        shared=getattr(properties, "shared_memory_per_block_optin"),  # noqa: B009
     )
 
 
@@ -170,9 +171,11 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def tma_ready(chip: Chip, *tensors: Tensor) -> bool:
-    """Whether each 2-D tensor's memory suits a tensor descriptor: unit columns, 16-byte rows."""
+    """Whether each 2-D tensor suits a tensor descriptor: half precision (descriptors feed tensor
+    cores), unit columns, rows on 16 bytes."""
     return chip.has_tma and all(
         t.numel() > 0
+        and t.element_size() == 2
         and t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % 16 == 0

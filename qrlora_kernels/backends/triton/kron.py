@@ -49,7 +49,9 @@ def kron_update(
         min(triton.cdiv(m, tile.tokens), tile.resident * chip.multiprocessors),
         x.device,
         common.tile_source(x_grid, x_block, tma),
-        *_contiguous(a, b, a0, b0),
+        a.contiguous(),
+        b.contiguous(),
+        *_contiguous(a0, b0),
         common.tile_source(out_grid, out_block, tma),
         scaling,
         m,
@@ -91,7 +93,8 @@ def kron_linear_bwd(
     dy of its own.
     """
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
-    factors = _contiguous(a, b, a0, b0)
+    a, b = a.contiguous(), b.contiguous()
+    factors = (a, b, *_contiguous(a0, b0))
     dx = common.empty(tuple(x.shape), x.dtype, x.device) if need_dx else None
     da = db = None
     if fits_one_pass(a.shape[0], b.shape[0], a.shape[1], common.chip_of(x.device)):
@@ -107,7 +110,7 @@ def kron_linear_bwd(
 def _backward_pass(
     dy: Tensor,
     x: Tensor,
-    factors: list[Tensor | None],
+    factors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     scaling: float,
     dx: Tensor | None,
     need_da: bool,
@@ -115,7 +118,6 @@ def _backward_pass(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fill ``dx`` with the update's share, if given; return da and db, if asked for."""
     a, b = factors[:2]
-    assert a is not None and b is not None
     if dx is None and not (need_da or need_db):
         return None, None
     m, (na, r), kb = x.shape[0], a.shape, b.shape[0]
@@ -179,5 +181,7 @@ def _tma_ready(chip: Chip, *grids: tuple[Tensor | None, tuple[int, ...]]) -> boo
     )
 
 
-def _contiguous(*factors: Tensor | None) -> list[Tensor | None]:
-    return [None if factor is None else factor.contiguous() for factor in factors]
+def _contiguous(a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if a0 is None or b0 is None:
+        return None, None
+    return a0.contiguous(), b0.contiguous()

@@ -46,6 +46,15 @@ def _row_offsets(step, stride_m, M, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.conste
     return token * stride_m, index, (token < M) & (index < R)
 
 
+@triton.jit
+def _within_token(index, c, R, C, TURNED: tl.constexpr):
+    """Offsets [rows, columns] of a step's values from the start of their token."""
+    if TURNED:
+        return c[None, :] * R + index[:, None]
+    else:
+        return index[:, None] * C + c[None, :]
+
+
 # A token's values form a matrix. The X side holds it as rows [R, C], the Y side turned over, as the
 # columns of [C, R]; TURNED says which. A descriptor sees [M, R, C] or [M, C, R] in memory.
 
@@ -69,10 +78,7 @@ def _load_tokens(
     else:
         base, index, exists = _row_offsets(step, stride_m, M, R, BLOCK_T, BLOCK_R)
         c = tl.arange(0, BLOCK_C)
-        if TURNED:
-            inner = c[None, :] * R + index[:, None]
-        else:
-            inner = index[:, None] * C + c[None, :]
+        inner = _within_token(index, c, R, C, TURNED)
         mask = exists[:, None] & (c < C)[None, :]
         tile = tl.load(src + base[:, None] + inner, mask=mask, other=0.0)
     return tile
@@ -94,10 +100,7 @@ def _store_tokens(
     else:
         base, index, exists = _row_offsets(step, stride_m, M, R, BLOCK_T, BLOCK_R)
         c = first + tl.arange(0, BLOCK_C)
-        if TURNED:
-            inner = c[None, :] * R + index[:, None]
-        else:
-            inner = index[:, None] * C + c[None, :]
+        inner = _within_token(index, c, R, C, TURNED)
         mask = exists[:, None] & (c < C)[None, :]
         tl.store(dst + base[:, None] + inner, tile.to(dst.dtype.element_ty), mask=mask)
 

@@ -75,7 +75,7 @@ def _run(
     """Product and finish, in one kernel where the tokens fill the GPU; the gradient's parts."""
     (m, k), r = x.shape, proj.shape[0]
     chip = common.chip_of(x.device)
-    tile = project_tile(chip, m, x.element_size())
+    tile = project_tile(chip, m, r, x.element_size())
     core = gate.ndim == 2
     decode = m <= DECODE_TOKENS
     # Few tokens: the projection is what is read, so the programs share out its rows.
@@ -90,7 +90,7 @@ def _run(
 
     finish_rows = tile.block_m
     if apart:
-        finish_rows = 16 if m <= 256 else 64 if core else 32
+        finish_rows = 16 if m <= 256 else 64 if core and r <= 192 else 32
     finish_tiles = triton.cdiv(m, finish_rows)
     grad = None
     if need_grad:
@@ -166,7 +166,7 @@ def _run(
             BLOCK_M=finish_rows,
             BLOCK_R0=widths[0],
             BLOCK_R1=widths[1],
-            num_warps=4,
+            num_warps=4 if r <= 192 else 8,
             num_stages=1,
             **finish_meta,
         )

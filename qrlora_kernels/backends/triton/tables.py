@@ -66,13 +66,15 @@ class KronTile:
 
 # From the largest tile down: the first one that gives every multiprocessor a tile is taken.
 _HOPPER = (GemmTile(128, 256, 64, 8, 3), GemmTile(128, 128, 64, 8, 4), GemmTile(64, 64, 64, 4, 4))
-_AMPERE = (GemmTile(128, 256, 32, 8, 3), GemmTile(128, 128, 32, 4, 4), GemmTile(64, 64, 64, 4, 3))
-_SAFE = (GemmTile(128, 128, 32, 4, 3), GemmTile(64, 64, 32, 4, 3))
-_FLOAT32 = (GemmTile(64, 64, 16, 4, 3), GemmTile(32, 32, 32, 4, 3))
+# Addresses take registers where there are no descriptors, so the accumulators get fewer.
+_AMPERE = (GemmTile(128, 128, 32, 8, 4), GemmTile(64, 64, 64, 4, 3))
+_SAFE = (GemmTile(128, 128, 32, 8, 3), GemmTile(64, 64, 32, 4, 3))
+# Without tensor cores a library product wins; these rows are for a call that asks for Triton.
+_FLOAT32 = (GemmTile(32, 32, 16, 4, 3),)
 # Few tokens: what counts is bytes of the weight in flight.
 _DECODE = (GemmTile(16, 32, 256, 4, 5), GemmTile(16, 16, 256, 4, 5))
 _DECODE_SAFE = (GemmTile(16, 32, 256, 4, 3), GemmTile(16, 16, 256, 4, 3))
-_DECODE_FLOAT32 = (GemmTile(16, 16, 64, 4, 3),)
+_DECODE_FLOAT32 = (GemmTile(16, 16, 32, 4, 3),)
 
 BIG_SHARED = 160 * 1024
 """Data-centre chips offer at least this much shared memory to a block, others about 99 KiB."""
@@ -80,6 +82,7 @@ BIG_SHARED = 160 * 1024
 
 def gemm_tile(chip: Chip, m: int, n: int, itemsize: int) -> GemmTile:
     """The tile for an [m, n] product of elements of ``itemsize`` bytes."""
+    rows: tuple[GemmTile, ...]
     if m <= DECODE_TOKENS:
         half = _DECODE if chip.shared >= BIG_SHARED else _DECODE_SAFE
         rows = half if itemsize == 2 else _DECODE_FLOAT32
@@ -95,7 +98,7 @@ def gemm_tile(chip: Chip, m: int, n: int, itemsize: int) -> GemmTile:
     return rows[-1]
 
 
-def project_tile(chip: Chip, m: int, itemsize: int) -> ProjectTile:
+def project_tile(chip: Chip, m: int, rank: int, itemsize: int) -> ProjectTile:
     """The tile of h = x rᵀ, whose few columns make it a stream over x."""
     if m <= DECODE_TOKENS:
         stages = 6 if chip.shared >= BIG_SHARED else 3
@@ -104,7 +107,7 @@ def project_tile(chip: Chip, m: int, itemsize: int) -> ProjectTile:
         return ProjectTile(32, 32, 4, 3)
     if chip.shared >= BIG_SHARED and m >= 64 * chip.multiprocessors // 2:
         return ProjectTile(128, 64, 8, 4)
-    return ProjectTile(64, 64, 4, 3)
+    return ProjectTile(64, 64, 8 if rank > 128 or chip.shared < BIG_SHARED else 4, 3)
 
 
 def rank_widths(rank: int) -> tuple[int, int]:
@@ -123,8 +126,13 @@ def rank_widths(rank: int) -> tuple[int, int]:
     return width // 2, rest
 
 
-def rank_step(rank: int) -> int:
-    """Step of the second phase over the rank: the widest that pads least."""
+def rank_step(rank: int, itemsize: int) -> int:
+    """Step of the second phase over the rank: the widest that pads least.
+
+    float32 goes without tensor cores and holds the whole step in registers.
+    """
+    if itemsize == 4:
+        return 16
     return min((64, 32, 16), key=lambda step: (-(-rank // step) * step, -step))
 
 

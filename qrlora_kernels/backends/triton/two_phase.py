@@ -7,7 +7,6 @@ base output is not lost, and the frozen output makes no second trip through memo
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -109,7 +108,7 @@ def two_phase(
     w_out, v_out = common.rows_are_out(w), v is None or common.rows_are_out(v)
     w_memory = w if w_out else w.t()
     tma = common.tma_ready(chip, x, w_memory, out)
-    block_r = rank_step(1 if u is None else u.shape[1])
+    block_r = rank_step(1 if u is None else u.shape[1], x.element_size())
     w_block, v_block = (tile.block_n, tile.block_k), (tile.block_n, block_r)
     u_source = v_source = None
     tma_low = False
