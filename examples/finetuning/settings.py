@@ -8,7 +8,7 @@ from pathlib import Path
 ADAPTERS = ("none", "qr", "lora_xs", "ohora", "lora")
 # "none" trains the head alone, "lora" is PEFT's. A rate suits what is trained: λ scales factors of
 # the weight's own size, LoRA's product of two matrices starts at zero.
-LEARNING_RATES = {"none": 0.0, "qr": 3e-2, "lora_xs": 1e-2, "ohora": 1e-2, "lora": 2e-3}
+LEARNING_RATES = {"none": 0.0, "qr": 5e-2, "lora_xs": 2e-2, "ohora": 2e-2, "lora": 4e-3}
 LORA_RANK = 8
 NAMES = {
     "none": "head only",
