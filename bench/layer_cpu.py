@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} CPUs, {args.clock}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} CPUs, {args.clock}"
+    )
     print("| dtype | M | N = K | adapter | r | frozen ms | ours/frozen | eager/frozen "
           "| composed/frozen | ours/best other | backend |\n" + "|---" * 11 + "|")  # fmt: skip
     rows = []
