@@ -15,6 +15,7 @@ from ..backends import Choice, Problem, choose
 from ..functional import linear_add
 from ..reference import HALF
 from .frozen import check_base, frozen_matrix, is_conv1d
+from .rounding import round_unbiased
 
 State = dict[str, Tensor]
 
@@ -216,10 +217,11 @@ class AdapterLinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Replace the weight by W + ΔW, rounded once; the original is kept for :meth:`unmerge`.
+        """Replace the weight by W + ΔW; the original is kept for :meth:`unmerge`.
 
-        The layer then costs exactly a frozen linear; memory holds both weights. No effect on a
-        merged layer.
+        The layer then costs exactly a frozen linear; memory holds both weights. A half-precision
+        sum is rounded without bias, because to-nearest would drop an update that is small against
+        W; the same layer always gives the same bits. No effect on a merged layer.
         """
         if self.merged:
             return
@@ -235,7 +237,7 @@ class AdapterLinear(nn.Linear):
     def _merged_weight(self) -> Tensor:
         delta = self.delta_weight()
         weight = self.weight.to(delta.dtype) + (delta.t() if self.conv1d else delta)
-        return weight.to(self.weight.dtype).contiguous()
+        return round_unbiased(weight, self.weight.dtype).contiguous()
 
     @torch.no_grad()
     def to_linear(self, merge: bool = True) -> nn.Module:
