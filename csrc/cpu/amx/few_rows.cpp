@@ -64,7 +64,12 @@ class Task {
             const Product& p = g_.products[t];
             const Rows a = rows_of(p.a, p.depth, 0, g_.m, copy);
             for (int64_t d = 0; d < p.depth; d += sweep)
-                for (int64_t j = j0; j < j1; j += side) add(p, a, d, j, block_at(j - j0));
+                for (int64_t j = j0; j < j1; j += side) {
+                    if (g_.m > 16)
+                        add<true>(p, a, d, j, block_at(j - j0));
+                    else
+                        add<false>(p, a, d, j, block_at(j - j0));
+                }
         }
         for (int64_t j = j0; j < j1; j += side) finish(g_, block_at(j - j0), 0, j);
     }
@@ -72,12 +77,13 @@ class Task {
   private:
     float* block_at(int64_t j) { return blocks_ + j * side; }
 
+    template <bool tall>
     void add(const Product& p, Rows a, int64_t d, int64_t j, float* block) {
         const int64_t depth = std::min(sweep, p.depth - d);
         pack_b(p.b.data + d * p.b.row + j * p.b.col, p.b.row, p.b.col, depth, g_.n - j, tiles_);
-        load_block(block);
-        multiply<true>({a.data + d, a.ld}, tiles_, depth);
-        store_block(block);
+        load_block<tall>(block);
+        multiply<true, tall>({a.data + d, a.ld}, tiles_, depth);
+        store_block<tall>(block);
     }
 
     // to = from^T
