@@ -199,6 +199,20 @@ def _shrink(layer, size):
             parameter.copy_(start + ratio * (parameter - start))
 
 
+@pytest.mark.parametrize("options", [{"dropout": 1e-9}, {"product": "lora"}], ids=str)
+def test_ohora_subtracts_its_start_in_fp32_under_autocast(options):
+    """Each product alone is ten thousand times the update: in bf16 the difference is noise."""
+    torch.manual_seed(0)
+    layer = trained("ohora", nn.Linear(256, 512, bias=False), size=1e-3, **options).train()
+    _shrink(layer, 1e-4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer.weight.zero_()
+        x = torch.randn(64, 256)
+        got = layer(x).float()
+    want = x @ layer.delta_weight().T
+    assert float((got - want).norm() / want.norm()) < 0.01
+
+
 # --- explain
 
 

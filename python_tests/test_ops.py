@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import helpers
 import pytest
 import torch
@@ -127,6 +129,19 @@ def test_saved_for_backward(op, dtype):
     assert "bias" not in referred
 
 
+@pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear", "linear_add"])
+def test_x_is_free_after_the_forward(op):
+    """Not kept in any other way either: the activation before the layer can be reused."""
+    operands = helpers.operands(op, *SIZES)
+    _leaves(op, operands)
+    x = operands.pop("x") * 1.0
+    alive = weakref.ref(x)
+    y = helpers.call(op, {"x": x, **operands})
+    del x
+    assert alive() is None
+    y.sum().backward()
+
+
 # --- registered operators, torch.compile
 
 
@@ -198,6 +213,18 @@ def test_autocast(op, backward_inside):
         assert leaf.grad.dtype == leaf.dtype
         error = (leaf.grad - reference.grad).norm() / reference.grad.norm()
         assert float(error) < 0.02
+
+
+@pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear", "kron_linear"])
+def test_autocast_leaves_the_plain_expression_wide(op):
+    """Its fp32 sums recast to bf16 would lose the update: gain .01 where this was measured."""
+    operands = helpers.operands(op, 8192, 512, 64, 4, change=1e-4)
+    update = operands["x"] @ helpers.delta_weight(op, operands).float().T
+    with torch.autocast("cpu", torch.bfloat16):
+        base = F.linear(operands["x"], operands["weight"], operands["bias"])
+        operands["weight"].requires_grad_()
+        y = helpers.call(op, operands).detach()
+    assert helpers.update_gain(y, base, update) == pytest.approx(1.0, abs=0.02)
 
 
 @pytest.mark.parametrize("op", OPS)
