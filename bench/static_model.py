@@ -1,8 +1,8 @@
 """Time of a layer's forward and backward on an H200, from counted FLOPs and bytes: a prediction.
 
 Each kernel takes the longer of its arithmetic and its traffic; that of a tiled product is rounded
-Each kernel takes the longer of its arithmetic and its traffic; that of a tiled product is rounded
 up to whole waves of tiles. The rates are measured ones of that GPU; what is assumed is named below.
+Nothing here is a measurement of these kernels.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 namespace qrlora {
 
 void bind_amx(pybind11::module_& m);
+void bind_cuda(pybind11::module_& m);  // only where the CUDA part is built
 void bind_kron(pybind11::module_& m);
 void bind_linalg(pybind11::module_& m);
 

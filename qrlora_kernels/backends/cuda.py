@@ -1,0 +1,132 @@
+"""CUDA C++ for few tokens (decoding): two launches, three with a core, the weight read once.
+
+The product with the weight starts while h is still being made (programmatic dependent launch on
+Hopper and later); base and update share one fp32 accumulator. Only the forward is written for few
+tokens: the backward, and a weight stored transposed, are library products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import composed
+from .chooser import Problem
+
+__all__ = [
+    "available",
+    "lora_xs_linear_bwd",
+    "lora_xs_linear_fwd",
+    "qr_linear_bwd",
+    "qr_linear_fwd",
+    "supports",
+]
+
+qr_linear_bwd = composed.qr_linear_bwd
+lora_xs_linear_bwd = composed.lora_xs_linear_bwd
+
+# The tags of csrc/include/qrlora/dtype.h.
+_DTYPES = {torch.bfloat16: 2, torch.float16: 3}
+# Compute capabilities that the binary holds code for (CMakeLists.txt, QRLORA_CUDA_ARCHS).
+_MAJORS = (8, 9, 10)
+
+
+def available() -> tuple[bool, str]:
+    """Whether the native core has its CUDA part, and there is a GPU."""
+    if native.CORE is None:
+        return False, native.REASON
+    if not hasattr(native.CORE, "cuda_decode"):
+        return False, f"native core without CUDA: {native.build_config()['cuda']}"
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return False, "no CUDA device"
+    return True, native.build_config()["cuda"]
+
+
+def supports(problem: Problem) -> tuple[bool, str]:
+    """Whether these kernels run ``problem``, and in a few words why (not)."""
+    if problem.device.type != "cuda":
+        return False, f"CUDA kernels run on CUDA devices, not {problem.device.type}"
+    if problem.op not in ("qr_linear", "lora_xs_linear"):
+        return False, f"no CUDA kernel for {problem.op}"
+    if problem.dtype not in _DTYPES:
+        return False, f"the CUDA kernels compute in float16 and bfloat16, not {problem.dtype}"
+    ok, reason = available()
+    if not ok:
+        return ok, reason
+    tokens = native.core().cuda_decode_tokens
+    if not 1 <= problem.m <= tokens:
+        return False, f"the CUDA kernels take 1 to {tokens} tokens, not {problem.m}"
+    major, minor = torch.cuda.get_device_capability(problem.device)
+    if major not in _MAJORS:
+        return False, f"not built for compute capability {major}.{minor}"
+    return True, "few tokens: the weight read once, base and update in one fp32 accumulator"
+
+
+def qr_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q: Tensor,
+    r: Tensor,
+    lam: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b + s (h ∘ λ) Qᵀ on x [M, K]; returns y [M, N] and h = x R̃ᵀ [M, r]."""
+    if weight.stride(1) != 1:
+        return composed.qr_linear_fwd(x, weight, bias, q, r, lam, scaling)
+    return _decode(x, weight, bias, q, r, lam, scaling)
+
+
+def lora_xs_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b + s (h C) Bᵀ on x [M, K]; returns y [M, N] and h = x Aᵀ [M, r]."""
+    if weight.stride(1) != 1:
+        return composed.lora_xs_linear_fwd(x, weight, bias, a, b, core, scaling)
+    return _decode(x, weight, bias, b, a, core, scaling)
+
+
+def _decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_factor: Tensor,
+    in_factor: Tensor,
+    gate: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """``gate`` is λ [r] or C [r, r]."""
+    (m, k), n, r = x.shape, weight.shape[0], in_factor.shape[0]
+    x, out_factor, in_factor = (_unit_columns(t) for t in (x, out_factor, in_factor))
+    bias, gate = None if bias is None else bias.contiguous(), gate.contiguous()
+    y, h = x.new_empty(m, n), x.new_empty(m, r)
+    mid = x.new_empty(m, -(-r // 8) * 8)
+    wide = x.new_empty(m, r, dtype=torch.float32) if gate.dim() == 2 else None
+    native.core().cuda_decode(
+        _DTYPES[x.dtype],
+        *(m, n, k, r),
+        *(x.data_ptr(), x.stride(0)),
+        *(weight.data_ptr(), weight.stride(0)),
+        0 if bias is None else bias.data_ptr(),
+        *(out_factor.data_ptr(), out_factor.stride(0)),
+        *(in_factor.data_ptr(), in_factor.stride(0)),
+        *(gate.data_ptr(), gate.dim() == 2, gate.dtype == torch.float32),
+        scaling,
+        *(y.data_ptr(), h.data_ptr()),
+        *(mid.data_ptr(), mid.stride(0)),
+        0 if wide is None else wide.data_ptr(),
+        x.get_device(),
+        torch.cuda.current_stream(x.device).cuda_stream,
+    )
+    return y, h
+
+
+def _unit_columns(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 else t.contiguous()
