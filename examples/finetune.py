@@ -128,6 +128,9 @@ def run_alone(settings: Settings) -> int:
     except KeyboardInterrupt:
         process.join()  # Ctrl-C reached it too; it says what it left behind
         return INTERRUPTED
+    if process.exitcode is not None and process.exitcode < 0:
+        print(f"finetune.py: the run was killed by signal {-process.exitcode}", file=sys.stderr)
+        return 1
     return process.exitcode or 0
 
 
