@@ -91,12 +91,14 @@ def load_data(args: argparse.Namespace) -> data.Data:
 
 def chosen(args: argparse.Namespace) -> list[str]:
     """The adapters to run; "all" leaves PEFT's LoRA out where PEFT is not installed."""
-    if not args.demo and "all" not in args.adapter:
-        return list(dict.fromkeys(args.adapter))
-    if importlib.util.find_spec("peft") is not None:
-        return list(ADAPTERS)
+    every = args.demo or "all" in args.adapter
+    names = list(ADAPTERS) if every else list(dict.fromkeys(args.adapter))
+    if "lora" not in names or importlib.util.find_spec("peft") is not None:
+        return names
+    if not every:
+        raise ValueError("adapter 'lora' needs the package peft: pip install peft")
     print("PEFT is not installed: its LoRA is left out of the comparison", file=sys.stderr)
-    return [name for name in ADAPTERS if name != "lora"]
+    return [name for name in names if name != "lora"]
 
 
 def settings_of(
@@ -126,6 +128,9 @@ def run_alone(settings: Settings) -> int:
     except KeyboardInterrupt:
         process.join()  # Ctrl-C reached it too; it says what it left behind
         return INTERRUPTED
+    if process.exitcode is not None and process.exitcode < 0:
+        print(f"finetune.py: the run was killed by signal {-process.exitcode}", file=sys.stderr)
+        return 1
     return process.exitcode or 0
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from finetuning import adapters, report, run, training
 from finetuning.data import Data, Split, write_tsv
+from finetuning.memory import peak_memory
 from finetuning.metrics import scores
 from finetuning.settings import ADAPTERS, Settings
 from safetensors.torch import load_file
@@ -230,3 +231,20 @@ def test_a_wrong_command_line_is_a_plain_error(tmp_path, capsys):
     assert "got no rows" in capsys.readouterr().err
     assert finetune.main(["--data", str(table), "--task", "rte"]) == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_lora_without_peft_is_left_out_of_all_and_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    assert "lora" not in finetune.chosen(finetune.parse(["--demo"]))
+    assert "left out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="pip install peft"):
+        finetune.chosen(finetune.parse(["--adapter", "lora"]))
+
+
+def test_peak_memory_sees_a_large_tensor():
+    before = peak_memory()
+    assert before is not None
+    torch.ones(before + 2**26, dtype=torch.uint8).max()
+    peak = peak_memory()
+    assert peak is not None
+    assert peak > before + 2**26

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import nn
 
 import qrlora_kernels as qk
@@ -72,7 +73,7 @@ def save(model: nn.Module, settings: Settings) -> None:
         qk.save_adapter(model, path)
         return
     temporary = path.with_suffix(".tmp")
-    save_file({n: p.detach() for n, p in _trainable(model).items()}, temporary)
+    temporary.write_bytes(serialized({n: p.detach() for n, p in _trainable(model).items()}))
     os.replace(temporary, path)
 
 

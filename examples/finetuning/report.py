@@ -71,11 +71,15 @@ def _notes(results: Sequence[Result]) -> list[str]:
     return [
         f"Trained: numbers besides the head's {first['head']:,}, which all runs train and all "
         "files hold.",
-        f"Peak memory: of the whole process until training ends{loaded}.",
+        f"Peak memory: of {_owner(settings)} until training ends{loaded}.",
         f"{train:,} training rows, {settings['epochs']} epochs, {held:,} evaluation rows, seed "
         f"{settings['seed']}, {settings['precision']}; {versions['machine']}; "
         f"torch {versions['torch']}, qrlora_kernels {versions['qrlora_kernels']}.",
     ]
+
+
+def _owner(settings: dict[str, Any]) -> str:
+    return "the whole process" if settings["device"] == "cpu" else "PyTorch on the device"
 
 
 def _mebibytes(size: int | None) -> str:

@@ -58,13 +58,13 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
     data = read_tsv(settings.train_file, settings.eval_file)
     train_set, eval_set = _encode(data, settings)
     base = _fresh_model(data, settings)
-    before = peak_memory()
+    before = peak_memory(settings.device)
     start = time.perf_counter()
     model = adapters.attach(base, settings)
     seconds_to_start = time.perf_counter() - start
     log = Log()
     _train_and_save(model, train_set, eval_set, data, settings, log)
-    peak = peak_memory()
+    peak = peak_memory(settings.device)
     trained, head = adapters.trained_numbers(model)
     result = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()},

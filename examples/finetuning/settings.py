@@ -55,6 +55,10 @@ class Settings:
         return LEARNING_RATES[self.adapter] if self.lr is None else self.lr
 
     @property
+    def device_type(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
     def adapter_file(self) -> Path:
         return self.out / "adapter.safetensors"
 

@@ -125,7 +125,7 @@ def _loss(outputs: Tensor, targets: Tensor, rows: list[int]) -> Tensor:
 
 def predict_batch(model: nn.Module, data: Encoded, rows: list[int], settings: Settings) -> Tensor:
     inputs = {name: tensor.to(settings.device) for name, tensor in data.batch(rows).items()}
-    with torch.autocast(settings.device, torch.bfloat16, enabled=settings.precision == "bf16"):
+    with torch.autocast(settings.device_type, torch.bfloat16, enabled=settings.precision == "bf16"):
         return model(**inputs)
 
 
