@@ -22,6 +22,10 @@ BACKENDS: dict[str, str] = {
     "amx": "qrlora_kernels.backends.amx",
     "cpu": "qrlora_kernels.backends.cpu",
     "composed": "qrlora_kernels.backends.composed",
+    # After "composed", which runs everything: the GPU kernels are asked for by name until they have
+    # been measured on a GPU. A kernel that may lose to library products is never picked unasked.
+    "cuda": "qrlora_kernels.backends.cuda",
+    "triton": "qrlora_kernels.backends.triton",
     "reference": "qrlora_kernels.backends.reference",
 }
 
