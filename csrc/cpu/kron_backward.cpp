@@ -23,7 +23,7 @@ class Backward {
     }
 
     void run() {
-#pragma omp parallel num_threads(d_.threads)
+#pragma omp parallel num_threads(chunks_.threads(d_.threads))
         {
             Scratch scratch(*this);
 #pragma omp for schedule(dynamic, 1)

@@ -17,7 +17,7 @@ void forward(const KronShape& d, KronRows x, const T* left, const T* right, E* y
     const int64_t scratch = d.r * d.k + depth * ld + d.n * ld;
     const KronChunks chunks(d.tokens);
     const E* rows = static_cast<const E*>(x.data);
-#pragma omp parallel num_threads(d.threads)
+#pragma omp parallel num_threads(chunks.threads(d.threads))
     {
         std::vector<T> buffer(scratch);
         T *token = buffer.data(), *s = token + d.r * d.k, *out = s + depth * ld;

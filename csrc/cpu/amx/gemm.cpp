@@ -78,10 +78,19 @@ class Task {
     bf16 *tiles_, *rows_;
 };
 
+// Waking a thread takes as long as some millions of multiplications.
+int useful_threads(const Gemm& g) {
+    constexpr int64_t grain = 1 << 23;
+    const int64_t work = std::max(side, g.m) * g.n * padded_depth(g);
+    return static_cast<int>(std::min<int64_t>(g.threads, 1 + work / grain));
+}
+
 }  // namespace
 
-void gemm(const Gemm& g) {
-    if (g.m == 0 || g.n == 0) return;
+void gemm(const Gemm& asked) {
+    if (asked.m == 0 || asked.n == 0) return;
+    Gemm g = asked;
+    g.threads = useful_threads(asked);
     if (g.m <= side) return gemm_few_rows(g);
     const Cut cut(g);
 #pragma omp parallel num_threads(g.threads)

@@ -54,7 +54,7 @@ class Backward {
     }
 
     void run() {
-#pragma omp parallel num_threads(d_.threads)
+#pragma omp parallel num_threads(chunks_.threads(d_.threads))
         {
             const TileScope scope;
             Work w(d_, c_);

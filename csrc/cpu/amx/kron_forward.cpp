@@ -31,7 +31,7 @@ class Forward {
 
     void run() {
         const KronChunks chunks(d_.tokens);
-#pragma omp parallel num_threads(d_.threads)
+#pragma omp parallel num_threads(chunks.threads(d_.threads))
         {
             const TileScope scope;
             const auto token = allocate(r_tiles_ * 16 * k_depth_ * 32);

@@ -27,6 +27,7 @@ struct KronChunks {
                 : all < 1024 ? all / 16
                              : 64),
           tokens((all + count - 1) / count) {}
+    int threads(int asked) const { return count < asked ? static_cast<int>(count) : asked; }
 };
 
 // The activations x [tokens, r k] (forward and backward), y or dy [tokens, n r], dx [tokens, r k]:
