@@ -1,0 +1,172 @@
+// What is known of the columns that are not pivots: bounds of their residual norms, or the
+// residuals themselves.
+#include <algorithm>
+#include <cmath>
+
+#include "qrlora/cpu/pivot_search.h"
+
+namespace qrlora {
+
+// Grows the basis by the accepted candidates and lowers every bound by them.
+void Search::take_block() {
+    const int64_t count = static_cast<int64_t>(accepted_.size());
+    accepted_panel_.reset(w_.rows, count);
+    for (int64_t i = 0; i < w_.rows; ++i) {
+        for (int64_t j = 0; j < count; ++j) {
+            accepted_panel_.row(i)[j] = residual_.row(i)[accepted_[j]];
+        }
+    }
+    lower_.resize(count * count);
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j < count; ++j) {
+            lower_[i * count + j] = gram_.row(
+                std::min(accepted_[i], accepted_[j]))[std::max(accepted_[i], accepted_[j])];
+        }
+    }
+    cholesky(lower_, count);
+    if (explicit_) basis_.clear();  // the residual is orthogonal to what was taken before
+    basis_.append(accepted_panel_, lower_);
+    if (fp32_pass_) {
+        lower_bounds<float>(accepted_panel_);
+    } else {
+        lower_bounds<double>(accepted_panel_);
+    }
+    for (size_t i = 0; i < candidates_.size(); ++i) {
+        const int64_t j = candidates_[i];
+        set_exact(j, std::max(left2_[i], 0.0));
+        alive_[j] = independent(j, left2_[i]);
+    }
+}
+
+// One pass over the matrix: R = addedᵀ W, norms² fall by R², bounds also grow by its rounding.
+template <class T>
+void Search::lower_bounds(const Panel& added) {
+    const int64_t count = added.columns, height = round_up(count, TILE_M);
+    AlignedBuffer<T> packed;
+    T* q = packed.reserve(w_.rows * height);
+    std::fill(q, q + w_.rows * height, T(0));
+    for (int64_t i = 0; i < w_.rows; ++i) {
+        for (int64_t j = 0; j < count; ++j) q[i * height + j] = static_cast<T>(added.row(i)[j]);
+    }
+    std::vector<double> growth(count);
+    const size_t before = found_.columns.size() - count;
+    for (int64_t s = 0; s < count; ++s) {
+        const double norm = found_.norms[before + s];
+        growth[s] = start2_[found_.columns[before + s]] / (norm * norm);
+    }
+    const double eps = sizeof(T) == 4 ? EPS32 : EPS64;
+    const double unit = 8 * eps * std::sqrt(static_cast<double>(count));
+    const int64_t columns = explicit_ ? matrix_.columns : w_.columns;
+    const int64_t width = std::clamp<int64_t>(round_up(columns / (4 * threads_), TILE_N), TILE_N,
+                                              1024 / static_cast<int64_t>(sizeof(T)));
+    parallel_for(threads_, (columns + width - 1) / width, [&](int64_t tile) {
+        const int64_t first = tile * width, last = std::min(first + width, columns);
+        thread_local AlignedBuffer<T> rows_buffer;
+        T* rows = rows_buffer.reserve(height * width);
+        const int64_t ld = round_up(last - first, TILE_N);
+        if constexpr (sizeof(T) == 4) {
+            dense_kernels().project_f32(w_, q, height, first, last, rows, ld);
+        } else if (explicit_) {
+            project_explicit(added, q, height, first, ld, rows);
+        } else {
+            dense_kernels().project_f64(w_, q, height, first, last, rows, ld);
+        }
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t j = explicit_ ? kept_[i] : i;
+            double lowered = 0.0, noise = 0.0;
+            for (int64_t s = 0; s < count; ++s) {
+                const double value = rows[s * ld + i - first];
+                lowered += value * value;
+                noise += growth[s] * value * value;
+            }
+            noise2_[j] += noise;
+            const double error = unit * std::sqrt(start2_[j]);
+            norm2_[j] = std::max(norm2_[j] - lowered, 0.0);
+            // |r + e|² differs from |r|² by at most 2|r||e| + |e|².
+            slack_[j] += 2 * std::sqrt(lowered) * error + error * error + 4 * EPS64 * norm2_[j];
+        }
+    });
+}
+
+// rows[., ld] = addedᵀ E for ld columns of the explicit residual E, and E -= added rows.
+void Search::project_explicit(const Panel& added, const double* q, int64_t height, int64_t first,
+                              int64_t ld, double* rows) {
+    std::fill(rows, rows + height * ld, 0.0);
+    double* tile = matrix_.row(0) + first;
+    dense_kernels().gemm_tn({height, ld, w_.rows, q, height, tile, matrix_.ld, rows, ld, 1.0});
+    dense_kernels().gemm_nn({round_up(w_.rows, TILE_M), ld, added.columns, added.row(0), added.ld,
+                             rows, ld, tile, matrix_.ld, -1.0});
+}
+
+// Enters a norm² that was computed in fp64.
+void Search::set_exact(int64_t column, double norm2) {
+    const double error = 8 * EPS64 * std::sqrt(noise2_[column]);
+    norm2_[column] = norm2;
+    slack_[column] = 2 * std::sqrt(norm2) * error + error * error;
+}
+
+// Recomputes in fp64 the norms of all columns whose bound reaches known2.
+void Search::refresh(double known2) {
+    fp32_pass_ = false;
+    order_.clear();
+    for (int64_t j = 0; j < w_.columns; ++j) {
+        if (bound(j) >= known2 * (1 - TIE)) order_.push_back(j);
+    }
+    constexpr int64_t chunk = 256;
+    for (size_t first = 0; first < order_.size(); first += chunk) {
+        const int64_t count = std::min<int64_t>(chunk, order_.size() - first);
+        const int64_t* columns = order_.data() + first;
+        gather_residual(columns, count);
+        for (int64_t j = 0; j < count; ++j) {
+            double norm2 = 0.0;
+            for (int64_t i = 0; i < w_.rows; ++i)
+                norm2 += residual_.row(i)[j] * residual_.row(i)[j];
+            set_exact(columns[j], norm2);
+            alive_[columns[j]] = independent(columns[j], norm2);
+        }
+    }
+}
+
+void Search::make_explicit() {
+    kept_.clear();
+    place_.resize(w_.columns);
+    for (int64_t j = 0; j < w_.columns; ++j) {
+        if (alive_[j]) kept_.push_back(j);
+    }
+    matrix_.gather(w_, kept_.data(), static_cast<int64_t>(kept_.size()), threads_);
+    basis_.project_out(matrix_);
+    for (size_t i = 0; i < kept_.size(); ++i) place_[kept_[i]] = static_cast<int64_t>(i);
+    explicit_ = true;
+    fp32_pass_ = false;
+}
+
+// Drops columns that are pivots or dependent by now, once they are a fifth.
+void Search::compact() {
+    std::vector<int64_t> alive;
+    for (int64_t j : kept_) {
+        if (alive_[j]) alive.push_back(j);
+    }
+    if (alive.size() * 5 > kept_.size() * 4) return;
+    std::vector<int64_t> places;
+    for (size_t i = 0; i < alive.size(); ++i) {
+        places.push_back(place_[alive[i]]);
+        place_[alive[i]] = static_cast<int64_t>(i);
+    }
+    compacted_.gather(matrix_.view(), places.data(), static_cast<int64_t>(places.size()), threads_);
+    std::swap(matrix_, compacted_);
+    kept_ = std::move(alive);
+}
+
+// Residuals of the given columns in fp64, to residual_.
+void Search::gather_residual(const int64_t* columns, int64_t count) {
+    if (!explicit_) {
+        residual_.gather(w_, columns, count, threads_);
+        basis_.project_out(residual_);
+        return;
+    }
+    std::vector<int64_t> places(count);
+    for (int64_t i = 0; i < count; ++i) places[i] = place_[columns[i]];
+    residual_.gather(matrix_.view(), places.data(), count, threads_);
+}
+
+}  // namespace qrlora

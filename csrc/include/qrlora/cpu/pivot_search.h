@@ -1,0 +1,85 @@
+// The search for greedy pivots; pivot_search.cpp chooses them, pivot_bounds.cpp keeps the bounds.
+#pragma once
+
+#include <limits>
+#include <vector>
+
+#include "qrlora/cpu/basis.h"
+#include "qrlora/cpu/pivoted_qr.h"
+
+namespace qrlora {
+
+constexpr double EPS32 = std::numeric_limits<float>::epsilon();
+constexpr double EPS64 = std::numeric_limits<double>::epsilon();
+constexpr double TIE = 1e-13;
+constexpr double DEPENDENT = 64 * EPS64;
+constexpr double BLOCK_DROP = 1e-4;
+// Shares of min(rows, columns): a search that may go beyond the first is explicit from the start,
+// one that a rule may stop earlier becomes explicit at the second.
+constexpr double EXPLICIT_LIMIT = 0.3;
+constexpr double EXPLICIT_FROM = 0.2;
+constexpr double NONE = -std::numeric_limits<double>::infinity();
+
+enum class Outcome { more, refresh, below_tau };
+
+class Search {
+  public:
+    Search(const MatrixView& w, const PivotOptions& options, int threads)
+        : w_(w),
+          options_(options),
+          threads_(threads),
+          basis_(w.rows, capacity(w, options), threads),
+          fp32_pass_(w.dtype != DType::f64) {}
+
+    Pivots run(const Interrupted& interrupted);
+
+  private:
+    static int64_t capacity(const MatrixView& w, const PivotOptions& options);
+    bool start();
+    Outcome block(bool fresh);
+    void choose_candidates();
+    Outcome pivot_block(bool certify_first);
+    bool certified(double value, int64_t column) const;
+    void take_block();
+    template <class T>
+    void lower_bounds(const Panel& added);
+    void project_explicit(const Panel& added, const double* q, int64_t height, int64_t first,
+                          int64_t ld, double* rows);
+    void refresh(double known2);
+    void set_exact(int64_t column, double norm2);
+    bool bracketed() const;
+    bool wants_explicit() const;
+    void make_explicit();
+    void compact();
+    void gather_residual(const int64_t* columns, int64_t count);
+
+    double bound(int64_t j) const { return alive_[j] ? norm2_[j] + slack_[j] : NONE; }
+    bool independent(int64_t j, double norm2) const {
+        return norm2 > DEPENDENT * DEPENDENT * noise2_[j];
+    }
+
+    const MatrixView& w_;
+    const PivotOptions& options_;
+    const int threads_;
+    Basis basis_;
+    bool fp32_pass_;
+    // Per column: norm² at the start, estimate of the residual norm², bound of its error, squared
+    // scale of the rounding, and whether it is neither a pivot nor dependent on the pivots.
+    std::vector<double> start2_, norm2_, slack_, noise2_;
+    std::vector<char> alive_;
+    std::vector<int64_t> order_, candidates_;
+    double outside_ = NONE;  // largest bound outside the candidates, and its lowest column
+    int64_t outside_column_ = 0;
+    Panel residual_, gram_, accepted_panel_;
+    // The residual of the columns kept_, and where in it a column is.
+    bool explicit_ = false;
+    Panel matrix_, compacted_;
+    std::vector<int64_t> kept_, place_;
+    std::vector<double> left2_;
+    std::vector<int64_t> accepted_;
+    std::vector<double> lower_;
+    double floor2_ = 0.0;  // magnitude rule: (tau |R_11|)²
+    Pivots found_;
+};
+
+}  // namespace qrlora
