@@ -138,9 +138,10 @@ def _run(chosen: argparse.Namespace) -> int:
     return 1 if red and chosen.gate_only else 0
 
 
-def _cases(suite: str, chosen: argparse.Namespace) -> list[Case] | list[ModelCase]:
+def _cases(suite: str, chosen: argparse.Namespace) -> list[Case | ModelCase]:
+    found: Sequence[Case | ModelCase]
     if suite == "model":
-        found: list = MODEL_CASES[chosen.device][chosen.effort]
+        found = MODEL_CASES[chosen.device][chosen.effort]
     elif chosen.gate_only and suite != "start":
         found = GATE_CASES
     else:
@@ -152,7 +153,7 @@ def _cases(suite: str, chosen: argparse.Namespace) -> list[Case] | list[ModelCas
     ]
 
 
-def _measure(plan: list[tuple[str, Case]], options: Options, folder: Path) -> list[Row]:
+def _measure(plan: list[tuple[str, Case | ModelCase]], options: Options, folder: Path) -> list[Row]:
     """Run the plan suite by suite; files are written after each case, so a stop loses little."""
     rows: list[Row] = []
     begin = time.monotonic()
