@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import machine, table
 from .competitors.ours import each_backend
+from .pages import regenerate, short
 from .registry import (
     ADAPTERS,
     CASES,
@@ -27,7 +28,7 @@ from .registry import (
     Case,
     ModelCase,
 )
-from .rows import RED, Row, write
+from .rows import RED, Row, replace_file, write
 from .suites import decode, layer, memory, model, start
 from .suites.common import Options
 
@@ -61,13 +62,21 @@ def _parser() -> argparse.ArgumentParser:
         "README table from bench/results.",
     )
     effort = parser.add_mutually_exclusive_group()
-    effort.add_argument("--quick", dest="effort", action="store_const", const="quick")
-    effort.add_argument("--full", dest="effort", action="store_const", const="full")
+    effort.add_argument(
+        "--quick", dest="effort", action="store_const", const="quick", help="a case per suite"
+    )
+    effort.add_argument(
+        "--full", dest="effort", action="store_const", const="full", help="every case, long"
+    )
     parser.set_defaults(effort="short")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--suites", type=_one_of(SUITES), default=SUITES, metavar="A,B")
-    parser.add_argument("--dtypes", type=_one_of(tuple(DTYPES)), default=(), metavar="A,B")
+    parser.add_argument(
+        "--suites", type=_one_of(SUITES), default=SUITES, metavar="A,B", help=", ".join(SUITES)
+    )
+    parser.add_argument(
+        "--dtypes", type=_one_of(tuple(DTYPES)), default=(), metavar="A,B", help=", ".join(DTYPES)
+    )
     families = (*ADAPTERS, *NEIGHBOURS)
     parser.add_argument(
         "--adapters", type=_one_of(families), default=(), metavar="A,B", help=", ".join(families)
@@ -134,13 +143,17 @@ def _run(chosen: argparse.Namespace) -> int:
         rows = _measure(plan, options, folder)
     red = [row for row in rows if row.status == RED]
     names = sorted({f"{row.suite} {row.adapter} {row.variant}" for row in red})
-    print(f"\n{len(rows)} rows in {folder}" + "".join(f"\nRED: {name}" for name in names))
+    if not chosen.gate_only:
+        replace_file(chosen.out / "summary.md", lambda out: out.write(short(rows)))
+        print(short(rows))
+    print(f"{len(rows)} rows in {folder}" + "".join(f"\nRED: {name}" for name in names))
     return 1 if red and chosen.gate_only else 0
 
 
-def _cases(suite: str, chosen: argparse.Namespace) -> list[Case] | list[ModelCase]:
+def _cases(suite: str, chosen: argparse.Namespace) -> list[Case | ModelCase]:
+    found: Sequence[Case | ModelCase]
     if suite == "model":
-        found: list = MODEL_CASES[chosen.device][chosen.effort]
+        found = MODEL_CASES[chosen.device][chosen.effort]
     elif chosen.gate_only and suite != "start":
         found = GATE_CASES
     else:
@@ -152,7 +165,7 @@ def _cases(suite: str, chosen: argparse.Namespace) -> list[Case] | list[ModelCas
     ]
 
 
-def _measure(plan: list[tuple[str, Case]], options: Options, folder: Path) -> list[Row]:
+def _measure(plan: list[tuple[str, Case | ModelCase]], options: Options, folder: Path) -> list[Row]:
     """Run the plan suite by suite; files are written after each case, so a stop loses little."""
     rows: list[Row] = []
     begin = time.monotonic()
@@ -188,8 +201,6 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _pages(arguments: list[str]) -> int:
-    from .pages import regenerate
-
     parser = argparse.ArgumentParser("python -m bench pages")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
     chosen = parser.parse_args(arguments)

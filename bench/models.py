@@ -63,6 +63,6 @@ def _llama_block(width: int) -> nn.Module:
 def inputs(model: nn.Module, case: ModelCase, device: str) -> Tensor:
     """Embeddings that ask for a gradient, so that the frozen model has a whole backward too."""
     generator = torch.Generator().manual_seed(1)
-    width = model.config.hidden_size
+    width: int = model.config.hidden_size  # type: ignore[assignment, union-attr]
     embeds = torch.randn(case.batch, case.length, width, generator=generator)
     return embeds.to(device, DTYPES[case.dtype]).requires_grad_(True)

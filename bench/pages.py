@@ -94,7 +94,7 @@ def short(rows: list[Row]) -> str:
     """The tables of the README, machine by machine."""
     parts = []
     for chip, group in _machines(rows):
-        parts.append(f"On {chip}; time over the frozen layer's, forward and backward together:")
+        parts.append(f"On {chip}:")
         parts += [summary.layer_table(group), summary.model_table(group)]
         parts.append(summary.start_table(group))
         behind = len(summary.losses(group))

@@ -78,7 +78,7 @@ def _layer(figure: Any, rows: list[Row]) -> None:
         axes.set_yticks([1, 1.5, 2, 3, 5, 10, 20], labels=["1", "1.5", "2", "3", "5", "10", "20"])
         axes.minorticks_off()
     panels[0].set_ylabel("time over the frozen layer")
-    drawn = {}
+    drawn: dict[str, Any] = {}
     for axes in panels:
         drawn.update(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(drawn.values(), drawn.keys(), fontsize=7, ncols=4, loc="outside lower center")

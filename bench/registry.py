@@ -60,7 +60,7 @@ class Effort:
     max_rounds: int
 
 
-EFFORT = {"quick": Effort(1.0, 4, 20), "short": Effort(5.0, 6, 60), "full": Effort(40.0, 10, 400)}
+EFFORT = {"quick": Effort(1.0, 4, 20), "short": Effort(4.0, 6, 60), "full": Effort(40.0, 10, 400)}
 
 _CPU_LAYER = {
     "quick": [Case(128, 1024, 1024, 16)],
@@ -106,7 +106,10 @@ _CUDA_DECODE = {
 }
 _CPU_START = {
     "quick": [Case(0, 512, 512, 16, "fp32")],
-    "short": [Case(0, n, n, r, "fp32") for n in (512, 1024, 2048) for r in (16, 150)],
+    "short": [
+        Case(0, 2048, 2048, 16, "fp32"),
+        *(Case(0, n, n, 150, "fp32") for n in (512, 1024, 2048)),
+    ],
     "full": [
         Case(0, n, k, r, dtype)
         for n, k in ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 14336))

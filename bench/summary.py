@@ -104,7 +104,12 @@ def _ratio_table(rows: list[Row], metric: str, wanted: list[Line]) -> str:
     shape = max(shapes, key=lambda key: len(shapes[key]))
     tokens = sorted(shapes[shape])
     groups = [[r for r in chosen if (r.n, r.k, r.dtype) == shape and r.m == m] for m in tokens]
-    lines = [[f"{shape[0]}×{shape[1]}, {shape[2]}", *(f"M = {m}" for m in tokens)]]
+    lines = [
+        [
+            f"forward + backward over frozen, {shape[0]}×{shape[1]} {shape[2]}",
+            *(f"M = {m}" for m in tokens),
+        ]
+    ]
     for line in wanted:
         best = [
             min(_values(group, line), key=lambda r: r.ratio or 0.0, default=None)

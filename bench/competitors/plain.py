@@ -122,4 +122,5 @@ for _name in ADAPTERS:
         Layer("addmm", _name, functools.partial(expression, _name, ADDMM[_name])),
     ]
     if _name != "lokr":  # OHoRA's is the same graph twice; compiling takes longest of all
-        LAYERS.append(Layer("torch.compile", _name, functools.partial(_compiled, _name)))
+        _build = functools.partial(_compiled, _name)
+        LAYERS.append(Layer("torch.compile", _name, _build, not_in=("decode", "memory")))

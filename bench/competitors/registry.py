@@ -21,7 +21,7 @@ class Layer:
     """A way to run an adapted layer of a family ("" for the floor).
 
     ``needs`` are modules that must be importable; ``half_only`` variants differ from another one
-    only over half-precision weights.
+    only over half-precision weights; ``not_in`` are suites that leave it to ``--full``.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Layer:
     build: Callable[[LayerProblem], Runner]
     needs: tuple[str, ...] = ()
     half_only: bool = False
+    not_in: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:

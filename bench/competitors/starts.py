@@ -73,7 +73,8 @@ def _peft(init: str, weight: Tensor, rank: int) -> nn.Module:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
     model = nn.Sequential(OrderedDict(linear=linear))
-    config = peft.LoraConfig(r=rank, target_modules=["linear"], init_lora_weights=init)
+    options: dict[str, Any] = {"init_lora_weights": init}
+    config = peft.LoraConfig(r=rank, target_modules=["linear"], **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, config)

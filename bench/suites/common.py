@@ -35,6 +35,10 @@ class Options:
     full: bool = False
     tick: Callable[[float], None] = field(default=lambda share: None)
 
+    @property
+    def cache(self) -> str:
+        return "cold" if self.cold else "warm"
+
 
 @dataclass
 class Built:
@@ -77,6 +81,9 @@ def build_all(
         if layer.half_only and problem.dtype == problem.trainable_dtype:
             continue
         row = _row(suite, layer, case, options)
+        if suite in layer.not_in and not options.full:
+            skipped.append(replace(row, status=SKIPPED, note="takes long: only with --full"))
+            continue
         try:
             runner = layer.start(problem)
             row = _gated(layer, runner, gates, row)
@@ -120,7 +127,7 @@ def _row(suite: str, layer: Layer, case: Case, options: Options) -> Row:
         r=case.r if layer.adapter else 0,
         dtype=case.dtype,
         device=options.device,
-        cache="cold" if options.cold else "warm",
+        cache=options.cache,
     )
 
 

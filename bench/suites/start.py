@@ -62,6 +62,7 @@ def _row(start: Start, case: Case, options: Options) -> Row:
         r=case.r,
         dtype=case.dtype,
         device=options.device,
+        cache=options.cache,
     )
 
 
