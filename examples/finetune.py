@@ -86,7 +86,7 @@ def load_data(args: argparse.Namespace) -> data.Data:
         return data.read_tsv(args.data, args.eval_data, args.seed)
     if args.task is not None:
         return data.read_glue(args.task)
-    return data.mined(args.pairs, args.eval_pairs, args.seed)
+    return data.mined(args.pairs, args.eval_pairs, args.seed, progress=not args.quiet)
 
 
 def chosen(args: argparse.Namespace) -> list[str]:

@@ -111,9 +111,10 @@ def _train_and_save(
 ) -> None:
     def after_epoch(epoch: int) -> None:
         target = np.array(data.values(data.evaluation))
-        log.scores.append(scores(predict(model, eval_set, settings).double().numpy(), target))
+        reached = scores(predict(model, eval_set, settings).double().numpy(), target)
         adapters.save(model, settings)
-        print(f"epoch {epoch}: {_one_line(log.scores[-1])}, saved {settings.adapter_file}")
+        log.scores.append(reached)  # one entry an adapter that was saved
+        print(f"epoch {epoch}: {_one_line(reached)}, saved {settings.adapter_file}", flush=True)
 
     try:
         train(model, train_set, settings, log, after_epoch)
@@ -122,10 +123,9 @@ def _train_and_save(
 
 
 def _left_behind(log: Log, settings: Settings) -> str:
-    if not log.seconds:
+    if not log.scores:
         return "interrupted in the first epoch: nothing was saved"
-    saved = min(len(log.seconds), settings.epochs)
-    return f"interrupted: {settings.adapter_file} holds the adapter of epoch {saved}"
+    return f"interrupted: {settings.adapter_file} holds the adapter of epoch {len(log.scores)}"
 
 
 def _check_reload(model: nn.Module, eval_set: Encoded, data: Data, settings: Settings) -> float:
@@ -168,12 +168,13 @@ def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
+    threads = torch.get_num_threads()
     return {
         "qrlora_kernels": qk.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "machine": f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}",
     }
 
 
