@@ -22,10 +22,10 @@ from .machine import REPOSITORY, facts
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
-from finetuning.report import write_result  # noqa: E402
-from finetuning.run import fine_tune  # noqa: E402
-from finetuning.settings import ADAPTERS, NAMES, Settings  # noqa: E402
-from finetuning.training import faster_precision  # noqa: E402
+from finetuning.report import write_result
+from finetuning.run import fine_tune
+from finetuning.settings import ADAPTERS, NAMES, Settings
+from finetuning.training import faster_precision
 
 RATES = {"none": 0.0, "qr": 3e-2, "lora_xs": 1e-2, "ohora": 1e-2, "lora": 2e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
