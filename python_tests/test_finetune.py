@@ -145,7 +145,7 @@ def test_an_interrupted_run_leaves_the_last_complete_adapter(settings, monkeypat
     monkeypatch.undo()
     left = load_file(settings.adapter_file)
     assert [p.name for p in settings.out.iterdir()] == [settings.adapter_file.name]
-    base = run._fresh_model(run.read_tsv(settings.train_file, settings.eval_file), settings)
+    base = run.fresh_model(run.read_tsv(settings.train_file, settings.eval_file), settings)
     adapters.load(base, settings)
     # The same adapter as the first of three epochs writes.
     saved: list[dict[str, torch.Tensor]] = []

@@ -56,8 +56,8 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
     if settings.precision == "auto":
         settings = replace(settings, precision=faster_precision(settings.device))
     data = read_tsv(settings.train_file, settings.eval_file)
-    train_set, eval_set = _encode(data, settings)
-    base = _fresh_model(data, settings)
+    train_set, eval_set = encoded(data, settings)
+    base = fresh_model(data, settings)
     before = peak_memory(settings.device)
     start = time.perf_counter()
     model = adapters.attach(base, settings)
@@ -87,7 +87,7 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def _encode(data: Data, settings: Settings) -> tuple[Encoded, Encoded]:
+def encoded(data: Data, settings: Settings) -> tuple[Encoded, Encoded]:
     tokenizer = load_tokenizer(settings.model)
     first, second = (
         encode(tokenizer, split, data.values(split), settings.max_length)
@@ -96,7 +96,7 @@ def _encode(data: Data, settings: Settings) -> tuple[Encoded, Encoded]:
     return first, second
 
 
-def _fresh_model(data: Data, settings: Settings) -> nn.Module:
+def fresh_model(data: Data, settings: Settings) -> nn.Module:
     outputs = max(len(data.labels), 1)
     return load_model(settings.model, outputs, settings.seed, settings.device)
 
@@ -131,7 +131,7 @@ def _left_behind(log: Log, settings: Settings) -> str:
 def _check_reload(model: nn.Module, eval_set: Encoded, data: Data, settings: Settings) -> float:
     """Load the saved file into a fresh base; the largest difference of its predictions."""
     want = predict(model, eval_set, settings)
-    got = predict(adapters.load(_fresh_model(data, settings), settings), eval_set, settings)
+    got = predict(adapters.load(fresh_model(data, settings), settings), eval_set, settings)
     difference = _relative(got, want)
     if not difference <= RELOAD_LIMIT[settings.precision]:
         raise ReloadError(
