@@ -137,6 +137,8 @@ def run_alone(settings: Settings) -> int:
 def child(settings: Settings) -> None:
     # Threads that spin while they wait slow every other job on the machine, and each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not settings.model or Path(settings.model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to ask the hub for
     from finetuning.run import Interrupted, ReloadError, fine_tune
 
     try:
