@@ -1,6 +1,6 @@
 """Does each adapter learn? Caption similarity on MiniLM-L6 over several seeds, against PEFT's LoRA.
 
-    python bench/sts.py --data ../shared/data/sts-captions
+    python -m bench.sts --data ../shared/data/sts-captions
 
 The folder holds train.tsv and dev.tsv with two sentences and a score. Every method trains query and
 value for four epochs under the same head, batches and schedule. Prints one table, writes one JSON
@@ -11,7 +11,6 @@ within .03 of LoRA r = 2.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -19,13 +18,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+from .machine import REPOSITORY, facts
 
-from finetuning.report import write_result  # noqa: E402
-from finetuning.run import fine_tune  # noqa: E402
-from finetuning.settings import ADAPTERS, NAMES, Settings  # noqa: E402
-from finetuning.training import faster_precision  # noqa: E402
+sys.path.insert(0, str(REPOSITORY / "examples"))
+
+from finetuning.report import write_result
+from finetuning.run import fine_tune
+from finetuning.settings import ADAPTERS, NAMES, Settings
+from finetuning.training import faster_precision
 
 RATES = {"none": 0.0, "qr": 3e-2, "lora_xs": 1e-2, "ohora": 1e-2, "lora": 2e-3}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -40,21 +40,20 @@ BELOW_LORA = 0.03  # largest loss of QR-LoRA against LoRA
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/sts-captions")
+    parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/sts-captions")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/sts.json")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench/results/sts.json")
     args = parser.parse_args()
     if not (args.data / "train.tsv").is_file():
         print(f"sts.py: no train.tsv and dev.tsv in {args.data}: name --data", file=sys.stderr)
         return 2
-    precision, commit = faster_precision("cpu"), _commit()
+    precision = faster_precision("cpu")
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
         for adapter in ADAPTERS:
             print(f"== {NAMES[adapter]}, seed {seed}", flush=True)
-            row = _run(adapter, seed, args, precision)
-            rows.append(row | {"commit": commit})
+            rows.append(_run(adapter, seed, args, precision))
             write_result(args.out, {"rows": rows})
     print("\n" + _table(rows))
     problems = _problems(rows)
@@ -86,7 +85,7 @@ def _run(adapter: str, seed: int, args: argparse.Namespace, precision: str) -> d
         "seconds_an_epoch": mean(result["seconds_an_epoch"]),
         "reload_difference": result["reload_difference"],
         "precision": precision,
-        "versions": result["versions"],
+        **facts(),
     }
 
 
@@ -114,13 +113,6 @@ def _problems(rows: list[dict[str, Any]]) -> list[str]:
         if pearson["qr"] < pearson["lora"] - BELOW_LORA:
             found.append(f"seed {seed}: QR-LoRA {pearson['qr']:.3f}, LoRA {pearson['lora']:.3f}")
     return found
-
-
-def _commit() -> str:
-    """The commit, with a plus where the working tree differs from it; empty outside git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def load_data(args: argparse.Namespace) -> data.Data:
         return data.read_tsv(args.data, args.eval_data, args.seed)
     if args.task is not None:
         return data.read_glue(args.task)
-    return data.mined(args.pairs, args.eval_pairs, args.seed)
+    return data.mined(args.pairs, args.eval_pairs, args.seed, progress=not args.quiet)
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
@@ -137,6 +137,8 @@ def run_alone(settings: Settings) -> int:
 def child(settings: Settings) -> None:
     # Threads that spin while they wait slow every other job on the machine, and each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not settings.model or Path(settings.model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to ask the hub for
     from finetuning.run import Interrupted, ReloadError, fine_tune
 
     try:

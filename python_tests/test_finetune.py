@@ -136,15 +136,16 @@ def _interrupt_after(batches: int) -> Callable[..., Any]:
     return stop
 
 
-def test_an_interrupted_run_leaves_the_last_complete_adapter(settings, monkeypatch):
+@pytest.mark.parametrize("batches", [11, 15], ids=["training", "evaluation"])
+def test_an_interrupted_run_leaves_the_last_complete_adapter(settings, monkeypatch, batches):
     # Seven batches and one of evaluation are an epoch; the second is cut short.
-    monkeypatch.setattr(training, "predict_batch", _interrupt_after(11))
+    monkeypatch.setattr(training, "predict_batch", _interrupt_after(batches))
     with pytest.raises(run.Interrupted, match=r"adapter.safetensors holds the adapter of epoch 1"):
         run.fine_tune(replace(settings, epochs=3))
     monkeypatch.undo()
     left = load_file(settings.adapter_file)
     assert [p.name for p in settings.out.iterdir()] == [settings.adapter_file.name]
-    base = run._fresh_model(run.read_tsv(settings.train_file, settings.eval_file), settings)
+    base = run.fresh_model(run.read_tsv(settings.train_file, settings.eval_file), settings)
     adapters.load(base, settings)
     # The same adapter as the first of three epochs writes.
     saved: list[dict[str, torch.Tensor]] = []

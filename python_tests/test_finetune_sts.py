@@ -114,8 +114,8 @@ PLAIN: dict[str, Callable[..., nn.Module]] = {
 def _losses(settings: Settings, plain: Callable[..., nn.Module] | None = None) -> Tensor:
     """The loss of each step, of the package's layers or of ``plain`` in their place."""
     data = read_tsv(settings.train_file, settings.eval_file)
-    train_set, _ = run._encode(data, settings)
-    model = adapters.attach(run._fresh_model(data, settings), settings)
+    train_set, _ = run.encoded(data, settings)
+    model = adapters.attach(run.fresh_model(data, settings), settings)
     if plain is not None:
         for name, layer in qk.adapted_layers(model).items():
             parent, _, leaf = name.rpartition(".")

@@ -60,10 +60,10 @@ class Data:
         return [float(self.labels.index(target)) for target in split.targets]
 
 
-def mined(train: int, evaluation: int, seed: int) -> Data:
+def mined(train: int, evaluation: int, seed: int, progress: bool = False) -> Data:
     """Pairs from the docstrings of the installed libraries; see :mod:`.mining`."""
     splits = []
-    for pairs in mine_pairs(train, evaluation, seed):
+    for pairs in mine_pairs(train, evaluation, seed, progress=progress):
         first, second = [p.first for p in pairs], [p.second for p in pairs]
         splits.append(Split((first, second), [str(int(p.same)) for p in pairs]))
     return Data(splits[0], splits[1], ("0", "1"))

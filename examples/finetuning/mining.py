@@ -54,7 +54,11 @@ class Pair(NamedTuple):
 
 
 def mine_pairs(
-    train: int, evaluation: int, seed: int = 0, libraries: tuple[str, ...] = LIBRARIES
+    train: int,
+    evaluation: int,
+    seed: int = 0,
+    libraries: tuple[str, ...] = LIBRARIES,
+    progress: bool = False,
 ) -> tuple[list[Pair], list[Pair]]:
     """Mine a training and an evaluation split that share no source file.
 
@@ -66,6 +70,8 @@ def mine_pairs(
         Decides which files are held out, which objects are taken and their order.
     libraries : tuple of str
         Importable packages, or "stdlib".
+    progress : bool
+        Show a bar over the libraries.
 
     Raises
     ------
@@ -76,7 +82,7 @@ def mine_pairs(
     pools: dict[str, list[Pair]] = {"train": [], "evaluation": []}
     share = evaluation / max(train + evaluation, 1)
     seen: set[str] = set()
-    for library in tqdm(libraries, desc="reading docstrings", unit="library", leave=False):
+    for library in tqdm(libraries, "reading docstrings", leave=False, disable=not progress):
         files = library_objects(library, seen)
         rng.shuffle(files)
         held_out = round(share * len(files))

@@ -56,8 +56,8 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
     if settings.precision == "auto":
         settings = replace(settings, precision=faster_precision(settings.device))
     data = read_tsv(settings.train_file, settings.eval_file)
-    train_set, eval_set = _encode(data, settings)
-    base = _fresh_model(data, settings)
+    train_set, eval_set = encoded(data, settings)
+    base = fresh_model(data, settings)
     before = peak_memory(settings.device)
     start = time.perf_counter()
     model = adapters.attach(base, settings)
@@ -87,7 +87,7 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def _encode(data: Data, settings: Settings) -> tuple[Encoded, Encoded]:
+def encoded(data: Data, settings: Settings) -> tuple[Encoded, Encoded]:
     tokenizer = load_tokenizer(settings.model)
     first, second = (
         encode(tokenizer, split, data.values(split), settings.max_length)
@@ -96,7 +96,7 @@ def _encode(data: Data, settings: Settings) -> tuple[Encoded, Encoded]:
     return first, second
 
 
-def _fresh_model(data: Data, settings: Settings) -> nn.Module:
+def fresh_model(data: Data, settings: Settings) -> nn.Module:
     outputs = max(len(data.labels), 1)
     return load_model(settings.model, outputs, settings.seed, settings.device)
 
@@ -111,9 +111,10 @@ def _train_and_save(
 ) -> None:
     def after_epoch(epoch: int) -> None:
         target = np.array(data.values(data.evaluation))
-        log.scores.append(scores(predict(model, eval_set, settings).double().numpy(), target))
+        reached = scores(predict(model, eval_set, settings).double().numpy(), target)
         adapters.save(model, settings)
-        print(f"epoch {epoch}: {_one_line(log.scores[-1])}, saved {settings.adapter_file}")
+        log.scores.append(reached)  # one entry an adapter that was saved
+        print(f"epoch {epoch}: {_one_line(reached)}, saved {settings.adapter_file}", flush=True)
 
     try:
         train(model, train_set, settings, log, after_epoch)
@@ -122,16 +123,15 @@ def _train_and_save(
 
 
 def _left_behind(log: Log, settings: Settings) -> str:
-    if not log.seconds:
+    if not log.scores:
         return "interrupted in the first epoch: nothing was saved"
-    saved = min(len(log.seconds), settings.epochs)
-    return f"interrupted: {settings.adapter_file} holds the adapter of epoch {saved}"
+    return f"interrupted: {settings.adapter_file} holds the adapter of epoch {len(log.scores)}"
 
 
 def _check_reload(model: nn.Module, eval_set: Encoded, data: Data, settings: Settings) -> float:
     """Load the saved file into a fresh base; the largest difference of its predictions."""
     want = predict(model, eval_set, settings)
-    got = predict(adapters.load(_fresh_model(data, settings), settings), eval_set, settings)
+    got = predict(adapters.load(fresh_model(data, settings), settings), eval_set, settings)
     difference = _relative(got, want)
     if not difference <= RELOAD_LIMIT[settings.precision]:
         raise ReloadError(
@@ -168,12 +168,13 @@ def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
+    threads = torch.get_num_threads()
     return {
         "qrlora_kernels": qk.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "machine": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "machine": f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}",
     }
 
 
