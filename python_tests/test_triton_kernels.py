@@ -131,6 +131,17 @@ def test_kron_factor_longer_than_one_chunk(chip: Chip) -> None:
     check("kron_linear", given)
 
 
+def test_kron_gradients_in_passes_of_their_own(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What large factors take where the compiler would spill."""
+    from qrlora_kernels.backends.triton import kron
+
+    monkeypatch.setattr(kron, "_GRADIENTS_TOGETHER", False)
+    monkeypatch.setattr(kron, "fits_one_pass", lambda *sizes: False)
+    check("kron_linear", helpers.operands("kron_linear", 5, 48, 32, 8, torch.bfloat16))
+
+
 # --- Faults that other packages had ---------------------------------------------------------------
 
 

@@ -12,6 +12,9 @@ from .sums import sum_parts
 from .tables import Chip, fits_one_pass, kron_tile
 from .two_phase import two_phase
 
+# Older compilers spill where dA and dB of large factors share a kernel.
+_GRADIENTS_TOGETHER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
+
 
 def kron_linear_fwd(
     x: Tensor,
@@ -90,17 +93,20 @@ def kron_linear_bwd(
     """dx [M, K], da, db from one pass over x and dy; None for what is not asked for.
 
     Where a factor is so large that its gradient leaves no registers for dx, dx takes a pass over
-    dy of its own.
+    dy of its own; so does each gradient where the compiler would spill.
     """
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
     a, b = a.contiguous(), b.contiguous()
     factors = (a, b, *_contiguous(a0, b0))
     dx = common.empty(tuple(x.shape), x.dtype, x.device) if need_dx else None
-    da = db = None
     if fits_one_pass(a.shape[0], b.shape[0], a.shape[1], common.chip_of(x.device)):
         da, db = _backward_pass(dy, x, factors, scaling, dx, need_da, need_db)
-    else:
+    elif _GRADIENTS_TOGETHER:
         da, db = _backward_pass(dy, x, factors, scaling, None, need_da, need_db)
+        _backward_pass(dy, x, factors, scaling, dx, False, False)
+    else:
+        da, _ = _backward_pass(dy, x, factors, scaling, None, need_da, False)
+        _, db = _backward_pass(dy, x, factors, scaling, None, False, need_db)
         _backward_pass(dy, x, factors, scaling, dx, False, False)
     if dx is not None:
         dx = dx.to(dy.dtype).addmm_(dy, weight)

@@ -90,7 +90,7 @@ def _run(
 
     finish_rows = tile.block_m
     if apart:
-        finish_rows = 16 if m <= 256 else 64 if core and r <= 192 else 32
+        finish_rows = 16 if m <= 256 else 64 if core and r <= 128 else 32
     finish_tiles = triton.cdiv(m, finish_rows)
     grad = None
     if need_grad:
