@@ -15,6 +15,7 @@ from finetuning import adapters, report, run, training
 from finetuning.data import Data, Split, write_tsv
 from finetuning.memory import peak_memory
 from finetuning.metrics import scores
+from finetuning.model import load_model
 from finetuning.settings import ADAPTERS, Settings
 from safetensors.torch import load_file
 
@@ -87,6 +88,20 @@ def test_a_run_trains_saves_and_reloads_the_same_predictions(settings, adapter, 
     assert result["adapter_bytes"] == path.stat().st_size
     assert json.loads(settings.result_file.read_text()) == json.loads(json.dumps(result))
     assert {p.name for p in settings.out.iterdir()} == {path.name, settings.result_file.name}
+
+
+@pytest.mark.parametrize("adapter", ["qr", "lora"])
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [(("query",), 2), (("query", "value"), 4), ((r".*\.(key|value)",), 4), (("all-linear",), 12)],
+)
+def test_targets_mean_the_same_to_both_libraries(settings, adapter, targets, layers):
+    settings = replace(settings, adapter=adapter, targets=targets, rank=1)
+    model = adapters.attach(load_model(settings.model, 2, 0), settings)
+    names = {n.partition(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
+    own = {n.removesuffix(".lam") for n in names if not n.startswith("head.")}
+    assert len(own) == layers
+    assert {"head.weight", "head.bias"} <= names
 
 
 def test_a_run_depends_on_its_seed_alone(settings):

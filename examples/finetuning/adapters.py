@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,18 @@ def options(settings: Settings) -> dict[str, Any]:
 
 
 def targets(settings: Settings) -> str | list[str]:
-    return settings.targets[0] if len(settings.targets) == 1 else list(settings.targets)
+    """A list of names, or the one expression; PEFT takes a string for nothing but that."""
+    first, *more = settings.targets
+    is_name = re.fullmatch(r"[\w.]+", first) is not None
+    return list(settings.targets) if more or is_name else first
 
 
 def _attach_lora(model: nn.Module, settings: Settings) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = settings.rank or LORA_RANK
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=targets(settings), exclude_modules=[HEAD]
-    )
-    model = inject_adapter_in_model(config, model)
-    model.get_submodule(HEAD).requires_grad_(True)  # PEFT froze it with the rest
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets(settings))
+    inject_adapter_in_model(config, model.get_submodule("encoder"))
     return model
 
 

@@ -72,7 +72,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
         f"Trained: numbers besides the head's {first['head']:,}, which all runs train and all "
         "files hold.",
         f"Peak memory: of {_owner(settings)} until training ends{loaded}.",
-        f"{train:,} training rows, {settings['epochs']} epochs, {held:,} evaluation rows, seed "
+        f"{train:,} training rows, epochs: {settings['epochs']}, {held:,} evaluation rows, seed "
         f"{settings['seed']}, {settings['precision']}; {versions['machine']}; "
         f"torch {versions['torch']}, qrlora_kernels {versions['qrlora_kernels']}.",
     ]
