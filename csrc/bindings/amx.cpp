@@ -13,6 +13,8 @@ namespace py = pybind11;
 
 namespace qrlora {
 
+#ifdef QRLORA_WITH_AMX
+
 namespace {
 
 template <typename T>
@@ -30,8 +32,6 @@ amx::Product product(const PyProduct& p) {
             {pointer<bf16>(std::get<0>(b)), std::get<1>(b), std::get<2>(b)},
             depth};
 }
-
-#ifdef QRLORA_WITH_AMX
 
 void amx_gemm(int64_t m, int64_t n, const PyProduct& first, const std::optional<PyProduct>& second,
               int64_t bias, int64_t addend, int64_t column_scale, int64_t scaled, int64_t c,
@@ -61,9 +61,9 @@ void amx_column_dots(int64_t m, int64_t n, int64_t u, int64_t u_row, int64_t v, 
                      pointer<float>(out));
 }
 
-#endif
-
 }  // namespace
+
+#endif
 
 void bind_amx(py::module_& m) {
     m.def("amx_available", &amx::available, "Whether bf16 products run on the AMX tile unit");

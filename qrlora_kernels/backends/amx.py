@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import native
 from . import cpu
 from .chooser import Problem
+from .composed import times
 
 # Tokens summed at once where the contraction runs over tokens; bounds the kernel's scratch.
 _TOKENS = 8192
@@ -91,7 +92,7 @@ def lora_xs_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + b + s (h C) Bᵀ on x [M, K]; returns y [M, N] and h = x Aᵀ [M, r]."""
     h = _product((x, a.mT))
-    mid = _product((h, (scaling * core).to(x.dtype)))
+    mid = _product((h, times(scaling, core).to(x.dtype)))
     return _product((x, weight.mT), (mid, b.mT), bias=bias), h
 
 
@@ -112,7 +113,7 @@ def lora_xs_linear_bwd(
     g = _product((dy, b))
     dx = dcore = None
     if need_dx:
-        mid = _product((g, (scaling * core).to(g.dtype).mT))
+        mid = _product((g, times(scaling, core).to(g.dtype).mT))
         dx = _product((dy, weight), (mid, a))
     if need_dcore:
         parts = [
@@ -193,7 +194,7 @@ def _scaled_product(x: Tensor, down: Tensor, lam: Tensor, scaling: float) -> tup
     """h = x down, and s (h ∘ λ) from the unrounded h."""
     h = torch.empty(x.shape[0], down.shape[1], dtype=torch.bfloat16)
     scaled = torch.empty_like(h)
-    scale = lam.float().mul(scaling)
+    scale = times(scaling, lam.float())
     _run((x, down), None, h, scale=scale, scaled=scaled)
     return h, scaled
 

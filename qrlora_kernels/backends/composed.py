@@ -64,7 +64,7 @@ def qr_linear_bwd(
         return None, None
     g = torch.mm(dy, q)
     dx = torch.mm(_scale_columns(g, lam, scaling), r).addmm_(dy, weight) if need_dx else None
-    dlam = (scaling * _column_dots(h, g)).to(lam.dtype) if need_dlam else None
+    dlam = times(scaling, _column_dots(h, g)).to(lam.dtype) if need_dlam else None
     return dx, dlam
 
 
@@ -82,7 +82,7 @@ def lora_xs_linear_fwd(
 ) -> tuple[Tensor, Tensor]:
     """y = x Wᵀ + b + s (h C) Bᵀ on x [M, K]; returns y [M, N] and h = x Aᵀ [M, r]."""
     h = F.linear(x, a)
-    return accumulate_base(torch.mm(h, (scaling * core).to(x.dtype)), b, x, weight, bias), h
+    return accumulate_base(torch.mm(h, times(scaling, core).to(x.dtype)), b, x, weight, bias), h
 
 
 def lora_xs_linear_bwd(
@@ -102,9 +102,9 @@ def lora_xs_linear_bwd(
     g = torch.mm(dy, b)
     dx = dcore = None
     if need_dx:
-        dx = torch.mm(F.linear(g, (scaling * core).to(g.dtype)), a).addmm_(dy, weight)
+        dx = torch.mm(F.linear(g, times(scaling, core).to(g.dtype)), a).addmm_(dy, weight)
     if need_dcore:
-        dcore = (scaling * _gram(h, g)).to(core.dtype)
+        dcore = times(scaling, _gram(h, g)).to(core.dtype)
     return dx, dcore
 
 
@@ -159,10 +159,10 @@ def kron_linear_bwd(
         s = torch.mm(tokens.reshape(m * r, k), b.to(x.dtype)).view(m, r, r)
         # Σ_m dY Sᵀ as one product over the tokens and columns together: [n, m r] [m r, r].
         da = _gram(grads.transpose(1, 2).reshape(m * r, n), s.transpose(1, 2).reshape(m * r, r))
-        da = (scaling * da).to(a.dtype)
+        da = times(scaling, da).to(a.dtype)
     if need_db:
         t = torch.bmm(a.mT.to(x.dtype).expand(m, r, n), grads)
-        db = (scaling * _gram(tokens.reshape(m * r, k), t.view(m * r, r))).to(b.dtype)
+        db = times(scaling, _gram(tokens.reshape(m * r, k), t.view(m * r, r))).to(b.dtype)
     if need_dx:
         left, right = kron_terms(a, b, a0, b0, scaling, x.dtype)
         update = x.new_empty(m * r, k)
@@ -180,9 +180,9 @@ def kron_terms(
     wide = accumulation_dtype(dtype)
     a, b = a.to(wide), b.to(wide)
     if a0 is None or b0 is None:
-        return ((scaling * a).to(dtype),), (b.to(dtype),)
-    left = (scaling * (a - a0)).to(dtype), a0.to(dtype)
-    return left, (b.to(dtype), (scaling * (b - b0)).to(dtype))
+        return (times(scaling, a).to(dtype),), (b.to(dtype),)
+    left = times(scaling, a - a0).to(dtype), a0.to(dtype)
+    return left, (b.to(dtype), times(scaling, b - b0).to(dtype))
 
 
 def _bmm_onto(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -245,10 +245,14 @@ def _onednn_runs(dtype: torch.dtype) -> bool:
     return bool((y == 34).all())
 
 
+def times(scaling: float, t: Tensor) -> Tensor:
+    """s t, without an operation where s = 1: with few tokens each operation counts."""
+    return t if scaling == 1 else scaling * t
+
+
 def _scale_columns(h: Tensor, lam: Tensor, scaling: float) -> Tensor:
     """s (h ∘ λ) in h's dtype, multiplied in λ's."""
-    scale = lam if scaling == 1.0 else scaling * lam
-    return (h * scale).to(h.dtype)
+    return (h * times(scaling, lam)).to(h.dtype)
 
 
 def _column_dots(h: Tensor, g: Tensor) -> Tensor:
