@@ -11,7 +11,13 @@ from pivot_matrices import assert_greedy, gaussian, lapack, matrices
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qrlora_kernels.linalg import cpu_core, pivoted_qr, rebuild_pivoted_qr
+from qrlora_kernels.linalg import (
+    cpu_core,
+    kron_factors,
+    pivoted_qr,
+    rebuild_pivoted_qr,
+    truncated_svd,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -174,3 +180,38 @@ def test_pivots_of_trained_weights(path: str) -> None:
     assert len(weights) == 12
     for weight, found in zip(weights, pivoted_qr(weights, rank=150), strict=True):
         assert_greedy(found.pivots, weight)
+
+
+@pytest.mark.parametrize("disturbance", ["autocast", "bf16 products", "requires_grad"])
+def test_callers_precision_settings_do_not_reach_the_start(disturbance: str, path: str) -> None:
+    weight = gaussian(300, 280).float()
+    before = pivoted_qr(weight, rank=120), truncated_svd(weight, 5), kron_factors(weight)
+    try:
+        if disturbance == "bf16 products":
+            torch.set_float32_matmul_precision("medium")
+        if disturbance == "requires_grad":
+            weight.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=disturbance == "autocast"):
+            after = pivoted_qr(weight, rank=120), truncated_svd(weight, 5), kron_factors(weight)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(before[0].pivots, after[0].pivots)
+    pairs = zip((*before[1], *before[2]), (*after[1], *after[2]), strict=True)
+    for one, two in ((before[0].r, after[0].r), *pairs):
+        assert not two.requires_grad
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)
+
+
+def test_offsets_beyond_int32(path: str) -> None:
+    """Fault: 32-bit offsets. The rows of the view lie 2^25 + 1 elements apart, 2^31 in all."""
+    rows, columns, stride = 66, 48, 2**25 + 1
+    buffer = torch.empty((rows - 1) * stride + columns, dtype=torch.bfloat16)  # few pages touched
+    weight = buffer.as_strided((rows, columns), (stride, 1))
+    assert (rows - 1) * stride > 2**31
+    weight.copy_(gaussian(rows, columns))
+    compact = weight.clone(memory_format=torch.contiguous_format)
+    far, near = pivoted_qr(weight, rank=20), pivoted_qr(compact, rank=20)
+    assert torch.equal(far.pivots, near.pivots)
+    assert torch.equal(far.r, near.r)
+    transposed = pivoted_qr(weight.T, rank=20)
+    assert torch.equal(transposed.pivots, pivoted_qr(compact.T, rank=20).pivots)

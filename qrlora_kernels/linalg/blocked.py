@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .panels import PANEL_BYTES, column_norms2, project
+from .precision import work_dtype
 
 EPS64 = torch.finfo(torch.float64).eps
 # Norms² this close count as tied; a tie goes to the lowest column index.
@@ -108,7 +109,6 @@ def greedy_pivots(
         Number of candidates.
     """
     start2 = column_norms2(weight) if norms2 is None else norms2
-    half = weight.dtype in (torch.bfloat16, torch.float16)
     state = _State(
         weight=weight,
         limit=limit,
@@ -118,7 +118,7 @@ def greedy_pivots(
         noise2=start2.clone(),
         alive=start2 > 0,
         q=torch.empty(weight.shape[0], limit, dtype=torch.float64, device=weight.device),
-        pass_dtype=torch.float32 if half else weight.dtype,
+        pass_dtype=work_dtype(weight),
     )
     fresh = deficient = False
     while len(state.columns) < limit:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .panels import project
+from .precision import work_dtype
 
 
 def factors_from_pivots(
@@ -21,7 +22,6 @@ def factors_from_pivots(
     sign = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(q)
     q *= sign
     triangle *= sign[:, None]
-    work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    r = project(q.to(work), weight).to(out_dtype)
+    r = project(q.to(work_dtype(weight)), weight).to(out_dtype)
     r[:, pivots] = triangle.to(out_dtype)
     return q.to(out_dtype).contiguous(), r, triangle.diagonal().clone()

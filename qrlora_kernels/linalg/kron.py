@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checks import check_finite, check_out_dtype, named_matrices
+from .precision import start_computation, work_dtype
 from .rules import check_rank_options
 
 Columns = Literal["leading", "selected"]
@@ -69,7 +70,7 @@ def kron_factors(
     cut: bool = ...,
     progress: bool = ...,
 ) -> list[KronFactors]: ...
-@torch.no_grad()
+@start_computation
 def kron_factors(
     weights: Tensor | Sequence[Tensor],
     rank: int | None = None,
@@ -171,7 +172,7 @@ def _check_can_train(name: str, pair: KronFactors) -> None:
 def _from_factors(
     name: str, weight: Tensor, r: int, columns: Columns, start: Start, seed: int, cut: bool
 ) -> KronFactors:
-    work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    work = weight.to(work_dtype(weight))
     if start == "svd":
         u, s, vh = torch.linalg.svd(work, full_matrices=False)
         chosen = torch.arange(2 * r, device=work.device)  # S is in descending order

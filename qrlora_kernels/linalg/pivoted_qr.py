@@ -13,6 +13,7 @@ from tqdm import tqdm
 from . import cpu_core
 from .checks import check_out_dtype, check_rank_fits, named_matrices
 from .factors import factors_from_pivots
+from .precision import start_computation
 from .rules import RankRule, check_rank_options
 from .search import RankOptions, Report, choose_pivots
 
@@ -73,7 +74,7 @@ def pivoted_qr(
     out_dtype: torch.dtype | None = ...,
     progress: bool = ...,
 ) -> list[PivotedQR]: ...
-@torch.no_grad()
+@start_computation
 def pivoted_qr(
     weights: Tensor | Sequence[Tensor],
     rank: int | None = None,
@@ -153,7 +154,7 @@ def pivoted_qr(
     return results[0] if single else results
 
 
-@torch.no_grad()
+@start_computation
 def rebuild_pivoted_qr(
     weight: Tensor, pivots: Tensor, out_dtype: torch.dtype | None = None
 ) -> PivotedQR:

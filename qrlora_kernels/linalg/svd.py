@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checks import check_finite, check_out_dtype, check_rank_fits, named_matrices
+from .precision import start_computation, work_dtype
 from .rules import check_rank_options
 
 Which = Literal["top", "middle", "bottom"]
@@ -43,7 +44,7 @@ def truncated_svd(
     out_dtype: torch.dtype | None = ...,
     progress: bool = ...,
 ) -> list[TruncatedSVD]: ...
-@torch.no_grad()
+@start_computation
 def truncated_svd(
     weights: Tensor | Sequence[Tensor],
     rank: int,
@@ -94,7 +95,7 @@ def truncated_svd(
     results = []
     for name, weight in tqdm(named, desc="SVD", unit="matrix", disable=not progress):
         check_rank_fits(name, rank, weight)
-        work = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        work = weight.to(work_dtype(weight))
         check_finite(name, work)
         found = _krylov(work, rank, seed, tol) if which == "top" else None
         u, s, vh = found if found is not None else _full(work, rank, which)
