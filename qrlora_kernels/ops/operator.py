@@ -21,8 +21,9 @@ class Operator:
     stands in a placeholder for each result nobody asked for: operators return tensors only.
 
     Calling this object in eager mode runs the implementation at once. Tracing (``torch.compile``,
-    ``torch.jit.trace``, fake tensors, dispatch modes, tensor subclasses) goes through the dispatcher and sees one
-    operator; that detour costs about 15 µs a call, more than a small layer itself.
+    ``torch.jit.trace``, fake tensors, dispatch modes, tensor subclasses) goes through the
+    dispatcher and sees one operator; that detour costs about 15 µs a call, more than a small layer
+    itself.
 
     Parameters
     ----------
