@@ -130,6 +130,26 @@ def test_training_goes_on_after_a_reload(tmp_path):
     assert all(map(helpers.same_bits, *grads))
 
 
+def test_running_statistics_come_back(tmp_path):
+    """A batch norm in the head, and one in the frozen part, moved during training as well."""
+
+    def build():
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 3))
+        return nn.ModuleDict({"first": nn.Linear(32, 32), "norm": nn.BatchNorm1d(32), "head": head})
+
+    def run(model):
+        return model["head"](model["norm"](model["first"](x())))
+
+    model = qk.adapt(build(), "first", rank=4, trainable="head", progress=False)
+    run(model.train())
+    qk.save_adapter(model, tmp_path / "a.safetensors")
+    fresh = qk.load_adapter(build(), tmp_path / "a.safetensors")
+    assert helpers.same_bits(run(fresh.eval()), run(model.eval()))
+    assert fresh["head"][0].weight.requires_grad
+    assert not fresh["norm"].weight.requires_grad
+
+
 def test_a_qr_adapter_of_roberta_base_size_stays_in_kilobytes(tmp_path):
     """12 layers of 768 x 768 queries and values: pivots, diagonal and λ are all there is."""
     torch.manual_seed(0)

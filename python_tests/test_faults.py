@@ -38,14 +38,15 @@ def _compare(op, operands, dy, backend, tolerance=1e-5):
 
 
 @each_op
-def test_fault_01_offsets_beyond_int32(op):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fault_01_offsets_beyond_int32(op, dtype):
     """1: rows that lie more than 2³¹ elements apart. Only the pages that are touched exist."""
-    operands = helpers.operands(op, 3, 24, 36, 3)
+    operands = helpers.operands(op, 3, 24, 36, 3, dtype)
     dy = helpers.gradient_like(op, operands)
-    far = torch.empty(2 * 1_100_000_000 + 36, dtype=torch.float32)
+    far = torch.empty(2 * 1_100_000_000 + 36, dtype=dtype)
     rows = far.as_strided((3, 36), (1_100_000_000, 1))
     rows.copy_(operands["x"])
-    for backend in helpers.cpu_backends(op, torch.float32):
+    for backend in helpers.cpu_backends(op, dtype):
         want = helpers.call(op, operands, backend=backend)
         got = helpers.call(op, operands | {"x": rows}, backend=backend)
         torch.testing.assert_close(got, want)
@@ -138,12 +139,13 @@ def test_fault_09_training_is_reproducible(kind):
 
 @each_op
 @pytest.mark.parametrize("sizes", [(0, 24, 36, 3), (7, 0, 36, 3), (7, 24, 0, 3), (0, 0, 0, 3)])
-def test_fault_10_empty_sizes(op, sizes):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fault_10_empty_sizes(op, sizes, dtype):
     """10: no tokens, no outputs, no inputs."""
-    operands = helpers.operands(op, *sizes)
+    operands = helpers.operands(op, *sizes, dtype)
     dy = helpers.gradient_like(op, operands)
-    for backend in helpers.cpu_backends(op, torch.float32):
-        _compare(op, operands, dy, backend)
+    for backend in helpers.cpu_backends(op, dtype):
+        _compare(op, operands, dy, backend, 1e-5 if dtype == torch.float32 else 0.02)
 
 
 @each_op
@@ -225,10 +227,11 @@ def test_fault_15_the_report_says_what_the_build_left_out():
 
 @each_op
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_fault_16_one_bad_token_stays_alone(op, value):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fault_16_one_bad_token_stays_alone(op, value, dtype):
     """16: NaN and Inf in one token reach no other token, and no element is left unwritten."""
-    for backend in helpers.cpu_backends(op, torch.float32):
-        operands = helpers.operands(op, 19, 24, 36, 3)
+    for backend in helpers.cpu_backends(op, dtype):
+        operands = helpers.operands(op, 19, 24, 36, 3, dtype)
         clean = helpers.call(op, operands, backend=backend)
         operands["x"][5] = value
         with helpers.poisoned_memory():

@@ -36,9 +36,9 @@ Manifest = dict[str, Any]
 def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: Factors = "auto") -> None:
     """Write everything that was trained to one safetensors file.
 
-    That is the trained numbers of every adapted layer and every other parameter that requires grad
-    (a task head). The file is written under a temporary name and renamed, so a failure leaves an
-    earlier file as it was.
+    That is the trained numbers of every adapted layer, every other parameter that requires grad (a
+    task head) and floating-point buffers (running statistics). The file is written under a
+    temporary name and renamed, so a failure leaves an earlier file as it was.
 
     Parameters
     ----------
@@ -60,8 +60,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: Factor
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
     layers = require_adapted(model)
     own = {id(p) for layer in layers.values() for p in trained(layer)}
-    extra = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
-    tensors: dict[str, Tensor] = dict(extra)
+    extra: dict[str, Tensor] = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own
+    }
+    extra |= _statistics(model, layers)
+    tensors = dict(extra)
     manifest: Manifest = {"layers": {}, "extra": sorted(extra)}
     for name, layer in layers.items():
         store = factors == "stored" or (factors == "auto" and not layer.compact)
@@ -78,6 +81,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: Factor
         "manifest": json.dumps(manifest),
     }
     _replace_file(Path(path), tensors, metadata)
+
+
+def _statistics(model: nn.Module, layers: dict[str, AdapterLinear]) -> dict[str, Tensor]:
+    """Buffers that training moves without a gradient, such as a batch norm's running mean."""
+    kept = model.state_dict(keep_vars=True)
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name in kept and buffer.is_floating_point() and name.rpartition(".")[0] not in layers
+    }
 
 
 def _describe(layer: AdapterLinear, stored: bool) -> Manifest:
@@ -168,9 +181,9 @@ def load_adapter(
     stray = sorted(set(adapted_layers(model)) - set(manifest["layers"]))
     if stray:
         raise ValueError(f"model has adapted layers that {path} does not know: {', '.join(stray)}")
-    parameters = dict(model.named_parameters())
+    others = dict(model.named_parameters()) | dict(model.named_buffers())
     for name in manifest["extra"]:
-        have = list(parameters[name].shape) if name in parameters else "no such parameter"
+        have = list(others[name].shape) if name in others else "no such parameter"
         if have != list(tensors[name].shape):
             raise ValueError(
                 f"model must have a parameter {name} of shape {list(tensors[name].shape)} for "
@@ -186,9 +199,10 @@ def load_adapter(
     }
     install(model, layers)
     for name in manifest["extra"]:
-        parameters[name].requires_grad_(True)
+        if isinstance(others[name], nn.Parameter):
+            others[name].requires_grad_(True)
         with torch.no_grad():
-            parameters[name].copy_(tensors[name])
+            others[name].copy_(tensors[name])
     return model
 
 

@@ -21,8 +21,9 @@ class Operator:
     stands in a placeholder for each result nobody asked for: operators return tensors only.
 
     Calling this object in eager mode runs the implementation at once. Tracing (``torch.compile``,
-    fake tensors, dispatch modes, tensor subclasses) goes through the dispatcher and sees one
-    operator; that detour costs about 15 µs a call, more than a small layer itself.
+    ``torch.jit.trace``, fake tensors, dispatch modes, tensor subclasses) goes through the
+    dispatcher and sees one operator; that detour costs about 15 µs a call, more than a small layer
+    itself.
 
     Parameters
     ----------
@@ -79,7 +80,8 @@ class Operator:
 def _is_traced(tensor: Tensor) -> bool:
     """Whether someone other than the backends must see this call as one operator."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return not plain or torch._C._len_torch_dispatch_stack() > 0
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+    return not plain or watched
 
 
 def placeholder(like: Tensor) -> Tensor:
