@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,14 +141,15 @@ def _run(chosen: argparse.Namespace) -> int:
     )
     folder = RESULTS if chosen.record else chosen.out
     with each_backend(list(chosen.backends)):
-        rows = _measure(plan, options, folder)
+        rows, failed = _measure(plan, options, folder)
     red = [row for row in rows if row.status == RED]
     names = sorted({f"{row.suite} {row.adapter} {row.variant}" for row in red})
     if not chosen.gate_only:
         replace_file(chosen.out / "summary.md", lambda out: out.write(short(rows)))
         print(short(rows))
     print(f"{len(rows)} rows in {folder}" + "".join(f"\nRED: {name}" for name in names))
-    return 1 if red and chosen.gate_only else 0
+    print("".join(f"FAILED: {name}\n" for name in failed), end="")
+    return 1 if failed or (red and chosen.gate_only) else 0
 
 
 def _cases(suite: str, chosen: argparse.Namespace) -> list[Case | ModelCase]:
@@ -165,9 +167,12 @@ def _cases(suite: str, chosen: argparse.Namespace) -> list[Case | ModelCase]:
     ]
 
 
-def _measure(plan: list[tuple[str, Case | ModelCase]], options: Options, folder: Path) -> list[Row]:
+def _measure(
+    plan: list[tuple[str, Case | ModelCase]], options: Options, folder: Path
+) -> tuple[list[Row], list[str]]:
     """Run the plan suite by suite; files are written after each case, so a stop loses little."""
     rows: list[Row] = []
+    failed: list[str] = []
     begin = time.monotonic()
     bar = tqdm(total=len(plan), unit="case", smoothing=0.0, disable=None)
     with bar, contextlib.suppress(KeyboardInterrupt):
@@ -177,7 +182,12 @@ def _measure(plan: list[tuple[str, Case | ModelCase]], options: Options, folder:
             def tick(share: float, end: int = number + 1) -> None:
                 bar.update(min(share, max(end - bar.n, 0.0)))
 
-            found = RUN[suite](case, replace(options, tick=tick))
+            try:
+                found = RUN[suite](case, replace(options, tick=tick))
+            except Exception:  # the cases that follow are still worth having
+                tqdm.write(f"{suite}: {case} failed\n{traceback.format_exc()}")
+                failed.append(f"{suite}: {case}")
+                continue
             bar.update(number + 1 - bar.n)
             rows += found
             tqdm.write(table.text(found) + "\n")
@@ -185,7 +195,7 @@ def _measure(plan: list[tuple[str, Case | ModelCase]], options: Options, folder:
             path = folder / f"{machine.slug(found[0].chip)}-{suite}.csv"
             write(done, path, twin=folder != RESULTS)
     tqdm.write(f"{time.monotonic() - begin:.0f} s")
-    return rows
+    return rows, failed
 
 
 def _compare(arguments: list[str]) -> int:

@@ -271,3 +271,20 @@ def test_the_interface_keeps_each_variant_of_the_gate_separate() -> None:
     with torch.no_grad():
         first.trainables["lam"].zero_()
     assert not torch.equal(results(first, problem)["y"], results(second, problem)["y"])
+
+
+def test_a_case_that_fails_is_named_and_the_others_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(case: Case, chosen: Options) -> list[Row]:
+        if case.dtype == "bf16":
+            raise RuntimeError("out of memory")
+        return layer.run(case, chosen)
+
+    monkeypatch.setitem(command.RUN, "layer", run)
+    chosen = ["--gate-only", "--device", "cpu", "--suites", "layer", "--variants", "eager"]
+    assert command.main([*chosen, "--out", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert "out of memory" in shown
+    assert "FAILED: layer: M=32 128x128 r=16 bf16" in shown
+    assert "fp16" in shown
