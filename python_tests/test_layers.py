@@ -127,6 +127,16 @@ def test_state_dict_into_a_freshly_adapted_layer(kind, merged):
 
 
 @all_three
+@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+def test_dtypes_of_a_fresh_layer(kind, dtype):
+    """A bf16 number of 1 does not move by a step of 1e-3: trainables start in fp32 at least."""
+    layer = MAKERS[kind](base(dtype))
+    wide = torch.float32 if dtype in helpers.HALF else dtype
+    assert {getattr(layer, name).dtype for name in layer.trainables} == {wide}
+    assert layer.weight.dtype == dtype
+
+
+@all_three
 @pytest.mark.parametrize("start", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("convert", ["half", "bfloat16", "float", "double"])
 def test_conversions(kind, start, convert):
@@ -289,4 +299,3 @@ def test_dropout_reaches_dx_and_ends_in_eval(kind):
     torch.testing.assert_close(x.grad, dy @ layer.weight + mask * (dy @ delta))
     layer.eval()
     torch.testing.assert_close(layer(x), x @ (layer.weight + delta).T + layer.bias)
-    assert layer.explain().name != "merged"
