@@ -170,7 +170,9 @@ def test_gil_is_released() -> None:
 
 def test_control_c_stops_between_blocks() -> None:
     code = (
-        "import torch; from qrlora_kernels.linalg import pivoted_qr\n"
+        "import signal, torch; from qrlora_kernels.linalg import pivoted_qr\n"
+        # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "w = torch.randn(2000, 2000)\n"
         "print('ready', flush=True)\n"
         "try:\n    pivoted_qr([w] * 200)\n"
@@ -183,7 +185,10 @@ def test_control_c_stops_between_blocks() -> None:
     assert child.stdout.readline() == "ready\n"
     time.sleep(1.0)
     child.send_signal(signal.SIGINT)
-    out, _ = child.communicate(timeout=60)
+    try:
+        out, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert out == "stopped\n"
 
 
