@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
     qrlora::bind_linalg(m);
     qrlora::bind_amx(m);
     qrlora::bind_kron(m);
+    qrlora::bind_low_rank(m);
 #ifdef QRLORA_WITH_CUDA
     qrlora::bind_cuda(m);
 #endif

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from backend_contract import Contract, check_error_rule, draw
+from backend_contract import Contract, check_error_rule, compare_errors, draw
 
 from qrlora_kernels import native
 from qrlora_kernels.backends import amx, cpu
@@ -22,6 +23,14 @@ class TestCPU(Contract):
     ops = ("kron_linear",)
 
 
+class TestFewTokens(Contract):
+    """The kernels are right for any number of tokens; the chooser sends them few."""
+
+    backend = cpu
+    ops = ("qr_linear", "lora_xs_linear")
+    dtypes = (torch.float64, torch.float32)
+
+
 class TestAMX(Contract):
     backend = amx
     dtypes = (torch.bfloat16,)
@@ -32,6 +41,8 @@ class TestAMX(Contract):
     [
         (cpu, "kron_linear", torch.float32),
         (cpu, "kron_linear", torch.bfloat16),
+        (cpu, "qr_linear", torch.float32),
+        (cpu, "lora_xs_linear", torch.float64),
         (amx, "qr_linear", torch.bfloat16),
         (amx, "lora_xs_linear", torch.bfloat16),
         (amx, "kron_linear", torch.bfloat16),
@@ -43,13 +54,14 @@ def test_same_bits_for_every_number_of_threads(
     ok, reason = backend.available()
     if not ok:
         pytest.skip(reason)
-    op = draw(name, 300, 96, 160, 16, dtype)
+    shape = (300, 96, 160) if name == "kron_linear" or backend is amx else (20, 768, 1030)
+    op = draw(name, *shape, 16, dtype)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            if backend is cpu:  # the base product is the library's own
+            if backend is cpu and name == "kron_linear":  # the base product is the library's own
                 results.append(
                     (
                         cpu.kron_update(op.x, *op._factors(), 0.7),
@@ -77,6 +89,11 @@ def test_lesser_instruction_sets(isa: str) -> None:
         "    for shape in ((7, 33, 3, 3), (40, 96, 160, 16), (40, 300, 450, 150)):\n"
         "        op = draw('kron_linear', *shape, dtype)\n"
         "        check_error_rule(cpu, op)\n"
+        "for dtype in (torch.float64, torch.float32):\n"
+        "    for shape in ((1, 33, 21, 3), (7, 90, 150, 16), (18, 300, 450, 150)):\n"
+        "        for name in ('qr_linear', 'lora_xs_linear'):\n"
+        "            ops = [draw(name, *shape, dtype, seed=seed) for seed in range(16)]\n"
+        "            check_error_rule(cpu, *ops)\n"
     )
     here = os.path.dirname(__file__)
     path = os.pathsep.join(filter(None, (here, os.path.dirname(here), os.getenv("PYTHONPATH"))))
@@ -98,10 +115,41 @@ def test_amx_tiles_are_given_back_to_the_library() -> None:
 
 
 @needs_core
-def test_many_tokens_in_the_core_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tokens_in_the_core_gradient() -> None:
     """The contraction over tokens is cut into parts that are added in order."""
     if not amx.available()[0]:
         pytest.skip(amx.available()[1])
-    monkeypatch.setattr(amx, "_TOKENS", 64)
-    op = draw("lora_xs_linear", 300, 48, 80, 16, torch.bfloat16, train_dtype=torch.float32)
+    op = draw(
+        "lora_xs_linear", 2 * 8192 + 37, 48, 80, 16, torch.bfloat16, train_dtype=torch.float32
+    )
     check_error_rule(amx, op)
+
+
+@needs_core
+@pytest.mark.parametrize("name", ["qr_linear", "lora_xs_linear"])
+@pytest.mark.parametrize("backend", [cpu, amx])
+def test_operands_in_any_layout(backend: ModuleType, name: str) -> None:
+    """Transposed and strided operands are read as what they hold."""
+    if not backend.available()[0]:
+        pytest.skip(backend.available()[1])
+    dtype = torch.bfloat16 if backend is amx else torch.float32
+    op = draw(name, 9, 40, 72, 10, dtype)
+
+    def strided(t: torch.Tensor) -> torch.Tensor:
+        wide = torch.empty(*t.shape[:-1], 2 * t.shape[-1] + 1, dtype=t.dtype)[..., 1::2]
+        return wide.copy_(t)
+
+    def turned(t: torch.Tensor) -> torch.Tensor:
+        return t.mT.contiguous().mT if t.dim() == 2 else strided(t)
+
+    for layout in (strided, turned):
+        other = replace(
+            op,
+            x=layout(op.x),
+            dy=layout(op.dy),
+            weight=layout(op.weight),
+            bias=None if op.bias is None else layout(op.bias),
+            frozen={k: None if t is None else layout(t) for k, t in op.frozen.items()},
+            train={k: layout(t) for k, t in op.train.items()},
+        )
+        compare_errors([op], [other.run(backend)])

@@ -13,11 +13,6 @@ namespace qrlora {
 
 namespace {
 
-template <typename T = void>
-T* pointer(int64_t address) {
-    return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
-
 void check(bool tiles) {
     if (tiles && !amx::available()) throw std::runtime_error("AMX is not available here");
 }

@@ -1,4 +1,5 @@
-"""Native CPU kernels (``qrlora_kernels._C``) for what library products do badly.
+"""Native CPU kernels (``qrlora_kernels._C``) for what library products do badly: few tokens, and
+many small products.
 
 The Kronecker update is many small products per token: the kernels keep them in the L1 cache, read x
 and dy once and write the update once; the base product then accumulates onto it, in one rounding.
@@ -13,9 +14,29 @@ from .. import native
 from ..reference import accumulation_dtype
 from .chooser import Problem
 from .composed import add_base, kron_terms
+from .low_rank import (
+    DTYPES,
+    lora_xs_linear_bwd,
+    lora_xs_linear_fwd,
+    pointer,
+    qr_linear_bwd,
+    qr_linear_fwd,
+    rows,
+)
 
-# Element types as csrc/include/qrlora/dtype.h numbers them; fp16 is converted to fp32 and back.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+__all__ = [
+    "available",
+    "kron_linear_bwd",
+    "kron_linear_fwd",
+    "lora_xs_linear_bwd",
+    "lora_xs_linear_fwd",
+    "qr_linear_bwd",
+    "qr_linear_fwd",
+    "supports",
+]
+
+# More tokens than this measure better through the library's products.
+FEW_TOKENS = 32
 
 
 def available() -> tuple[bool, str]:
@@ -25,13 +46,19 @@ def available() -> tuple[bool, str]:
 def supports(problem: Problem) -> tuple[bool, str]:
     if problem.device.type != "cpu":
         return False, "native kernels run on the CPU only"
-    if problem.op != "kron_linear":
-        return False, f"library products measure better for {problem.op}"
-    if problem.dtype not in _DTYPES and problem.dtype != torch.float16:
-        return False, f"no native kernel for {problem.dtype}"
     if native.CORE is None:
         return False, native.REASON
-    return True, "the Kronecker update in one native pass over the tokens"
+    if problem.op == "kron_linear":
+        if problem.dtype not in DTYPES and problem.dtype != torch.float16:
+            return False, f"no native kernel for {problem.dtype}"
+        return True, "the Kronecker update in one native pass over the tokens"
+    if problem.op == "linear_add":
+        return False, "library products measure better for linear_add"
+    if problem.dtype not in (torch.float32, torch.float64):
+        return False, f"no native low-rank kernel for {problem.dtype}"
+    if problem.m > FEW_TOKENS:
+        return False, f"library products measure better from {FEW_TOKENS + 1} tokens"
+    return True, f"one native call for at most {FEW_TOKENS} tokens"
 
 
 def kron_linear_fwd(
@@ -59,15 +86,15 @@ def kron_update(
 ) -> Tensor:
     """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x [M, N] on x [M, K]; ``tiles``: on the AMX tile unit, in bf16."""
     (n, r), k = a.shape, b.shape[0]
-    rows = _rows(x)
+    xs = _rows(x)
     left, right = kron_terms(
         a, b, a0, b0, scaling, x.dtype if tiles else accumulation_dtype(x.dtype)
     )
-    update = torch.empty(x.shape[0], n * r, dtype=rows.dtype)
+    update = torch.empty(x.shape[0], n * r, dtype=xs.dtype)
     left_cat, right_cat = torch.cat(left, 1), torch.cat(right)
     native.core().kron_forward(
-        x.shape[0], n, r, k, len(left), _DTYPES[rows.dtype],
-        rows.data_ptr(), rows.stride(0), left_cat.data_ptr(), right_cat.data_ptr(),
+        x.shape[0], n, r, k, len(left), DTYPES[xs.dtype],
+        xs.data_ptr(), xs.stride(0), left_cat.data_ptr(), right_cat.data_ptr(),
         update.data_ptr(), tiles, torch.get_num_threads(),
     )  # fmt: skip
     return update.to(x.dtype)
@@ -120,10 +147,10 @@ def kron_gradients(
     da = torch.empty(n, r, dtype=wide) if need_da else None
     db = torch.empty(k, r, dtype=wide) if need_db else None
     native.core().kron_backward(
-        x.shape[0], n, r, k, len(left), _DTYPES[xs.dtype],
+        x.shape[0], n, r, k, len(left), DTYPES[xs.dtype],
         dys.data_ptr(), dys.stride(0), xs.data_ptr(), xs.stride(0),
         left_t.data_ptr(), right_0.data_ptr(), right_t.data_ptr(), scaling,
-        _pointer(dx), _pointer(da), _pointer(db), tiles, torch.get_num_threads(),
+        pointer(dx), pointer(da), pointer(db), tiles, torch.get_num_threads(),
     )  # fmt: skip
     return (
         None if dx is None else dx.to(x.dtype),
@@ -133,11 +160,5 @@ def kron_gradients(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """``t`` in a type the kernels read, each row contiguous."""
-    if t.dtype not in _DTYPES:
-        t = t.float()
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    """``t`` in a type the kernels read (fp16 is converted to fp32 and back), rows contiguous."""
+    return rows(t if t.dtype in DTYPES else t.float())

@@ -1,0 +1,170 @@
+// Few tokens in fp32 and fp64. Every thread owns columns of each product, so a result's bits do not
+// depend on the number of threads.
+#include "qrlora/cpu/low_rank.h"
+
+#include <algorithm>
+
+#include "qrlora/cpu/buffer.h"
+#include "qrlora/cpu/skinny.h"
+
+namespace qrlora::QRLORA_ISA {
+
+namespace {
+
+template <typename T>
+Layout<T> layout(const Strided2d& m) {
+    return {static_cast<const T*>(m.data), m.row, m.col};
+}
+
+template <typename T>
+Layout<T> transposed(const Strided2d& m) {
+    return {static_cast<const T*>(m.data), m.col, m.row};
+}
+
+// Waking a thread takes as long as reading some hundred kilobytes of the weight.
+int useful_threads(const LowRank& d) {
+    constexpr int64_t grain = 1 << 21;
+    const int64_t work = std::max<int64_t>(4, d.m) * d.n * d.k;
+    return static_cast<int>(std::min<int64_t>(d.threads, 1 + work / grain));
+}
+
+// Columns of C at a time: where B is read by rows, as many as keep C in the L1 cache, but whole
+// stretches of memory; where it is read by columns, a few.
+template <typename T>
+int64_t block_columns(const LowRank& d, Layout<T> b, int64_t columns, int threads) {
+    const int64_t cached =
+        b.col == 1 ? std::max<int64_t>(512, 8192 / std::max<int64_t>(1, d.m)) : 64;
+    const int64_t share = (columns + threads - 1) / threads;
+    return std::max<int64_t>(16, std::min(cached, (share + 15) / 16 * 16));
+}
+
+// Calls body(first, last) for blocks of the columns, shared among the threads of the team.
+template <typename Body>
+void over_columns(int64_t columns, int64_t block, const Body& body) {
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < (columns + block - 1) / block; ++b)
+        body(b * block, std::min(columns, (b + 1) * block));
+}
+
+template <typename T>
+void start_columns(int64_t m, const T* bias, int64_t first, int64_t last, T* c, int64_t ldc) {
+    for (int64_t i = 0; i < m; ++i) {
+        if (bias)
+            std::copy(bias + first, bias + last, c + i * ldc + first);
+        else
+            std::fill(c + i * ldc + first, c + i * ldc + last, T(0));
+    }
+}
+
+// One pass in a team of threads: what forward and backward have in common.
+template <typename T>
+struct Pass {
+    const LowRank& d;
+    const T* gate;
+    T scaling;
+    int threads;
+
+    explicit Pass(const LowRank& shape)
+        : d(shape),
+          gate(static_cast<const T*>(shape.gate)),
+          scaling(static_cast<T>(shape.scaling)),
+          threads(useful_threads(shape)) {}
+
+    // inner [m, r] = rows B, and with a diagonal gate mid = s inner ∘ λ.
+    void into_rank(Layout<T> rows, Layout<T> b, int64_t depth, T* inner, T* mid) const {
+        over_columns(d.r, block_columns(d, b, d.r, threads), [&](int64_t first, int64_t last) {
+            start_columns<T>(d.m, nullptr, first, last, inner, d.r);
+            add_product(d.m, rows, b, depth, first, last, inner, d.r);
+            if (d.core) return;
+            for (int64_t i = 0; i < d.m; ++i)
+                for (int64_t j = first; j < last; ++j)
+                    mid[i * d.r + j] = scaling * gate[j] * inner[i * d.r + j];
+        });
+    }
+
+    // mid [m, r] = s inner G, for a core G.
+    void through_core(const T* inner, Layout<T> core, T* mid) const {
+        over_columns(d.r, block_columns(d, core, d.r, threads), [&](int64_t first, int64_t last) {
+            start_columns<T>(d.m, nullptr, first, last, mid, d.r);
+            add_product(d.m, {inner, d.r, 1}, core, d.r, first, last, mid, d.r);
+            for (int64_t i = 0; i < d.m; ++i)
+                for (int64_t j = first; j < last; ++j) mid[i * d.r + j] *= scaling;
+        });
+    }
+
+    // out [m, columns] = bias + rows B + mid B'.
+    void out_of_rank(Layout<T> rows, Layout<T> b, int64_t depth, const T* mid, Layout<T> up,
+                     const T* bias, int64_t columns, T* out) const {
+        over_columns(columns, block_columns(d, b, columns, threads),
+                     [&](int64_t first, int64_t last) {
+                         start_columns(d.m, bias, first, last, out, columns);
+                         add_product(d.m, rows, b, depth, first, last, out, columns);
+                         add_product(d.m, {mid, d.r, 1}, up, d.r, first, last, out, columns);
+                     });
+    }
+
+    // dG = s Σ_m h ∘ g, or s hᵀ g.
+    void gate_gradient(const T* h, const T* g, T* dgate) const {
+        if (!d.core) {
+            over_columns(d.r, 64, [&](int64_t first, int64_t last) {
+                std::fill(dgate + first, dgate + last, T(0));
+                for (int64_t i = 0; i < d.m; ++i)
+                    for (int64_t j = first; j < last; ++j)
+                        dgate[j] += h[i * d.r + j] * g[i * d.r + j];
+                for (int64_t j = first; j < last; ++j) dgate[j] *= scaling;
+            });
+            return;
+        }
+        over_columns(d.r, 32, [&](int64_t first, int64_t last) {
+            start_columns<T>(d.r, nullptr, first, last, dgate, d.r);
+            add_rows<T>(d.r, {h, 1, d.r}, {g, d.r, 1}, d.m, first, last, dgate, d.r);
+            for (int64_t i = 0; i < d.r; ++i)
+                for (int64_t j = first; j < last; ++j) dgate[i * d.r + j] *= scaling;
+        });
+    }
+};
+
+template <typename T>
+void forward(const LowRank& d, const LowRankForward& io) {
+    thread_local AlignedBuffer<T> buffer;
+    T *mid = buffer.reserve(d.m * d.r), *h = static_cast<T*>(io.h);
+    const Pass<T> pass(d);
+    const auto x = layout<T>(io.x);
+#pragma omp parallel num_threads(pass.threads)
+    {
+        pass.into_rank(x, transposed<T>(d.down), d.k, h, mid);
+        if (d.core) pass.through_core(h, {pass.gate, d.r, 1}, mid);
+        pass.out_of_rank(x, transposed<T>(d.weight), d.k, mid, transposed<T>(d.up),
+                         static_cast<const T*>(io.bias), d.n, static_cast<T*>(io.y));
+    }
+}
+
+template <typename T>
+void backward(const LowRank& d, const LowRankBackward& io) {
+    thread_local AlignedBuffer<T> buffer;
+    T *g = buffer.reserve(2 * d.m * d.r), *mid = g + d.m * d.r;
+    const Pass<T> pass(d);
+    const auto dy = layout<T>(io.dy);
+#pragma omp parallel num_threads(pass.threads)
+    {
+        pass.into_rank(dy, layout<T>(d.up), d.n, g, mid);
+        if (io.dgate) pass.gate_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
+        if (io.dx) {
+            if (d.core) pass.through_core(g, {pass.gate, 1, d.r}, mid);
+            pass.out_of_rank(dy, layout<T>(d.weight), d.n, mid, layout<T>(d.down),
+                             static_cast<const T*>(nullptr), d.k, static_cast<T*>(io.dx));
+        }
+    }
+}
+
+}  // namespace
+
+void low_rank_forward(const LowRank& d, const LowRankForward& io) {
+    d.dtype == DType::f64 ? forward<double>(d, io) : forward<float>(d, io);
+}
+
+void low_rank_backward(const LowRank& d, const LowRankBackward& io) {
+    d.dtype == DType::f64 ? backward<double>(d, io) : backward<float>(d, io);
+}
+
+}  // namespace qrlora::QRLORA_ISA

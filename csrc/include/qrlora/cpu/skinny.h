@@ -1,0 +1,192 @@
+// Products with few rows on the left: C [m, n] += A [m, depth] B [depth, n]. B is the larger
+// operand by far and is read once, where it lies. The order of every sum depends on depth and
+// layout alone.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "qrlora/cpu/vec.h"
+
+namespace qrlora::QRLORA_ISA {
+
+// Element (i, j) at data[i * row + j * col].
+template <typename T>
+struct Layout {
+    const T* data;
+    int64_t row, col;
+};
+
+template <int VALUE>
+constexpr std::integral_constant<int, VALUE> constant{};
+
+template <typename T, int BYTES>
+struct Part {
+    typedef T type __attribute__((vector_size(BYTES)));
+};
+
+// Half of a vector, without a way through memory: that would keep every sum of a tile there.
+template <typename T, int BYTES, int FIRST, int... I>
+inline typename Part<T, BYTES / 2>::type half(typename Part<T, BYTES>::type v,
+                                              std::integer_sequence<int, I...>) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(v, v, (FIRST + I)...);
+#else
+    return typename Part<T, BYTES / 2>::type{v[FIRST + I]...};
+#endif
+}
+
+template <typename T, int BYTES>
+inline T total(typename Part<T, BYTES>::type v) {
+    constexpr int lanes = BYTES / sizeof(T);
+    if constexpr (lanes == 2) {
+        return v[0] + v[1];
+    } else {
+        constexpr std::make_integer_sequence<int, lanes / 2> indices;
+        return total<T, BYTES / 2>(half<T, BYTES, 0>(v, indices) +
+                                   half<T, BYTES, lanes / 2>(v, indices));
+    }
+}
+
+// B's columns are contiguous, ldb apart, as are A's rows: ROWS x COLUMNS dot products at once.
+template <typename T, int ROWS, int COLUMNS>
+inline void dot_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c,
+                     int64_t ldc) {
+    constexpr int64_t lanes = Vec<T>::lanes;
+    typename Vec<T>::type sum[ROWS][COLUMNS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; ++j) sum[i][j] = typename Vec<T>::type{};
+    int64_t p = 0;
+    for (; p + lanes <= depth; p += lanes) {
+        typename Vec<T>::type column[COLUMNS];
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; ++j) column[j] = load(b + j * ldb + p);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            const auto row = load(a + i * lda + p);
+#pragma GCC unroll 8
+            for (int j = 0; j < COLUMNS; ++j) sum[i][j] += row * column[j];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; ++j)
+            c[i * ldc + j] += total<T, QRLORA_VECTOR_BYTES>(sum[i][j]);
+    if (p == depth) return;
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j) {
+            T rest = 0;
+            for (int64_t t = p; t < depth; ++t) rest += a[i * lda + t] * b[j * ldb + t];
+            c[i * ldc + j] += rest;
+        }
+}
+
+template <typename T, int COLUMNS>
+inline void dot_columns(int64_t m, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth,
+                        T* c, int64_t ldc) {
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4)
+        dot_tile<T, 4, COLUMNS>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc);
+    if (i + 2 <= m) {
+        dot_tile<T, 2, COLUMNS>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc);
+        i += 2;
+    }
+    if (i < m) dot_tile<T, 1, COLUMNS>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc);
+}
+
+template <typename T>
+inline void add_dots(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t first,
+                     int64_t last, T* c, int64_t ldc) {
+    constexpr int COLUMNS = QRLORA_VECTOR_BYTES == 64 ? 4 : 2;  // 4 rows of sums fill the registers
+    int64_t j = first;
+    for (; j + COLUMNS <= last; j += COLUMNS)
+        dot_columns<T, COLUMNS>(m, a.data, a.row, b.data + j * b.col, b.col, depth, c + j, ldc);
+    for (; j < last; ++j)
+        dot_columns<T, 1>(m, a.data, a.row, b.data + j * b.col, b.col, depth, c + j, ldc);
+}
+
+// B's rows are contiguous, ldb apart: ROWS x VECTORS sums over `steps` of its rows, added to C.
+template <typename T, int BYTES, int ROWS, int VECTORS>
+inline void row_tile(Layout<T> a, const T* b, int64_t ldb, int64_t steps, T* c, int64_t ldc) {
+    using V = typename Part<T, BYTES>::type;
+    constexpr int64_t lanes = BYTES / sizeof(T);
+    V sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sum[i][v] = V{};
+    for (int64_t p = 0; p < steps; ++p) {
+        V line[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) std::memcpy(&line[v], b + p * ldb + v * lanes, BYTES);
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            const T scale = a.data[i * a.row + p * a.col];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) sum[i][v] += scale * line[v];
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) {
+            // A long sum is made of short ones, which keeps its error low.
+            V at;
+            std::memcpy(&at, c + i * ldc + v * lanes, BYTES);
+            at += sum[i][v];
+            std::memcpy(c + i * ldc + v * lanes, &at, BYTES);
+        }
+}
+
+template <typename T, int BYTES, int VECTORS>
+inline void row_tiles(int64_t m, Layout<T> a, const T* b, int64_t ldb, int64_t steps, T* c,
+                      int64_t ldc) {
+    int64_t i = 0;
+    const auto from = [&] { return Layout<T>{a.data + i * a.row, a.row, a.col}; };
+    for (; i + 4 <= m; i += 4)
+        row_tile<T, BYTES, 4, VECTORS>(from(), b, ldb, steps, c + i * ldc, ldc);
+    if (i + 2 <= m) {
+        row_tile<T, BYTES, 2, VECTORS>(from(), b, ldb, steps, c + i * ldc, ldc);
+        i += 2;
+    }
+    if (i < m) row_tile<T, BYTES, 1, VECTORS>(from(), b, ldb, steps, c + i * ldc, ldc);
+}
+
+template <typename T>
+inline void add_rows(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t first,
+                     int64_t last, T* c, int64_t ldc) {
+    constexpr int SIZE = sizeof(T);
+    constexpr int64_t lanes = Vec<T>::lanes;
+    constexpr int VECTORS = QRLORA_VECTOR_BYTES == 64 ? 4 : 2;  // 4 rows of sums fill the registers
+    for (int64_t p = 0; p < depth; p += 32) {
+        const int64_t steps = std::min<int64_t>(32, depth - p);
+        const Layout<T> left{a.data + p * a.col, a.row, a.col};
+        const T* lines = b.data + p * b.row;
+        const auto tiles = [&](auto bytes, auto vectors, int64_t j) {
+            row_tiles<T, bytes(), vectors()>(m, left, lines + j, b.row, steps, c + j, ldc);
+        };
+        int64_t j = first;
+        for (; j + VECTORS * lanes <= last; j += VECTORS * lanes)
+            tiles(constant<QRLORA_VECTOR_BYTES>, constant<VECTORS>, j);
+        for (; j + lanes <= last; j += lanes)
+            tiles(constant<QRLORA_VECTOR_BYTES>, constant<1>, j);
+        if constexpr (QRLORA_VECTOR_BYTES > 16)
+            for (; j + 16 / SIZE <= last; j += 16 / SIZE) tiles(constant<16>, constant<1>, j);
+        for (; j < last; ++j) tiles(constant<SIZE>, constant<1>, j);
+    }
+}
+
+// Columns [first, last) of C += A B.
+template <typename T>
+inline void add_product(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t first,
+                        int64_t last, T* c, int64_t ldc) {
+    if (b.col == 1)
+        add_rows(m, a, b, depth, first, last, c, ldc);
+    else
+        add_dots(m, a, b, depth, first, last, c, ldc);
+}
+
+}  // namespace qrlora::QRLORA_ISA

@@ -1,0 +1,147 @@
+"""QR-LoRA and LoRA-XS as one native call a step; ``cpu`` and ``amx`` say which problems go there.
+
+Both adapters are y = x Wᵀ + s (x downᵀ) G upᵀ + b: a diagonal gate G = diag(λ) for QR-LoRA, a core
+G = C for LoRA-XS (csrc/include/qrlora/cpu/low_rank.h). With few tokens the calls themselves take
+the time, so each step makes one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..reference import accumulation_dtype
+
+# Element types as csrc/include/qrlora/dtype.h numbers them.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def qr_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q: Tensor,
+    r: Tensor,
+    lam: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b + s (h ∘ λ) Qᵀ on x [M, K]; returns y [M, N] and h = x R̃ᵀ [M, r]."""
+    return _forward(x, weight, bias, r, q, lam, scaling)
+
+
+def qr_linear_bwd(
+    dy: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    r: Tensor,
+    lam: Tensor,
+    h: Tensor,
+    scaling: float,
+    need_dx: bool = True,
+    need_dlam: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """g = dy Q;  dλ = s Σ_m h ∘ g;  dx = dy W + s (g ∘ λ) R̃."""
+    return _backward(dy, weight, r, q, lam, h, scaling, need_dx, need_dlam)
+
+
+def lora_xs_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b + s (h C) Bᵀ on x [M, K]; returns y [M, N] and h = x Aᵀ [M, r]."""
+    return _forward(x, weight, bias, a, b, core, scaling)
+
+
+def lora_xs_linear_bwd(
+    dy: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    core: Tensor,
+    h: Tensor,
+    scaling: float,
+    need_dx: bool = True,
+    need_dcore: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """g = dy B;  dC = s hᵀ g;  dx = dy W + s (g Cᵀ) A."""
+    return _backward(dy, weight, a, b, core, h, scaling, need_dx, need_dcore)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gate: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    m, r, dtype = x.shape[0], gate.shape[-1], x.dtype
+    y = torch.empty(m, weight.shape[0], dtype=dtype)
+    h = torch.empty(m, r, dtype=dtype)
+    # Held until the kernel returns: these may be copies in a layout that it reads.
+    x, weight, down, up = rows(x), readable(weight), readable(down), readable(up)
+    gate, bias = gate.contiguous(), None if bias is None else bias.contiguous()
+    native.core().low_rank_forward(
+        (m, *weight.shape, r, DTYPES[dtype], torch.get_num_threads()),
+        matrix(x), matrix(weight), matrix(down), matrix(up),
+        (gate.data_ptr(), DTYPES[gate.dtype], gate.dim() == 2, scaling),
+        pointer(bias), y.data_ptr(), h.data_ptr(),
+    )  # fmt: skip
+    return y, h
+
+
+def _backward(
+    dy: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    gate: Tensor,
+    h: Tensor,
+    scaling: float,
+    need_dx: bool,
+    need_dgate: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    if not (need_dx or need_dgate):
+        return None, None
+    m, dtype = dy.shape[0], dy.dtype
+    dx = torch.empty(m, weight.shape[1], dtype=dtype) if need_dx else None
+    dgate = torch.empty(gate.shape, dtype=accumulation_dtype(dtype)) if need_dgate else None
+    dy, weight, down, up = rows(dy), readable(weight), readable(down), readable(up)
+    gate_, h = gate.contiguous(), h.contiguous()
+    native.core().low_rank_backward(
+        (m, *weight.shape, gate.shape[-1], DTYPES[dtype], torch.get_num_threads()),
+        matrix(dy), matrix(weight), matrix(down), matrix(up),
+        (gate_.data_ptr(), DTYPES[gate.dtype], gate.dim() == 2, scaling),
+        h.data_ptr(), pointer(dx), pointer(dgate),
+    )  # fmt: skip
+    return dx, None if dgate is None else dgate.to(gate.dtype)
+
+
+# --- operands as the native core takes them -----------------------------------------------------
+
+
+def rows(t: Tensor) -> Tensor:
+    """``t`` with contiguous rows."""
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def readable(t: Tensor) -> Tensor:
+    """``t`` with at least one dimension contiguous."""
+    return t if 1 in t.stride() else t.clone(memory_format=torch.contiguous_format)
+
+
+def matrix(t: Tensor) -> tuple[int, int, int]:
+    """Address, row stride and column stride."""
+    row, column = t.stride()
+    return t.data_ptr(), row, column
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
