@@ -19,7 +19,6 @@ from .low_rank import (
     pointer,
     qr_linear_bwd,
     qr_linear_fwd,
-    readable,
 )
 
 __all__ = [
@@ -104,11 +103,11 @@ def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tenso
 
 def _base(rows: Tensor, weight: Tensor, addend: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """out = rows weight + bias + addend on rows [M, depth], weight [depth, N]; may be in place."""
-    # Held until the kernel returns: these may be copies in a layout that it reads.
-    rows, weight = readable(rows), readable(weight)
     bias = None if bias is None else bias.contiguous()
+    # The tensors are held until the kernel returns: they may be copies in a layout that it reads.
+    (rows, a), (weight, b) = matrix(rows), matrix(weight)
     native.core().amx_gemm(
-        *out.shape, rows.shape[1], matrix(rows), matrix(weight),
+        *out.shape, rows.shape[1], a, b,
         pointer(bias), addend.data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out

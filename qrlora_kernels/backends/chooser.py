@@ -86,12 +86,16 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
         If a backend was forced (argument, :func:`use_backend`, ``QRLORA_BACKEND``, in this order)
         and it is unknown or cannot run the problem.
     """
-    return _choose(problem, pinned_backend(backend) or os.environ.get("QRLORA_BACKEND") or None)
+    return _choose(problem, _forced_for(backend))
 
 
 def pinned_backend(backend: str | None = None) -> str | None:
     """The backend asked for in code; a forward passes it on, so that its backward agrees."""
     return backend or _forced
+
+
+def _forced_for(backend: str | None) -> str | None:
+    return backend or _forced or os.environ.get("QRLORA_BACKEND") or None
 
 
 def plain_choice(op: str, reason: str, backend: str | None = None) -> None:
@@ -102,7 +106,7 @@ def plain_choice(op: str, reason: str, backend: str | None = None) -> None:
     ValueError
         If another backend was forced.
     """
-    forced = pinned_backend(backend) or os.environ.get("QRLORA_BACKEND") or "reference"
+    forced = _forced_for(backend) or "reference"
     load(forced)
     if forced != "reference":
         raise ValueError(f"backend {forced!r} cannot run {op} here: {reason}")

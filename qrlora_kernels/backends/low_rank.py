@@ -85,15 +85,15 @@ def _forward(
     m, r, dtype = x.shape[0], gate.shape[-1], x.dtype
     y = torch.empty(m, weight.shape[0], dtype=dtype)
     h = torch.empty(m, r, dtype=dtype)
-    # Held until the kernel returns: these may be copies in a layout that it reads.
-    x, weight, down, up = rows(x), readable(weight), readable(down), readable(up)
+    # The tensors are held until the kernel returns: they may be copies in a layout that it reads.
     gate, bias = gate.contiguous(), None if bias is None else bias.contiguous()
+    held, operands = zip(matrix(rows(x)), matrix(weight), matrix(down), matrix(up), strict=True)
     native.core().low_rank_forward(
-        (m, *weight.shape, r, DTYPES[dtype], torch.get_num_threads()),
-        matrix(x), matrix(weight), matrix(down), matrix(up),
+        (m, *weight.shape, r, DTYPES[dtype], torch.get_num_threads()), *operands,
         (gate.data_ptr(), DTYPES[gate.dtype], gate.dim() == 2, scaling),
         pointer(bias), y.data_ptr(), h.data_ptr(),
     )  # fmt: skip
+    del held
     return y, h
 
 
@@ -113,14 +113,14 @@ def _backward(
     m, dtype = dy.shape[0], dy.dtype
     dx = torch.empty(m, weight.shape[1], dtype=dtype) if need_dx else None
     dgate = torch.empty(gate.shape, dtype=accumulation_dtype(dtype)) if need_dgate else None
-    dy, weight, down, up = rows(dy), readable(weight), readable(down), readable(up)
     gate_, h = gate.contiguous(), h.contiguous()
+    held, operands = zip(matrix(rows(dy)), matrix(weight), matrix(down), matrix(up), strict=True)
     native.core().low_rank_backward(
-        (m, *weight.shape, gate.shape[-1], DTYPES[dtype], torch.get_num_threads()),
-        matrix(dy), matrix(weight), matrix(down), matrix(up),
+        (m, *weight.shape, gate.shape[-1], DTYPES[dtype], torch.get_num_threads()), *operands,
         (gate_.data_ptr(), DTYPES[gate.dtype], gate.dim() == 2, scaling),
         h.data_ptr(), pointer(dx), pointer(dgate),
     )  # fmt: skip
+    del held
     return dx, None if dgate is None else dgate.to(gate.dtype)
 
 
@@ -132,15 +132,13 @@ def rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def readable(t: Tensor) -> Tensor:
-    """``t`` with at least one dimension contiguous."""
-    return t if 1 in t.stride() else t.clone(memory_format=torch.contiguous_format)
-
-
-def matrix(t: Tensor) -> tuple[int, int, int]:
-    """Address, row stride and column stride."""
+def matrix(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """``t`` (a copy where neither dimension is contiguous), and its address and strides."""
     row, column = t.stride()
-    return t.data_ptr(), row, column
+    if row != 1 and column != 1:
+        t = t.clone(memory_format=torch.contiguous_format)
+        row, column = t.stride()
+    return t, (t.data_ptr(), row, column)
 
 
 def pointer(t: Tensor | None) -> int:

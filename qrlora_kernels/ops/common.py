@@ -41,7 +41,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"x must have {weight.shape[1]} features in its last dimension (weight is "
             f"{tuple(weight.shape)}), got shape {tuple(x.shape)}"
         )
-    check_operand("weight", weight, tuple(weight.shape), x)
+    check_operand("weight", weight, weight.shape, x)
     if bias is not None:
         check_operand("bias", bias, (weight.shape[0],), x)
 
@@ -51,13 +51,13 @@ def check_operand(
 ) -> None:
     """``tensor`` has ``shape`` and x's device and dtype (or fp32, for trainables over half)."""
     check_tensor(name, tensor)
+    if tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device:
+        return  # on the path of every call, where each question takes a fraction of a microsecond
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
-    if tensor.dtype != x.dtype and not (
-        or_fp32 and x.dtype in HALF and tensor.dtype == torch.float32
-    ):
+    if not (or_fp32 and x.dtype in HALF and tensor.dtype == torch.float32):
         expected = f"{x.dtype} like x" + (" or torch.float32" if or_fp32 else "")
         raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
 
@@ -85,7 +85,8 @@ def outside_autocast(device: str) -> AbstractContextManager[Any]:
 def autocast(*tensors: Tensor | None) -> Sequence[Any]:
     """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
     # What is no tensor is named by the checks, which come after.
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    first = tensors[0]
+    device = first.device.type if isinstance(first, Tensor) else "cpu"
     if not autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
