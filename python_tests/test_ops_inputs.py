@@ -246,7 +246,8 @@ def test_order_of_the_ways_to_force(monkeypatch):
         assert backends.choose(_problem("qr_linear")).name == "composed"
         assert backends.choose(_problem("qr_linear"), "reference").name == "reference"
     monkeypatch.setenv("QRLORA_BACKEND", "")
-    assert backends.choose(_problem("qr_linear")).name == "composed"
+    unforced = helpers.cpu_backends("qr_linear", torch.float32)[0]
+    assert backends.choose(_problem("qr_linear")).name == unforced
 
 
 def test_a_block_pins_the_backward_that_runs_after_it():
