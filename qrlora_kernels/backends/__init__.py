@@ -5,6 +5,7 @@ checked 2-D operands, with the signatures of ``reference.py``, plus
 ``supports(problem) -> (ok, reason)``.
 """
 
-from .chooser import BACKENDS, Choice, Problem, choose, last_choice, report, use_backend
+from .chooser import BACKENDS, choose, last_choice, report, use_backend
+from .problem import Choice, Problem
 
 __all__ = ["BACKENDS", "Choice", "Problem", "choose", "last_choice", "report", "use_backend"]

@@ -1,8 +1,8 @@
 """Pick the backend of one call from its shape, dtype and device, and say why.
 
-``choose`` walks ``BACKENDS`` in order of preference and takes the first that supports the problem.
-A backend forced by argument, by :func:`use_backend` or by ``QRLORA_BACKEND`` runs or raises: it is
-never silently replaced.
+``choose`` walks ``BACKENDS`` in order of preference and takes the first that supports the problem
+and is not passed over for one that measured faster (``measured``). A backend forced by argument, by
+:func:`use_backend` or by ``QRLORA_BACKEND`` runs or raises: it is never silently replaced.
 """
 
 from __future__ import annotations
@@ -13,45 +13,20 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+from .measured import passed_over
+from .problem import Choice, Problem
 
 # In order of preference. Modules are imported on first use, so importing the package is cheap.
 BACKENDS: dict[str, str] = {
     "amx": "qrlora_kernels.backends.amx",
     "cpu": "qrlora_kernels.backends.cpu",
-    "composed": "qrlora_kernels.backends.composed",
-    # After "composed", which runs everything: the GPU kernels are asked for by name until they have
-    # been measured on a GPU. A kernel that may lose to library products is never picked unasked.
     "cuda": "qrlora_kernels.backends.cuda",
     "triton": "qrlora_kernels.backends.triton",
+    "composed": "qrlora_kernels.backends.composed",
     "reference": "qrlora_kernels.backends.reference",
 }
-
-
-class Problem(NamedTuple):
-    """What a choice may depend on; hashable, so that a choice is made once per problem.
-
-    ``op`` is ``"qr_linear"``, ``"lora_xs_linear"`` or ``"kron_linear"``; ``device`` is the device
-    with its index; ``m, n, k, r`` are tokens, output features, input features and the rank.
-    """
-
-    op: str
-    device: torch.device
-    dtype: torch.dtype
-    m: int
-    n: int
-    k: int
-    r: int
-
-
-class Choice(NamedTuple):
-    """The backend of a call, and why it and not a preferred one."""
-
-    name: str
-    reason: str
-
 
 _forced: str | None = None
 _last: dict[str, Choice] = {}
@@ -122,7 +97,8 @@ def _choose(problem: Problem, forced: str | None) -> Choice:
         return Choice(forced, "asked for")
     refusals: list[str] = []
     for name in BACKENDS:
-        ok, reason = load(name).supports(problem)
+        why_not = passed_over(name, problem)
+        ok, reason = (False, why_not) if why_not else load(name).supports(problem)
         if ok:
             return Choice(name, "; ".join([reason, *refusals]))
         refusals.append(f"not {name}: {reason}")

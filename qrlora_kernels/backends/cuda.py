@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import native
 from . import composed
-from .chooser import Problem
+from .problem import Problem
 
 __all__ = [
     "available",

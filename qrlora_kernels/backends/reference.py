@@ -23,7 +23,7 @@ from ..reference import (
 from ..reference import (
     qr_linear_fwd_ref as qr_linear_fwd,
 )
-from .chooser import Problem
+from .problem import Problem
 
 __all__ = [
     "available",

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.chooser import Problem, run
+from ..backends.chooser import run
+from ..backends.problem import Problem
 from .common import autocast_enabled
 
 LIBRARY = torch.library.Library("qrlora", "DEF")

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..chooser import Problem
+from ..problem import Problem
 from .tables import MAX_CORE_RANK, MAX_RANK, max_factor, padded
 
 MINIMUM = (3, 6)

@@ -1,0 +1,30 @@
+"""Where a backend can run a problem but measured slower than one that comes after it.
+
+The numbers are those of bench/notes/cpu.md and bench/notes/triton.md. A backend asked for by name
+runs all the same; here is only what the chooser does unasked.
+"""
+
+from __future__ import annotations
+
+from .problem import Problem
+
+# fp32 and fp64: up to here one native call beats four library products.
+FEW_TOKENS = 32
+# bf16: from both of these on, the library's larger blocks outweigh a fused accumulator (2048 x 1024
+# x 1024, forward and backward: 1.02 to 1.14 of the library products' time).
+MANY_TOKENS, WIDE = 2048, 1024
+
+
+def passed_over(backend: str, problem: Problem) -> str | None:
+    """Why ``backend`` is passed over for ``problem`` unless asked for; None if it is not."""
+    low_rank = problem.op in ("qr_linear", "lora_xs_linear")
+    if backend == "cpu" and low_rank and problem.m > FEW_TOKENS:
+        return f"library products measure better from {FEW_TOKENS + 1} tokens"
+    wide = min(problem.n, problem.k) >= WIDE
+    if backend == "amx" and problem.op != "kron_linear" and problem.m >= MANY_TOKENS and wide:
+        return f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features"
+    if backend in ("cuda", "triton"):
+        if problem.device.type != "cuda":
+            return "its kernels are for CUDA devices"
+        return "not yet measured against library products on a GPU; it runs when asked for"
+    return None
