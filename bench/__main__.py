@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 import traceback
@@ -19,28 +20,31 @@ from .competitors.ours import each_backend
 from .pages import regenerate, short
 from .registry import (
     ADAPTERS,
-    CASES,
     DTYPES,
-    EFFORT,
-    GATE_CASES,
-    MODEL_CASES,
     NEIGHBOURS,
     SUITES,
-    Case,
-    ModelCase,
+    SWEEPS,
+    AnyCase,
+    Effort,
+    cases,
+    effort_for,
 )
 from .rows import RED, Row, replace_file, write
-from .suites import decode, layer, memory, model, start
+from .suites import decode, grid, layer, memory, model, overhead, pivots, start
 from .suites.common import Options
 
 RESULTS = machine.REPOSITORY / "bench" / "results"
 OUT = machine.REPOSITORY / "bench" / "out"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
 RUN: dict[str, Callable[..., list[Row]]] = {
     "layer": layer.run,
     "decode": decode.run,
+    "overhead": overhead.run,
     "start": start.run,
     "memory": memory.run,
     "model": model.run,
+    "grid": grid.run,
+    "pivots": pivots.run,
 }
 
 
@@ -73,7 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument(
-        "--suites", type=_one_of(SUITES), default=SUITES, metavar="A,B", help=", ".join(SUITES)
+        "--suites",
+        type=_one_of((*SUITES, *SWEEPS)),
+        metavar="A,B",
+        help=f"{', '.join(SUITES)}; with --full also, or by name, the sweeps {', '.join(SWEEPS)}",
     )
     parser.add_argument(
         "--dtypes", type=_one_of(tuple(DTYPES)), default=(), metavar="A,B", help=", ".join(DTYPES)
@@ -125,23 +132,26 @@ def _run(chosen: argparse.Namespace) -> int:
         return 2
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    plan = [(suite, case) for suite in chosen.suites for case in _cases(suite, chosen)]
+        os.environ["OPENBLAS_NUM_THREADS"] = str(chosen.threads)  # scipy's, not yet imported
+    suites = chosen.suites or (*SUITES, *(SWEEPS if chosen.effort == "full" else ()))
+    plan = [(suite, case) for suite in suites for case in _cases(suite, chosen)]
     if chosen.list or not plan:
         print("\n".join(f"{suite}: {case}" for suite, case in plan) or "nothing matches")
         return 0 if plan else 2
-    effort = EFFORT[chosen.effort]
     options = Options(
         device=chosen.device,
-        effort=replace(effort, seconds=chosen.seconds or effort.seconds),
         adapters=chosen.adapters,
         variants=chosen.variants,
         cold=chosen.device == "cuda" if chosen.cold is None else chosen.cold,
         gate_only=chosen.gate_only,
         full=chosen.effort == "full",
     )
+    efforts = {suite: effort_for(suite, chosen.effort) for suite in suites}
+    if chosen.seconds:
+        efforts = {suite: replace(e, seconds=chosen.seconds) for suite, e in efforts.items()}
     folder = RESULTS if chosen.record else chosen.out
     with each_backend(list(chosen.backends)):
-        rows, failed = _measure(plan, options, folder)
+        rows, failed = _measure(plan, efforts, options, folder)
     red = [row for row in rows if row.status == RED]
     names = sorted({f"{row.suite} {row.adapter} {row.variant}" for row in red})
     if not chosen.gate_only:
@@ -152,43 +162,37 @@ def _run(chosen: argparse.Namespace) -> int:
     return 1 if failed or (red and chosen.gate_only) else 0
 
 
-def _cases(suite: str, chosen: argparse.Namespace) -> list[Case | ModelCase]:
-    found: Sequence[Case | ModelCase]
-    if suite == "model":
-        found = MODEL_CASES[chosen.device][chosen.effort]
-    elif chosen.gate_only and suite != "start":
-        found = GATE_CASES
-    else:
-        found = CASES[chosen.device][suite][chosen.effort]
+def _cases(suite: str, chosen: argparse.Namespace) -> list[AnyCase]:
     return [
         case
-        for case in found
+        for case in cases(chosen.device, suite, chosen.effort, chosen.gate_only)
         if chosen.cases in str(case) and (not chosen.dtypes or case.dtype in chosen.dtypes)
     ]
 
 
 def _measure(
-    plan: list[tuple[str, Case | ModelCase]], options: Options, folder: Path
+    plan: list[tuple[str, AnyCase]], efforts: dict[str, Effort], options: Options, folder: Path
 ) -> tuple[list[Row], list[str]]:
     """Run the plan suite by suite; files are written after each case, so a stop loses little."""
     rows: list[Row] = []
     failed: list[str] = []
-    begin = time.monotonic()
-    bar = tqdm(total=len(plan), unit="case", smoothing=0.0, disable=None)
+    begin, weights = time.monotonic(), [case.weight for _, case in plan]
+    bar = tqdm(total=sum(weights), smoothing=0.0, disable=None, bar_format=_BAR)
     with bar, contextlib.suppress(KeyboardInterrupt):
         for number, (suite, case) in enumerate(plan):
-            bar.set_description(f"{suite}: {case}")
+            bar.set_description(f"{number + 1}/{len(plan)} {suite}: {case}")
+            end = sum(weights[: number + 1])
 
-            def tick(share: float, end: int = number + 1) -> None:
-                bar.update(min(share, max(end - bar.n, 0.0)))
+            def tick(share: float, weight: float = case.weight, end: float = end) -> None:
+                bar.update(min(share * weight, max(end - bar.n, 0.0)))
 
             try:
-                found = RUN[suite](case, replace(options, tick=tick))
+                found = RUN[suite](case, replace(options, effort=efforts[suite], tick=tick))
             except Exception:  # the cases that follow are still worth having
                 tqdm.write(f"{suite}: {case} failed\n{traceback.format_exc()}")
                 failed.append(f"{suite}: {case}")
                 continue
-            bar.update(number + 1 - bar.n)
+            bar.update(end - bar.n)
             rows += found
             tqdm.write(table.text(found) + "\n")
             done = [row for row in rows if row.suite == suite]

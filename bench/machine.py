@@ -60,7 +60,9 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no")
+        # Rows and pages that an earlier run wrote are no change to what is measured.
+        written = [":!bench/results", ":!docs", ":!README.md"]
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return git("rev-parse", "--short", "HEAD") + ("+changes" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("QRLORA_COMMIT", "unknown")

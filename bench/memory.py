@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import gc
-import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,44 +38,55 @@ def _storage(tensor: Tensor) -> int:
     return 0 if tensor.is_meta or tensor.is_sparse else tensor.untyped_storage().data_ptr()
 
 
-def peak_bytes(step: Callable[[], Any], device: str) -> int:
-    """The most memory that ``step()`` held beyond what was there before it, by torch's allocator.
+def peak_bytes(step: Callable[[], Any], device: str, warm: bool = True) -> int | None:
+    """The most memory that ``step()`` held beyond what was there before it.
 
-    Scratch that compiled kernels take from the system directly is not seen on a CPU.
+    On a GPU by torch's allocator. On a CPU by the system's count of resident pages, so that what
+    compiled kernels and libraries take is in it; None where there is no such count (not Linux).
+    Two equal runs differ by up to a MiB: counts are kept per core, and pages of code come and go.
+
+    Parameters
+    ----------
+    step : callable
+    device : "cpu" or "cuda"
+    warm : bool
+        Run the step once before: what it then keeps for later calls is not counted.
     """
-    step()  # first-call allocations do not count
+    if warm:
+        step()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - base
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with (
-        _without_stderr(),
-        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
-    ):
-        step()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """The profiler's library logs its own start and stop to the descriptor, whatever one asks."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    gc.collect()
+    _return_freed_memory()
     try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        _CLEAR_REFS.write_text("5")  # the high-water mark falls to what is resident now
+        before = _resident("VmRSS")
+        step()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    found = re.search(rf"^{field}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"{_STATUS} has no {field}")
+    return int(found[1]) * 1024
+
+
+def _return_freed_memory() -> None:
+    """Else a step would be served from what earlier ones freed, and grow nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def disk_bytes(save: Callable[[Path], object]) -> int:

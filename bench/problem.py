@@ -53,6 +53,16 @@ class Runner:
         return {key: g.mT if key in self.transposed else g for key, g in named.items()}
 
 
+def training_step(runner: Runner, problem: LayerProblem) -> Callable[[], None]:
+    """A forward and a backward, whose results are dropped."""
+
+    def step() -> None:
+        y = runner.forward(problem.x)
+        runner.gradients(y, problem.x, problem.dy.to(y.dtype))
+
+    return step
+
+
 class LayerProblem:
     """Tensors of one case. Updates are a fraction of W, so that a wrong one cannot hide."""
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUITES = ("layer", "decode", "start", "memory", "model")
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+SUITES = ("layer", "decode", "overhead", "start", "memory", "model")
+# Sweeps of a quarter of an hour each on two cores: run with --full, or where they are named.
+SWEEPS = ("grid", "pivots")
 
 # Families with one definition, so that every variant of a family must give the same numbers.
 # "lokr" is OHoRA's product without its start, y = x Wᵀ + (A ⊗ Bᵀ) x: what PEFT and LyCORIS run.
@@ -26,6 +34,11 @@ class Case:
     k: int
     r: int
     dtype: str = "bf16"
+
+    @property
+    def weight(self) -> float:
+        """Time it takes beside the others of a plan, for the estimate of what is left."""
+        return 1.0
 
     def kron_rank(self) -> int:
         """OHoRA's r_high: the largest common divisor of N and K up to both square roots."""
@@ -47,8 +60,60 @@ class ModelCase:
     r: int = 16
     dtype: str = "fp32"
 
+    @property
+    def weight(self) -> float:
+        """As of :class:`Case`."""
+        return 2.0
+
     def __str__(self) -> str:
         return f"{self.name} {self.batch}x{self.length} r={self.r} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class GridCase:
+    """One square layer with the families at every rank, all variants interleaved."""
+
+    m: int
+    side: int
+    dtype: str
+    ranks: tuple[int, ...] = (16, 64, 150)
+
+    def layers(self) -> list[Case]:
+        """A case for each rank."""
+        return [Case(self.m, self.side, self.side, r, self.dtype) for r in self.ranks]
+
+    @property
+    def weight(self) -> float:
+        """As of :class:`Case`: the products outgrow the fixed part."""
+        flops = self.m * self.side**2
+        return 1.0 + flops / (3e9 if self.dtype == "fp32" else 1.5e10)
+
+    def __str__(self) -> str:
+        ranks = ",".join(map(str, self.ranks))
+        return f"M={self.m} {self.side}x{self.side} r={ranks} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class PivotCase:
+    """``count`` weights [N, K], factorised at each of ``ranks``, or a list of them at once."""
+
+    n: int
+    k: int
+    ranks: tuple[int, ...]
+    dtype: str = "fp32"
+    count: int = 1
+
+    @property
+    def weight(self) -> float:
+        """As of :class:`Case`: LAPACK's time, which grows with N·K·min(N, K)."""
+        return 1.0 + self.n * self.k * min(self.n, self.k) / 4e9
+
+    def __str__(self) -> str:
+        times = f"{self.count} of " if self.count > 1 else ""
+        return f"{times}{self.n}x{self.k} r={','.join(map(str, self.ranks))} {self.dtype}"
+
+
+AnyCase = Case | ModelCase | GridCase | PivotCase
 
 
 @dataclass(frozen=True)
@@ -61,6 +126,8 @@ class Effort:
 
 
 EFFORT = {"quick": Effort(1.0, 4, 20), "short": Effort(4.0, 6, 60), "full": Effort(40.0, 10, 400)}
+# A sweep spends the same whether named or part of --full.
+SWEEP_EFFORT = {"grid": Effort(14.0, 4, 80), "pivots": Effort(12.0, 4, 60)}
 
 _CPU_LAYER = {
     "quick": [Case(128, 1024, 1024, 16)],
@@ -70,7 +137,11 @@ _CPU_LAYER = {
         Case(512, 2048, 2048, 64),
     ],
     "full": [
-        *(Case(m, 1024, 1024, 16, d) for d in DTYPES for m in (1, 16, 128, 512, 2048, 8192)),
+        *(
+            Case(m, 1024, 1024, 16, d)
+            for d in ("fp32", "bf16", "fp16")
+            for m in (1, 16, 128, 512, 2048, 8192)
+        ),
         *(Case(m, 1024, 1024, r) for r in (64, 150) for m in (128, 2048)),
         *(Case(512, 4096, 4096, r) for r in (16, 64, 150)),
         Case(512, 14336, 4096, 16),
@@ -107,7 +178,7 @@ _CUDA_DECODE = {
 _CPU_START = {
     "quick": [Case(0, 512, 512, 16, "fp32")],
     "short": [
-        Case(0, 2048, 2048, 16, "fp32"),
+        Case(0, 1024, 1024, 16, "fp32"),
         *(Case(0, n, n, 150, "fp32") for n in (512, 1024, 2048)),
     ],
     "full": [
@@ -160,24 +231,76 @@ _CUDA_MODEL = {
     + [ModelCase("minilm", 128, 128, dtype="bf16")],
 }
 
-CASES: dict[str, dict[str, dict[str, list[Case]]]] = {
+# A layer whose arithmetic is next to nothing: what is left is the price of a call.
+_TINY = [Case(1, 64, 64, 16, dtype) for dtype in ("fp32", "bf16")]
+_OVERHEAD = dict.fromkeys(EFFORT, _TINY)
+
+_GRID = [
+    GridCase(m, side, dtype)
+    for dtype in ("bf16", "fp32")
+    for m in (1, 16, 512, 2048)
+    for side in (384, 768, 1024, 4096)
+]
+_CPU_GRID = {"quick": [GridCase(16, 384, "bf16")], "short": _GRID, "full": _GRID}
+
+# Squares up to full rank, the linear layers of LLaMA-3-8B, and a list in one call.
+_PIVOTS = [
+    *(
+        PivotCase(n, n, (16, 64, 150, n), dtype)
+        for n in (768, 1024, 2048, 4096)
+        for dtype in ("fp32", "fp64")
+    ),
+    PivotCase(768, 768, (150,), count=24),
+    *(
+        PivotCase(n, k, (150,), "bf16")
+        for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
+    ),
+]
+_CPU_PIVOTS = {"quick": [PivotCase(512, 512, (16, 64))], "short": _PIVOTS, "full": _PIVOTS}
+
+CASES: Mapping[str, Mapping[str, Mapping[str, Sequence[AnyCase]]]] = {
     "cpu": {
         "layer": _CPU_LAYER,
         "decode": _CPU_DECODE,
+        "overhead": _OVERHEAD,
         "start": _CPU_START,
         "memory": _CPU_MEMORY,
+        "model": _CPU_MODEL,
+        "grid": _CPU_GRID,
+        "pivots": _CPU_PIVOTS,
     },
     "cuda": {
         "layer": _CUDA_LAYER,
         "decode": _CUDA_DECODE,
+        "overhead": _OVERHEAD,
         "start": _CUDA_START,
         "memory": _CUDA_MEMORY,
+        "model": _CUDA_MODEL,
     },
 }
-MODEL_CASES = {"cpu": _CPU_MODEL, "cuda": _CUDA_MODEL}
 # What the gate-only pass runs: small, odd and even, each dtype.
-GATE_CASES = [
+_GATE = [
     Case(17, 64, 96, 4, "fp32"),
     Case(32, 128, 128, 16, "bf16"),
     Case(5, 96, 64, 3, "fp16"),
 ]
+GATE_CASES: dict[str, Sequence[AnyCase]] = {
+    "layer": _GATE,
+    "decode": _GATE,
+    "overhead": _GATE,
+    "memory": _GATE,
+    "start": [Case(0, 96, 64, 8, "fp32"), Case(0, 64, 96, 8, "bf16")],
+    "grid": [GridCase(7, 96, "fp32", (3, 16)), GridCase(7, 96, "bf16", (3, 16))],
+    "pivots": [PivotCase(96, 96, (8, 96), "fp64"), PivotCase(64, 96, (8,), count=3)],
+}
+
+
+def cases(device: str, suite: str, effort: str, gate_only: bool) -> Sequence[AnyCase]:
+    """What a suite measures; none where it has nothing for the device."""
+    found = CASES[device].get(suite, {}).get(effort, [])
+    return GATE_CASES.get(suite, found) if gate_only and found else found
+
+
+def effort_for(suite: str, name: str) -> Effort:
+    """How long a case of the suite is measured."""
+    return EFFORT[name] if name == "quick" else SWEEP_EFFORT.get(suite, EFFORT[name])

@@ -6,7 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from .rows import OK, RED, SKIPPED, Row
 
-METRICS = ("forward", "backward", "both", "step", "tokens", "start", "saved", "peak", "disk")
+METRICS = (
+    *("forward", "backward", "both", "no_grad", "grad"),
+    *("step", "tokens", "start", "saved", "peak", "disk"),
+)
+CLOCKS = ("wall", "device", "graph", "thread", "")
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -22,10 +26,10 @@ def title(row: Row) -> str:
 
 def cells(rows: list[Row]) -> list[list[str]]:
     """One case as a table: a head, then a line per variant."""
-    columns = [(m, c) for m in METRICS for c in ("wall", "device", "graph", "") if _has(rows, m, c)]
-    heads = [f"{m} ({c})" if c not in ("wall", "") else m for m, c in columns]
+    columns = [(m, c) for m in METRICS for c in CLOCKS if _has(rows, m, c)]
+    heads = [f"{m} ({c})" if c in ("device", "graph") else m for m, c in columns]
     lines = [["adapter", "variant", "r", *heads, "gate", "remark"]]
-    for (adapter, variant), group in _variants(rows):
+    for (adapter, variant, _), group in _variants(rows):
         found = {(row.metric, row.clock): row for row in group}
         first = group[0]
         values = [number(found.get(column)) for column in columns]
@@ -53,12 +57,12 @@ def _has(rows: Iterable[Row], metric: str, clock: str) -> bool:
     return any(row.metric == metric and row.clock == clock for row in rows)
 
 
-def _variants(rows: list[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
-    """Rows by variant, the families together, the floor first."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def _variants(rows: list[Row]) -> list[tuple[tuple[str, str, int], list[Row]]]:
+    """Rows by variant and rank, the families together, the floor first."""
+    found: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.adapter, row.variant), []).append(row)
-    families = list(dict.fromkeys(adapter for adapter, _ in found))
+        found.setdefault((row.adapter, row.variant, row.r), []).append(row)
+    families = list(dict.fromkeys(adapter for adapter, _, _ in found))
     return sorted(found.items(), key=lambda item: families.index(item[0][0]))
 
 
@@ -67,7 +71,7 @@ def number(row: Row | None) -> str:
     if row is None or row.value is None:
         return "-"
     value = quantity(row.value, row.unit)
-    if row.q20 is not None and row.q80 is not None and row.unit == "ms":
+    if row.q20 is not None and row.q80 is not None and row.unit in ("ms", "µs"):
         value += f" ({row.q20:.3g} to {row.q80:.3g})"
     return value if row.ratio is None or row.value == 0 else f"{value} {row.ratio:.2f}x"
 

@@ -5,7 +5,7 @@ Saving and comparing are its own: ``--benchmark-autosave``, ``--benchmark-compar
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from bench.suites.common import Gates
 from bench.suites.layer import training
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASE: Case = CASES[DEVICE]["layer"]["quick"][0]
+CASE = cast(Case, CASES[DEVICE]["layer"]["quick"][0])
 
 
 @pytest.fixture(scope="module")

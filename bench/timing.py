@@ -20,6 +20,8 @@ Task = dict[str, Step]  # phases in order; each is handed what the one before re
 _FLUSH_BYTES = 256 << 20
 _VISIT_SECONDS = 0.002  # short calls are repeated for this long in each turn
 _WARM_BELOW = 0.02  # a longer call finds its operands out of cache anyway
+_WARM_ENOUGH = 0.1  # nor does it gain by a third call before it is timed
+_NARROW = 1.03  # nor by a fourth, where three are this close
 _ONCE_ABOVE = 1.0  # and one of seconds is run once per run only
 
 
@@ -78,6 +80,7 @@ def measure(
     clock: WallClock | EventClock | None = None,
     cold: bool = False,
     tick: Callable[[float], None] = lambda share: None,
+    warmed: bool = False,
 ) -> dict[str, dict[str, Timing]]:
     """Time each task's phases, and their sum as ``both`` where there are several.
 
@@ -92,10 +95,12 @@ def measure(
         Evict caches (L2 on a GPU) before every sample.
     tick : callable
         Told the share of the work that was just done.
+    warmed : bool
+        Each task has run before, so that a long one need not run twice to be warm.
     """
     clock = clock or WallClock(device)
     flush = _flusher(device) if cold else lambda: None
-    repeats = {name: _warm_up(task, clock) for name, task in tasks.items()}
+    repeats = {name: _warm_up(task, clock, warmed) for name, task in tasks.items()}
     runs: list[dict[str, list[list[float]]]] = []
     with _quiet():
         for _ in range(2):
@@ -106,7 +111,7 @@ def measure(
                 before = done
                 for name in names:
                     task = tasks[name]
-                    if repeats[name] == 0 and samples[name]:
+                    if _known_well(samples[name], repeats[name]):
                         continue
                     if not cold and repeats[name] > 1:
                         clock.sample(task, flush)
@@ -132,7 +137,7 @@ def _rounds(names: list[str], effort: Effort) -> Iterator[tuple[float, list[str]
         done = max(min(spent, number / least), number / most)
 
 
-def _warm_up(task: Task, clock: WallClock | EventClock) -> int:
+def _warm_up(task: Task, clock: WallClock | EventClock, warmed: bool) -> int:
     """Run a task until it is warm (compiled, allocated).
 
     Returns how often it fits into one turn; 0 if it is to run once per run only.
@@ -142,11 +147,23 @@ def _warm_up(task: Task, clock: WallClock | EventClock) -> int:
         begin = time.perf_counter()
         clock.sample(task, lambda: None)
         seconds = time.perf_counter() - begin
-        if number and seconds > _ONCE_ABOVE:  # a first call may also have compiled
-            return 0
+        if (number or warmed) and seconds > _WARM_ENOUGH:  # a first call may also have compiled
+            break
+    if seconds > _ONCE_ABOVE:
+        return 0
     if seconds > _WARM_BELOW:
         return 1
     return min(20, max(2, int(_VISIT_SECONDS / max(seconds, 1e-6))))
+
+
+def _known_well(samples: list[list[float]], repeats: int) -> bool:
+    """Whether a long call may sit out the rest of a run: more samples would say the same."""
+    if repeats == 0:
+        return bool(samples)
+    if len(samples) < 3:
+        return False
+    times = [sum(sample) for sample in samples]
+    return min(times) > _WARM_ENOUGH and max(times) < _NARROW * min(times)
 
 
 def _flusher(device: str) -> Callable[[], None]:
@@ -168,10 +185,11 @@ def _summarise(phases: list[str], runs: list[list[list[float]]]) -> dict[str, Ti
     series = {name: [[s[i] for s in run] for run in runs] for i, name in enumerate(phases)}
     if len(phases) > 1:
         series["both"] = [[sum(s) for s in run] for run in runs]
-    return {name: _timing(*two) for name, two in series.items()}
+    return {name: timing(*two) for name, two in series.items()}
 
 
-def _timing(first: list[float], second: list[float]) -> Timing:
+def timing(first: list[float], second: list[float]) -> Timing:
+    """Sum up the samples of two runs, in seconds."""
     pooled = torch.tensor(first + second, dtype=torch.float64) * 1e3
     q20, median, q80 = pooled.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     each = [float(torch.tensor(run, dtype=torch.float64).median()) * 1e3 for run in (first, second)]

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import qrlora_kernels as qk
 from qrlora_kernels.nn.base import AdapterLinear, Options
@@ -33,7 +33,7 @@ _OPERATIONS = {
 }
 
 
-def _layer(adapter: str, problem: LayerProblem, backend: str | None = None) -> Runner:
+def _layer(adapter: str, problem: LayerProblem) -> Runner:
     kind, options = _TYPES[adapter]
     state = problem.operands(adapter)
     rank = state["a" if adapter == "ohora" else TRAINABLES[adapter][0]].shape[-1]
@@ -42,13 +42,12 @@ def _layer(adapter: str, problem: LayerProblem, backend: str | None = None) -> R
         state["diagonal"] = torch.ones(rank, dtype=torch.float64)
     layer = kind.from_state(problem.linear(), options(rank), state)
     model = nn.Sequential(OrderedDict(linear=layer))
-    return _runner(
-        adapter,
+    return Runner(
         layer,
         {name: getattr(layer, name) for name in TRAINABLES[adapter]},
-        backend,
-        functools.partial(_save, model),
-        rank,
+        save=functools.partial(_save, model),
+        operation=_OPERATIONS[adapter],
+        rank=rank,
     )
 
 
@@ -56,42 +55,44 @@ def _save(model: nn.Module, folder: object) -> None:
     qk.save_adapter(model, f"{folder}/adapter.safetensors")
 
 
-def _lokr(problem: LayerProblem, backend: str | None = None) -> Runner:
-    """What an author of a Kronecker adapter imports: the operation alone."""
-    operands, linear = problem.operands("lokr"), problem.linear()
-    a, b = operands["a"], operands["b"]
-
-    def forward(x: Tensor) -> Tensor:
-        return qk.functional.kron_linear(x, linear.weight, linear.bias, a, b)
-
-    return _runner("lokr", forward, {"a": a, "b": b}, backend, None, a.shape[1])
-
-
-def _runner(
-    adapter: str,
-    module: Callable[[Tensor], Tensor],
-    trainables: dict[str, Tensor],
-    backend: str | None,
-    save: Callable[[object], object] | None,
-    rank: int,
-) -> Runner:
-    runner = Runner(module, trainables, save=save, operation=_OPERATIONS[adapter], rank=rank)
-    if backend is not None:
-        runner.context = functools.partial(qk.backends.use_backend, backend)
-    return runner
+def _operation(adapter: str, problem: LayerProblem, backend: str | None = None) -> Runner:
+    """What an author of another adapter imports: the operation alone."""
+    operands, linear = problem.operands(adapter), problem.linear()
+    call = functools.partial(
+        getattr(qk.functional, _OPERATIONS[adapter]), backend=backend, **operands
+    )
+    return Runner(
+        lambda x: call(x, linear.weight, linear.bias),
+        {name: operands[name] for name in TRAINABLES[adapter]},
+        operation=_OPERATIONS[adapter],
+        rank=operands[TRAINABLES[adapter][0]].shape[-1],
+    )
 
 
 def _pinned(adapter: str, backend: str, problem: LayerProblem) -> Runner:
+    """The operation alone on one backend, whatever the chooser would take."""
     ok, reason = qk.backends.report().get(backend, (False, "there is none of this name"))
     if not ok:
         raise Unavailable(f"backend {backend}: {reason}")
-    build = _lokr if adapter == "lokr" else functools.partial(_layer, adapter)
-    runner = build(problem, backend=backend)
+    runner = _operation(adapter, problem, backend)
     try:
         runner.forward(problem.x)
     except ValueError as error:
         raise Unavailable(str(error)) from None
     return runner
+
+
+def operations() -> list[Layer]:
+    """The functions of ``qrlora_kernels.functional``, without the module around them."""
+    return [Layer(NAME, adapter, functools.partial(_operation, adapter)) for adapter in _TYPES]
+
+
+def composed() -> list[Layer]:
+    """Each family of nn modules as library products alone, the rival that the chooser must beat."""
+    return [
+        Layer("composed", adapter, functools.partial(_pinned, adapter, "composed"))
+        for adapter in _TYPES
+    ]
 
 
 @contextlib.contextmanager
@@ -111,4 +112,4 @@ def each_backend(backends: list[str]) -> Iterator[None]:
 
 
 LAYERS += [Layer(NAME, name, functools.partial(_layer, name)) for name in _TYPES]
-LAYERS.append(Layer(NAME, "lokr", _lokr))
+LAYERS.append(Layer(NAME, "lokr", functools.partial(_operation, "lokr")))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..problem import TRAINABLES, LayerProblem, Runner, Unavailable
 from ..registry import ADAPTERS
@@ -93,12 +93,24 @@ ADDMM: dict[str, Expression] = {
 }
 
 
+class Plain(nn.Module):
+    """``function(x, weight, bias, **operands)`` as the forward of a layer, where users keep it."""
+
+    def __init__(
+        self, linear: nn.Linear, function: Expression, operands: dict[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.linear, self.call = linear, functools.partial(function, **operands)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.linear.weight, self.linear.bias)
+
+
 def expression(adapter: str, function: Expression, problem: LayerProblem) -> Runner:
-    """A runner that calls ``function(x, weight, bias, **operands)``."""
-    operands, linear = problem.operands(adapter), problem.linear()
-    call = functools.partial(function, **operands)
+    """A runner of the expression over the problem's own operands."""
+    operands = problem.operands(adapter)
     return Runner(
-        lambda x: call(x, linear.weight, linear.bias),
+        Plain(problem.linear(), function, operands),
         {name: operands[name] for name in TRAINABLES[adapter]},
     )
 

@@ -29,6 +29,11 @@ def _draw_basis(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return weight, torch.randn(weight.shape[0], rank).to(weight)
 
 
+def _wide(weight: Tensor) -> Tensor:
+    """LAPACK computes in fp32 or fp64 only."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def _pivoted_qr(weight: Tensor, rank: int) -> Factors:
     found = qk.linalg.pivoted_qr(weight, rank)
     return found.q, found.r, found.pivots
@@ -41,24 +46,24 @@ def _truncated_svd(weight: Tensor, rank: int) -> Factors:
 def _scipy_qr(weight: Tensor, rank: int) -> Factors:
     import scipy.linalg
 
-    q, r, pivots = scipy.linalg.qr(weight.float().numpy(), pivoting=True, mode="economic")
-    original = torch.empty(rank, weight.shape[1])
+    q, r, pivots = scipy.linalg.qr(_wide(weight).numpy(), pivoting=True, mode="economic")
+    original = torch.empty(rank, weight.shape[1], dtype=_wide(weight).dtype)
     original[:, torch.from_numpy(pivots).long()] = torch.from_numpy(r[:rank])
     return torch.from_numpy(q[:, :rank]), original, torch.from_numpy(pivots[:rank]).long()
 
 
 def _geqp3rk(weight: Tensor, rank: int) -> Factors:
-    q, r, pivots = geqp3rk(weight.float().numpy(), rank)
+    q, r, pivots = geqp3rk(_wide(weight).numpy(), rank)
     return torch.from_numpy(q), torch.from_numpy(r), torch.from_numpy(pivots)
 
 
 def _full_svd(weight: Tensor, rank: int) -> Factors:
-    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(_wide(weight), full_matrices=False)
     return u[:, :rank], s[:rank], vh[:rank]
 
 
 def _svd_lowrank(weight: Tensor, rank: int) -> Factors:
-    u, s, v = torch.svd_lowrank(weight.float(), q=rank)
+    u, s, v = torch.svd_lowrank(_wide(weight), q=rank)
     return u, s, v.mT
 
 
@@ -99,7 +104,7 @@ STARTS += [
     Start("torch.linalg.svd", "svd", _full_svd, largest=1024),
     Start("torch.svd_lowrank", "", _svd_lowrank),
     Start(f"{_OURS} kron_factors", "", _kron_factors),
-    Start("torch.linalg.qr", "", lambda weight, rank: torch.linalg.qr(weight.float())),
+    Start("torch.linalg.qr", "", lambda weight, rank: torch.linalg.qr(_wide(weight))),
     Start("peft olora", "", functools.partial(_peft, "olora"), needs=("peft",)),
     Start("peft pissa", "", functools.partial(_peft, "pissa"), needs=("peft",), largest=1024),
     Start("peft pissa_niter_4", "", functools.partial(_peft, "pissa_niter_4"), needs=("peft",)),

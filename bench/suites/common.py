@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -72,12 +72,14 @@ def results(runner: Runner, problem: LayerProblem) -> dict[str, torch.Tensor]:
 
 
 def build_all(
-    suite: str, case: Case, options: Options
+    suite: str, case: Case, options: Options, layers: Sequence[Layer] | None = None
 ) -> tuple[LayerProblem, list[Built], list[Row]]:
     """The problem, the variants that run, each gated, and a row for each that is skipped."""
     problem = LayerProblem(case, options.device)
     gates, built, skipped = Gates(problem), [], []
-    for layer in layers_for(options.adapters, options.variants):
+    if layers is None:
+        layers = layers_for(options.adapters, options.variants)
+    for layer in layers:
         if layer.half_only and problem.dtype == problem.trainable_dtype:
             continue
         row = _row(suite, layer, case, options)
@@ -131,8 +133,13 @@ def _row(suite: str, layer: Layer, case: Case, options: Options) -> Row:
     )
 
 
-def timed_rows(built: list[tuple[Row, Task]], options: Options, m: int) -> list[Row]:
-    """Time every task on each clock of the device and give one row per phase and clock."""
+def timed_rows(
+    built: list[tuple[Row, Task]], options: Options, m: int, warmed: bool = False
+) -> list[Row]:
+    """Time every task on each clock of the device and give one row per phase and clock.
+
+    ``warmed`` says that each task has just run, as it has where every one was gated.
+    """
     rows: list[Row] = []
     clocks: list[tuple[str, Any, dict[int, Task]]] = []
     tasks = {i: task for i, (_, task) in enumerate(built)}
@@ -149,6 +156,7 @@ def timed_rows(built: list[tuple[Row, Task]], options: Options, m: int) -> list[
             clock,
             options.cold,
             lambda share: options.tick(share / len(clocks)),
+            warmed,
         )
         for i, phases in timings.items():
             row = replace(built[int(i)][0], clock=name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .. import fresh
 from ..memory import disk_bytes, peak_bytes, saved_bytes
-from ..problem import LayerProblem
+from ..problem import LayerProblem, training_step
 from ..registry import Case
 from ..rows import Row, with_ratios
 from .common import FLOOR, Built, Options, build_all, gate_rows
@@ -26,15 +27,13 @@ def run(case: Case, options: Options) -> list[Row]:
 
 def _bytes(one: Built, problem: LayerProblem) -> dict[str, int]:
     runner, x = one.runner, problem.x
-
-    def step() -> None:
-        y = runner.forward(x)
-        runner.gradients(y, x, problem.dy.to(y.dtype))
-
-    found = {
-        "saved": saved_bytes(lambda: runner.forward(x), x),
-        "peak": peak_bytes(step, x.device.type),
-    }
+    found = {"saved": saved_bytes(lambda: runner.forward(x), x)}
+    if x.is_cuda:
+        peak = peak_bytes(training_step(runner, problem), "cuda")
+    else:
+        peak = fresh.peak("layer", one.layer.key, problem.case)
+    if peak is not None:
+        found["peak"] = peak
     if runner.save is not None:
         found["disk"] = disk_bytes(runner.save)
     return found

@@ -255,7 +255,8 @@ def _bytes(built: list[tuple[Row, Trained]], embeds: Tensor, options: Options) -
     for row, trained in built:
         step = _step(trained, embeds)["step"]
         peak = peak_bytes(functools.partial(step, None), options.device)
-        rows.append(replace(row, metric="peak", value=float(peak), unit="B", clock=""))
+        if peak is not None:
+            rows.append(replace(row, metric="peak", value=float(peak), unit="B", clock=""))
         if trained.save is not None:
             size = float(disk_bytes(trained.save))
             rows.append(replace(row, metric="disk", value=size, unit="B", clock=""))

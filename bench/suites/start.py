@@ -18,17 +18,17 @@ from ..rows import OK, OTHER, RED, SKIPPED, Row, with_ratios
 from ..timing import Task
 from .common import Options, timed_rows
 
-_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3}
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3, "fp64": 1e-9}
 
 
 def run(case: Case, options: Options) -> list[Row]:
     """Rows of every start at one shape, over one product QᵀW, which any start must at least do."""
-    weight = draw_weight(case, options.device)
+    weight = draw_weight(case.n, case.k, case.dtype, options.device)
     expected: dict[str, Tensor] = {}
     built: list[tuple[Row, Task]] = []
     skipped: list[Row] = []
     for start in starts_for(options.variants):
-        row = _row(start, case, options)
+        row = row_for("start", start, case, options)
         try:
             prepared = _prepare(start, weight, case, options)
             row = _gated(start, start.run(prepared, case.r), weight, case, expected, row)
@@ -38,22 +38,23 @@ def run(case: Case, options: Options) -> list[Row]:
         built.append((row, _task(start, prepared, case.r)))
     if options.gate_only:
         return [replace(row, metric="gate", unit="", value=row.gate) for row, _ in built] + skipped
-    return with_ratios(timed_rows(built, options, m=1 << 30), FLOOR) + skipped
+    return with_ratios(timed_rows(built, options, m=1 << 30, warmed=True), FLOOR) + skipped
 
 
-def draw_weight(case: Case, device: str) -> Tensor:
+def draw_weight(n: int, k: int, dtype: str, device: str, seed: int = 0) -> Tensor:
     """W [N, K] with a decaying spectrum, as pretrained weights have: σ_i ~ i^(-1/2)."""
-    generator = torch.Generator().manual_seed(0)
-    side = min(case.n, case.k)
-    left = torch.randn(case.n, side, generator=generator)
-    right = torch.randn(side, case.k, generator=generator)
-    scale = torch.arange(1, side + 1).rsqrt() / case.k**0.5
-    return ((left * scale) @ right).to(device, DTYPES[case.dtype])
+    generator = torch.Generator().manual_seed(seed)
+    side = min(n, k)
+    left = torch.randn(n, side, generator=generator)
+    right = torch.randn(side, k, generator=generator)
+    scale = torch.arange(1, side + 1).rsqrt() / k**0.5
+    return ((left * scale) @ right).to(device, DTYPES[dtype])
 
 
-def _row(start: Start, case: Case, options: Options) -> Row:
+def row_for(suite: str, start: Start, case: Case, options: Options) -> Row:
+    """A start's row before anything is measured."""
     return Row(
-        "start",
+        suite,
         start.name,
         "start",
         adapter=start.family,
@@ -86,8 +87,8 @@ def _gated(
         return replace(row, status=OK if start.family == "floor" else OTHER)
     if start.family not in expected:
         expected[start.family] = _expected(start.family, weight, case.r)
-    check = _check_qr if start.family == "qr" else _check_svd
-    verdict = check(result, weight.double(), expected[start.family], _TOLERANCE[case.dtype])
+    check = check_qr if start.family == "qr" else _check_svd
+    verdict = check(result, weight.double(), expected[start.family], TOLERANCE[case.dtype])
     status = OK if verdict.ok else RED
     return replace(row, status=status, gate=verdict.excess, note=verdict.detail)
 
@@ -107,7 +108,7 @@ def _expected(family: str, weight: Tensor, rank: int) -> Tensor:
     return torch.stack(diagonal)
 
 
-def _check_qr(
+def check_qr(
     result: tuple[Tensor, Tensor, Tensor], weight: Tensor, diagonal: Tensor, tolerance: float
 ) -> Verdict:
     """Orthonormal q, r = qᵀW, and |R_ii| as greedy pivoting in fp64 gives it."""
