@@ -64,9 +64,10 @@ def peak_bytes(step: Callable[[], Any], device: str, warm: bool = True) -> int |
     _return_freed_memory()
     try:
         _CLEAR_REFS.write_text("5")  # the high-water mark falls to what is resident now
-        before = _resident("VmRSS")
+        before, code = _resident("VmRSS"), _resident("RssFile")
         step()
-        return max(0, _resident("VmHWM") - before)
+        # Pages of code that the step was the first to use are not its memory.
+        return max(0, _resident("VmHWM") - before - (_resident("RssFile") - code))
     except OSError:
         return None
 

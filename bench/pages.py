@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import plots, summary, table
+from . import plots, summary, sweeps, table
+from .losses import contests, listed, losses
 from .machine import REPOSITORY, slug
-from .registry import SUITES
+from .registry import SUITES, SWEEPS
 from .rows import RED, SKIPPED, Row, read_folder, replace_file
 
 RESULTS = REPOSITORY / "bench" / "results"
@@ -20,6 +21,7 @@ typed by hand, and a test fails when the two disagree. To repeat it on another m
 
 ```
 make bench                             # or: python -m bench    under five minutes on two cores
+python -m bench --suites grid,pivots   # the two sweeps, a quarter of an hour each on two cores
 python -m bench --full --device cuda   # everything; --help lists suites, filters and outputs
 python -m bench --record               # into bench/results instead of bench/out
 python -m bench pages                  # plots, this page and the README table from bench/results
@@ -29,7 +31,8 @@ pytest bench --benchmark-only          # pytest-benchmark's view, which saves an
 
 How to read it. A cell gives the median, the range from the 20 % to the 80 % quantile, and the
 ratio to the **floor**: the same work with the layer frozen (for the start: one product QᵀW). All
-variants of a table ran interleaved in one process, after warm-up, in two runs.
+variants of a table ran interleaved in one process, after warm-up, in two runs. Where an alternative
+is ahead, [the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say why.
 
 - **gate**: "green" means that outputs and all gradients were compared with fp64 before anything was
   timed, and are at most twice as far from it as the plain PyTorch expression in the same dtype.
@@ -41,7 +44,11 @@ variants of a table ran interleaved in one process, after warm-up, in two runs.
 - *lycoris* rebuilds the weight (its default), */bypass* does not, */kernels* is its Triton kernels.
 - `lokr` is OHoRA's product without its start, which is what PEFT and LyCORIS compute.
 - *saved* is what the layer keeps for its backward beyond weights and factors, *peak* what a step
-  allocates at most beyond what was there before it, *disk* the saved file.
+  takes at most beyond what was there before it, *disk* the saved file. On a CPU the peak is one of
+  resident pages, libraries' scratch included, in a process of its own; trust differences of several
+  MiB. On a GPU it is torch's allocator's.
+- *overhead* is the time of the calling thread for one token through a small layer: what a call costs
+  beyond its arithmetic.
 """
 
 
@@ -97,24 +104,14 @@ def short(rows: list[Row]) -> str:
         parts.append(f"On {chip}:")
         parts += [summary.layer_table(group), summary.model_table(group)]
         parts.append(summary.start_table(group))
-        behind = len(summary.losses(group))
-        parts.append(
-            f"An alternative that gives the same numbers is ahead beyond noise in {behind} of "
-            f"{_contests(group)} comparisons; [docs/benchmarks.md](docs/benchmarks.md) names them."
-        )
+        fought = list(contests(group))
+        if fought:
+            parts.append(
+                "An alternative that gives the same numbers is ahead beyond noise in "
+                f"{len(losses(group))} of {len(fought)} comparisons; "
+                "[docs/benchmarks.md](docs/benchmarks.md) names them."
+            )
     return "".join(part + "\n\n" for part in parts if part).rstrip("\n") + "\n" if parts else ""
-
-
-def _contests(rows: list[Row]) -> int:
-    wanted = {"layer": "both", "decode": "forward", "start": "start", "model": "step"}
-    return sum(
-        row.variant.partition(" ")[0] == summary.OURS
-        and row.metric == wanted.get(row.suite)
-        and row.clock in ("wall", "device")
-        and row.value is not None
-        and bool(row.adapter)
-        for row in rows
-    )
 
 
 def page(rows: list[Row], drawn: list[str]) -> str:
@@ -126,9 +123,9 @@ def page(rows: list[Row], drawn: list[str]) -> str:
             f"![{name.rpartition('-')[2]}]({name})" for name in drawn if slug(group[0].chip) in name
         ]
         parts.append("\n### Where an alternative is ahead\n")
-        losses = summary.losses(group)
-        parts += [f"- {loss}" for loss in losses] or ["Nowhere beyond noise."]
+        parts += listed(group) or ["Nowhere beyond noise."]
         parts.append(_exceptions(group))
+        parts += [f"\n### {name}\n\n{text}" for name, text in _compact(group) if text]
         for suite in SUITES:
             of_suite = [row for row in group if row.suite == suite]
             if not of_suite:
@@ -136,10 +133,15 @@ def page(rows: list[Row], drawn: list[str]) -> str:
             parts.append(f"\n### {suite}")
             for case in table.by_case(of_suite):
                 measured = [row for row in case if row.status != SKIPPED]
-                parts.append(
-                    f"\n{table.title(case[0])}\n\n{summary.markdown(table.cells(measured))}"
-                )
+                parts.append(f"\n{table.title(case[0])}\n\n{table.markdown(table.cells(measured))}")
     return "\n".join(parts) + "\n"
+
+
+def _compact(rows: list[Row]) -> list[tuple[str, str]]:
+    """What would be too long case by case; the rows are all in bench/results."""
+    tables = (sweeps.grid_table, sweeps.pivots_table)
+    found = [(name, make(rows)) for name, make in zip(SWEEPS, tables, strict=True)]
+    return [*found, ("overhead per call", sweeps.overhead_table(rows))]
 
 
 def _exceptions(rows: list[Row]) -> str:

@@ -6,9 +6,10 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from .losses import NAMES, OURS
 from .machine import REPOSITORY, slug
 from .rows import RED, SKIPPED, Row
-from .summary import NAMES, OURS, Line, lines_for
+from .summary import Line, lines_for
 
 FOLDER = "images"
 _KINDS = ("layer", "start", "memory")

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .compare import noise
-from .rows import OK, OTHER, RED, SKIPPED, Row
-from .table import by_case, quantity, title
+from .losses import NAMES, OURS
+from .rows import OTHER, RED, SKIPPED, Row
+from .table import by_case, markdown, quantity
 
-OURS = "qrlora_kernels"
-NAMES = {"qr": "QR-LoRA", "lora_xs": "LoRA-XS", "ohora": "OHoRA", "lokr": "LoKr"}
 _PLAIN = ("eager", "torch.compile", "addmm")
-_DECIDES = {"layer": "both", "decode": "forward", "start": "start", "model": "step"}
 
 
 @dataclass(frozen=True)
@@ -21,13 +18,6 @@ class Line:
 
     name: str
     takes: Callable[[Row], bool]
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table whose first line is the head."""
-    head, *body = lines
-    rule = ["---"] * len(head)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
 
 
 def lines_for(families: Iterable[str] = NAMES) -> list[Line]:
@@ -139,24 +129,3 @@ def _with_share(row: Row | None) -> str:
         return "–"
     share = "" if row.ratio is None or not row.adapter else f" ({row.ratio:.2f})"
     return quantity(_value(row), row.unit) + share
-
-
-def losses(rows: list[Row]) -> list[str]:
-    """Every case in which another variant with the same numbers beats this package beyond noise."""
-    found = []
-    for group in by_case(rows):
-        deciding = [r for r in group if r.metric == _DECIDES.get(r.suite) and r.value]
-        deciding = [r for r in deciding if r.status == OK and r.clock in ("wall", "device")]
-        for ours in (r for r in deciding if r.variant.partition(" ")[0] == OURS):
-            rivals = [
-                r
-                for r in deciding
-                if (r.adapter, r.clock) == (ours.adapter, ours.clock)
-                and not r.variant.startswith(OURS)
-            ]
-            best = min(rivals, key=_value, default=None)
-            if best and _value(best) * (1 + noise(best) + noise(ours)) < _value(ours):
-                gap = 1 - _value(best) / _value(ours)
-                where = f"{title(ours)}, {NAMES.get(ours.adapter, ours.adapter)}"
-                found.append(f"{where} ({ours.metric}, {ours.clock}): {best.variant} by {gap:.0%}")
-    return found

@@ -24,6 +24,13 @@ def title(row: Row) -> str:
     return f"{row.suite}: {shape} on {row.device}" + (", cold cache" if row.cache == "cold" else "")
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is the head."""
+    head, *body = lines
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
 def cells(rows: list[Row]) -> list[list[str]]:
     """One case as a table: a head, then a line per variant."""
     columns = [(m, c) for m in METRICS for c in CLOCKS if _has(rows, m, c)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ def measure(
     cold: bool = False,
     tick: Callable[[float], None] = lambda share: None,
     warmed: bool = False,
+    settle: float = 0.0,
 ) -> dict[str, dict[str, Timing]]:
     """Time each task's phases, and their sum as ``both`` where there are several.
 
@@ -97,6 +99,8 @@ def measure(
         Told the share of the work that was just done.
     warmed : bool
         Each task has run before, so that a long one need not run twice to be warm.
+    settle : float
+        Seconds of rest before each task's turn, for the threads of the one before to fall asleep.
     """
     clock = clock or WallClock(device)
     flush = _flusher(device) if cold else lambda: None
@@ -113,6 +117,7 @@ def measure(
                     task = tasks[name]
                     if _known_well(samples[name], repeats[name]):
                         continue
+                    time.sleep(settle)
                     if not cold and repeats[name] > 1:
                         clock.sample(task, flush)
                     count = max(repeats[name], 1)
@@ -125,13 +130,13 @@ def measure(
 
 
 def _rounds(names: list[str], effort: Effort) -> Iterator[tuple[float, list[str]]]:
-    """Half of the effort: (how much is done, order); the order turns, so that neighbours change."""
+    """Half of the effort: (how much is done, order); a new order each time, so that what one task
+    leaves behind (warm caches, threads that still spin) meets all of the others alike."""
     begin, number = time.perf_counter(), 0
     least, most = -(-effort.min_rounds // 2), -(-effort.max_rounds // 2)
     done = 0.0
     while done < 1.0:
-        turn = number % len(names)
-        yield done, names[turn:] + names[:turn]
+        yield done, random.Random(number).sample(names, len(names))
         number += 1
         spent = (time.perf_counter() - begin) / (effort.seconds / 2)
         done = max(min(spent, number / least), number / most)

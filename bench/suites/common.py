@@ -134,11 +134,15 @@ def _row(suite: str, layer: Layer, case: Case, options: Options) -> Row:
 
 
 def timed_rows(
-    built: list[tuple[Row, Task]], options: Options, m: int, warmed: bool = False
+    built: list[tuple[Row, Task]],
+    options: Options,
+    m: int,
+    warmed: bool = False,
+    settle: float = 0.0,
 ) -> list[Row]:
     """Time every task on each clock of the device and give one row per phase and clock.
 
-    ``warmed`` says that each task has just run, as it has where every one was gated.
+    ``warmed`` and ``settle`` are :func:`bench.timing.measure`'s.
     """
     rows: list[Row] = []
     clocks: list[tuple[str, Any, dict[int, Task]]] = []
@@ -157,6 +161,7 @@ def timed_rows(
             options.cold,
             lambda share: options.tick(share / len(clocks)),
             warmed,
+            settle,
         )
         for i, phases in timings.items():
             row = replace(built[int(i)][0], clock=name)

@@ -23,7 +23,7 @@ from ..registry import Case, PivotCase
 from ..rows import OK, RED, SKIPPED, Row, with_ratios
 from ..timing import Task
 from .common import Options, timed_rows
-from .start import TOLERANCE, check_qr, draw_weight, row_for
+from .start import SETTLE, TOLERANCE, check_qr, draw_weight, row_for
 
 OURS = "qrlora_kernels pivoted_qr"
 LOOP, LIST = "one call each", f"{OURS}, one call"
@@ -52,7 +52,7 @@ def run(case: PivotCase, options: Options) -> list[Row]:
             built.append((row, task))
     if options.gate_only:
         return [replace(row, metric="gate", unit="", value=row.gate) for row, _ in built] + rows
-    timed = timed_rows(built, options, m=1 << 30, warmed=True)
+    timed = timed_rows(built, options, m=1 << 30, warmed=True, settle=SETTLE)
     timed += [
         replace(row, r=rank)
         for row in timed

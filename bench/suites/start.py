@@ -18,6 +18,7 @@ from ..rows import OK, OTHER, RED, SKIPPED, Row, with_ratios
 from ..timing import Task
 from .common import Options, timed_rows
 
+SETTLE = 0.05  # OpenBLAS, in which scipy computes, keeps its threads spinning for 30 ms
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3, "fp64": 1e-9}
 
 
@@ -38,7 +39,8 @@ def run(case: Case, options: Options) -> list[Row]:
         built.append((row, _task(start, prepared, case.r)))
     if options.gate_only:
         return [replace(row, metric="gate", unit="", value=row.gate) for row, _ in built] + skipped
-    return with_ratios(timed_rows(built, options, m=1 << 30, warmed=True), FLOOR) + skipped
+    timed = timed_rows(built, options, m=1 << 30, warmed=True, settle=SETTLE)
+    return with_ratios(timed, FLOOR) + skipped
 
 
 def draw_weight(n: int, k: int, dtype: str, device: str, seed: int = 0) -> Tensor:
