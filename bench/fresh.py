@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from .registry import Case
 from .suites.start import draw_weight
 
 _IMPORTS = ("peft", "lycoris", "scipy.linalg", "torch._dynamo")
+_SECONDS = 300
 _TINY = 8  # tokens and ranks of the first step, which loads code
 
 
@@ -85,6 +87,7 @@ def _serve(threads: int, requests: TextIO, answers: TextIO) -> None:
 def _answer(threads: int, request: dict[str, Any], answers: TextIO) -> None:
     """In the fork: measure, write, leave without the clean-up that is the server's."""
     status = 1
+    signal.alarm(_SECONDS)  # which ends the process, should a library not survive the fork
     try:
         torch.set_num_threads(threads)
         measured = _MEASURE[request["kind"]](request["key"], Case(**request["case"]))

@@ -94,25 +94,21 @@ ADDMM: dict[str, Expression] = {
 
 
 class Plain(nn.Module):
-    """``function(x, weight, bias, **operands)`` as the forward of a layer, where users keep it."""
+    """An expression as the forward of a layer, which is where its users keep it."""
 
-    def __init__(
-        self, linear: nn.Linear, function: Expression, operands: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.linear, self.call = linear, functools.partial(function, **operands)
+        self.call = call
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(x, self.linear.weight, self.linear.bias)
+        return self.call(x)
 
 
 def expression(adapter: str, function: Expression, problem: LayerProblem) -> Runner:
-    """A runner of the expression over the problem's own operands."""
-    operands = problem.operands(adapter)
-    return Runner(
-        Plain(problem.linear(), function, operands),
-        {name: operands[name] for name in TRAINABLES[adapter]},
-    )
+    """A runner that calls ``function(x, weight, bias, **operands)``."""
+    operands, linear = problem.operands(adapter), problem.linear()
+    call = functools.partial(function, weight=linear.weight, bias=linear.bias, **operands)
+    return Runner(Plain(call), {name: operands[name] for name in TRAINABLES[adapter]})
 
 
 def _compiled(adapter: str, problem: LayerProblem) -> Runner:
