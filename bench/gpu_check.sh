@@ -66,7 +66,7 @@ stage machine 30 bash -c machine
 stage small 45 "$PYTHON" -m bench.gpu small
 stage layer 150 bash -c "bench --suites layer --adapters $FAMILIES --seconds 2"
 stage start 60 bash -c "bench --suites start --seconds 1 --variants pivoted_qr,product,kron_factors"
-stage decode 60 bash -c "bench --suites decode --adapters $FAMILIES --seconds 1"
+stage decode 60 bash -c "bench --suites decode,overhead --adapters $FAMILIES --seconds 1"
 stage graph 40 "$PYTHON" -m bench.gpu graph
 stage repeat 90 "$PYTHON" -m bench.gpu repeat
 stage kernel_tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider python_tests/test_triton_kernels.py

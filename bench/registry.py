@@ -84,9 +84,9 @@ class GridCase:
 
     @property
     def weight(self) -> float:
-        """As of :class:`Case`: the products outgrow the fixed part."""
-        flops = self.m * self.side**2
-        return 1.0 + flops / (3e9 if self.dtype == "fp32" else 1.5e10)
+        """As of :class:`Case`: copies of W and its products outgrow the fixed part."""
+        size = self.side**2
+        return 1.0 + size / 2e7 + self.m * size / (3e9 if self.dtype == "fp32" else 1.5e10)
 
     def __str__(self) -> str:
         ranks = ",".join(map(str, self.ranks))
