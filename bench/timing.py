@@ -22,7 +22,7 @@ _FLUSH_BYTES = 256 << 20
 _VISIT_SECONDS = 0.002  # short calls are repeated for this long in each turn
 _WARM_BELOW = 0.02  # a longer call finds its operands out of cache anyway
 _WARM_ENOUGH = 0.1  # nor does it gain by a third call before it is timed
-_NARROW = 1.03  # nor by a fourth, where three are this close
+_NARROW = 1.05  # nor by a third in the same run, where two are this close
 _ONCE_ABOVE = 1.0  # and one of seconds is run once per run only
 
 
@@ -165,7 +165,7 @@ def _known_well(samples: list[list[float]], repeats: int) -> bool:
     """Whether a long call may sit out the rest of a run: more samples would say the same."""
     if repeats == 0:
         return bool(samples)
-    if len(samples) < 3:
+    if len(samples) < 2:
         return False
     times = [sum(sample) for sample in samples]
     return min(times) > _WARM_ENOUGH and max(times) < _NARROW * min(times)

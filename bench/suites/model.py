@@ -97,7 +97,8 @@ def run(case: ModelCase, options: Options) -> list[Row]:
     if options.gate_only:
         return [replace(row, metric="gate", unit="", value=row.gate) for row, _ in built] + rows
     rows += _bytes(built, embeds, options)
-    timed = timed_rows([(row, _step(t, embeds)) for row, t in built], options, m=1 << 30)
+    tasks = [(row, _step(trained, embeds)) for row, trained in built]
+    timed = timed_rows(tasks, options, m=1 << 30, warmed=True)
     return with_ratios([*timed, *(_per_second(r, case) for r in timed)], FLOOR) + rows
 
 

@@ -100,13 +100,17 @@ def _expected(family: str, weight: Tensor, rank: int) -> Tensor:
     weight = weight.double()
     if family == "svd":
         return torch.linalg.svdvals(weight)[:rank]
-    rest, diagonal = weight.clone(), []
+    norms2, basis, diagonal = weight.square().sum(0), weight[:, :0], []
     for _ in range(rank):
-        norms = rest.norm(dim=0)
-        pivot = int(norms.argmax())
-        q = rest[:, pivot] / norms[pivot]
-        rest -= torch.outer(q, q @ rest)
-        diagonal.append(norms[pivot])
+        pivot = int(norms2.argmax())
+        q = weight[:, pivot]
+        for _ in range(2):  # twice is enough
+            q = q - basis @ (basis.mT @ q)
+        diagonal.append(q.norm())
+        q = q / diagonal[-1]
+        basis = torch.cat([basis, q[:, None]], 1)
+        norms2 = norms2 - (q @ weight).square()  # tails here stay far above what cancels
+        norms2[pivot] = -1.0
     return torch.stack(diagonal)
 
 
