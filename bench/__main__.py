@@ -193,6 +193,8 @@ def _measure(
                 failed.append(f"{suite}: {case}")
                 continue
             bar.update(end - bar.n)
+            if not found:  # no variant of this name in the suite
+                continue
             rows += found
             tqdm.write(table.text(found) + "\n")
             done = [row for row in rows if row.suite == suite]

@@ -35,10 +35,7 @@ class Case:
     r: int
     dtype: str = "bf16"
 
-    @property
-    def weight(self) -> float:
-        """Time it takes beside the others of a plan, for the estimate of what is left."""
-        return 1.0
+    weight = 1.0  # of its time beside the other cases', for the estimate of what is left
 
     def kron_rank(self) -> int:
         """OHoRA's r_high: the largest common divisor of N and K up to both square roots."""
@@ -60,10 +57,7 @@ class ModelCase:
     r: int = 16
     dtype: str = "fp32"
 
-    @property
-    def weight(self) -> float:
-        """As of :class:`Case`."""
-        return 2.0
+    weight = 2.0
 
     def __str__(self) -> str:
         return f"{self.name} {self.batch}x{self.length} r={self.r} {self.dtype}"
@@ -285,10 +279,7 @@ _GATE = [
     Case(5, 96, 64, 3, "fp16"),
 ]
 GATE_CASES: dict[str, Sequence[AnyCase]] = {
-    "layer": _GATE,
-    "decode": _GATE,
-    "overhead": _GATE,
-    "memory": _GATE,
+    **dict.fromkeys(("layer", "decode", "overhead", "memory"), _GATE),
     "start": [Case(0, 96, 64, 8, "fp32"), Case(0, 64, 96, 8, "bf16")],
     "grid": [GridCase(7, 96, "fp32", (3, 16)), GridCase(7, 96, "bf16", (3, 16))],
     "pivots": [PivotCase(96, 96, (8, 96), "fp64"), PivotCase(64, 96, (8,), count=3)],

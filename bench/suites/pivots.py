@@ -87,6 +87,8 @@ def check_pivots(
 ) -> Verdict:
     """The pivots of fp64, for this package one by one; LAPACK in fp32 may swap near ties."""
     pivots = result[2].to(expected.device)
+    if len(pivots) < len(expected):
+        return Verdict(False, float("inf"), f"{len(pivots)} pivots instead of {len(expected)}")
     if row.variant.startswith("qrlora_kernels") and not torch.equal(pivots, expected):
         first = int((pivots != expected).nonzero()[0, 0])
         return Verdict(False, float("inf"), f"pivot {first + 1} is not dgeqp3's")
