@@ -16,7 +16,7 @@ from ..rows import Row, with_ratios
 from ..timing import Timing, timing
 from .common import FLOOR, Built, Options, build_all, gate_rows
 
-_CALLS = 100  # in one sample
+_CALLS = 50  # in one sample
 
 
 def run(case: Case, options: Options) -> list[Row]:
