@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ def peak_bytes(step: Callable[[], Any], device: str, warm: bool = True) -> int |
     """The most memory that ``step()`` held beyond what was there before it.
 
     On a GPU by torch's allocator. On a CPU by the system's count of resident pages, so that what
-    compiled kernels and libraries take is in it; None where there is no such count (not Linux).
+    compiled kernels and libraries take is in it; None where there is no such count (not Linux with
+    glibc).
     Two equal runs differ by up to a MiB: counts are kept per core, and pages of code come and go.
 
     Parameters
@@ -52,27 +55,38 @@ def peak_bytes(step: Callable[[], Any], device: str, warm: bool = True) -> int |
     warm : bool
         Run the step once before: what it then keeps for later calls is not counted.
     """
+    if device == "cuda":
+        return _peak_on_gpu(step, warm)
+    if _LIBC is None or not hasattr(_LIBC, "mallopt"):
+        return None
+    with _blocks_on_pages_of_their_own(_LIBC):
+        if warm:
+            step()
+        gc.collect()
+        _LIBC.malloc_trim(0)
+        try:
+            _CLEAR_REFS.write_text("5")  # the high-water mark falls to what is resident now
+            before, code = _resident("VmRSS"), _resident("RssFile")
+            step()
+            # Pages of code that the step was the first to use are not its memory.
+            return max(0, _resident("VmHWM") - before - (_resident("RssFile") - code))
+        except OSError:
+            return None
+
+
+def _peak_on_gpu(step: Callable[[], Any], warm: bool) -> int:
     if warm:
         step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - base
-    gc.collect()
-    _return_freed_memory()
-    try:
-        _CLEAR_REFS.write_text("5")  # the high-water mark falls to what is resident now
-        before, code = _resident("VmRSS"), _resident("RssFile")
-        step()
-        # Pages of code that the step was the first to use are not its memory.
-        return max(0, _resident("VmHWM") - before - (_resident("RssFile") - code))
-    except OSError:
-        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - base
 
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 def _resident(field: str) -> int:
@@ -83,11 +97,15 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def _return_freed_memory() -> None:
-    """Else a step would be served from what earlier ones freed, and grow nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is not None:
-        trim(0)
+@contextlib.contextmanager
+def _blocks_on_pages_of_their_own(libc: ctypes.CDLL) -> Iterator[None]:
+    """Else freed blocks stay resident, to be reused by chance, and gaps between them grow."""
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+    try:
+        yield
+    finally:  # where glibc's own adjustment ends in a process that frees large tensors
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 64 << 20)
 
 
 def disk_bytes(save: Callable[[Path], object]) -> int:

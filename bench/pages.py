@@ -45,8 +45,8 @@ is ahead, [the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say
 - `lokr` is OHoRA's product without its start, which is what PEFT and LyCORIS compute.
 - *saved* is what the layer keeps for its backward beyond weights and factors, *peak* what a step
   takes at most beyond what was there before it, *disk* the saved file. On a CPU the peak is one of
-  resident pages, libraries' scratch included, in a process of its own; trust differences of several
-  MiB. On a GPU it is torch's allocator's.
+  resident pages, libraries' scratch included, to a MiB; in the memory suite each is of a process of
+  its own. On a GPU it is torch's allocator's.
 - *overhead* is the time of the calling thread for one token through a small layer: what a call
   costs beyond its arithmetic.
 """
