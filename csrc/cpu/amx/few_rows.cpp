@@ -47,6 +47,7 @@ class Task {
             bf16* copy = rows_;
             for (int t = 0; t < g_.count; ++t) {
                 const Product& p = g_.products[t];
+                prefetch_columns(g_, p, j);
                 b[t] = rows_of({p.b.data, p.b.col, p.b.row}, p.depth, j, g_.n, copy);
             }
             multiply_all(g_, b, tiles_, g_.m > 16);

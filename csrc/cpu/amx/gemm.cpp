@@ -40,7 +40,7 @@ class Task {
     void run(int64_t panel, int64_t chunk) {
         const int64_t j0 = panel * cut_.panel, j1 = std::min(g_.n, j0 + cut_.panel);
         const int64_t i1 = std::min(g_.m, (chunk + 1) * cut_.rows);
-        for (int64_t j = j0; j < j1; j += side) pack_columns(j, tiles_ + (j - j0) * cut_.depth);
+        pack_panel(j0, j1);
         for (int64_t i = chunk * cut_.rows; i < i1; i += side) {
             Rows a[2];
             bf16* copy = rows_;
@@ -63,10 +63,20 @@ class Task {
         row_ = -1;
     }
 
-    void pack_columns(int64_t j, bf16* to) {
+    // Columns [j0, j1) of both B, in tile order, one group of 32 columns after the other.
+    void pack_panel(int64_t j0, int64_t j1) {
+        bf16* to = tiles_;
         for (int t = 0; t < g_.count; ++t) {
             const Product& p = g_.products[t];
-            pack_b(p.b.data + j * p.b.col, p.b.row, p.b.col, p.depth, g_.n - j, to);
+            // Where rows are contiguous, a strip of rows over all columns is read as it lies.
+            const int64_t strip = p.b.row == 1 ? p.depth : tile_depth;
+            for (int64_t d = 0; d < p.depth; d += strip)
+                for (int64_t j = j0; j < j1; j += side) {
+                    if (p.b.row == 1) prefetch_columns(g_, p, j);
+                    pack_b(p.b.data + d * p.b.row + j * p.b.col, p.b.row, p.b.col,
+                           std::min(strip, p.depth - d), g_.n - j,
+                           to + (j - j0) * cut_.depth + d * side);
+                }
             to += side * round_up(p.depth, tile_depth);
         }
     }

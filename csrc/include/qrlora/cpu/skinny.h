@@ -171,8 +171,7 @@ inline void add_rows(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t
         int64_t j = first;
         for (; j + VECTORS * lanes <= last; j += VECTORS * lanes)
             tiles(constant<QRLORA_VECTOR_BYTES>, constant<VECTORS>, j);
-        for (; j + lanes <= last; j += lanes)
-            tiles(constant<QRLORA_VECTOR_BYTES>, constant<1>, j);
+        for (; j + lanes <= last; j += lanes) tiles(constant<QRLORA_VECTOR_BYTES>, constant<1>, j);
         if constexpr (QRLORA_VECTOR_BYTES > 16)
             for (; j + 16 / SIZE <= last; j += 16 / SIZE) tiles(constant<16>, constant<1>, j);
         for (; j < last; ++j) tiles(constant<SIZE>, constant<1>, j);
