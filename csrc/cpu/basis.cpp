@@ -95,13 +95,13 @@ void Basis::project_out(Panel& panel) {
     multiply_nn(q_, size_, coefficients_, panel, -1.0, threads_);
 }
 
-void Basis::append(Panel& panel, std::vector<double> lower) {
+void Basis::append(Panel& panel, std::vector<double> lower, bool project) {
     const int64_t count = panel.columns;
     invert_transposed(lower, count, inverse_);
     scaled_.reset(panel.rows, count);
     multiply_nn(panel, count, inverse_, scaled_, 1.0, threads_);
 
-    project_out(scaled_);
+    if (project) project_out(scaled_);
     multiply_tn(scaled_, count, scaled_, gram_, threads_, true);
     for (int64_t i = 0; i < count; ++i) {
         std::copy(gram_.row(i), gram_.row(i) + count, lower.begin() + i * count);

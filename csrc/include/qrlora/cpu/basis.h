@@ -58,9 +58,9 @@ class Basis {
     Basis(int64_t rows, int64_t capacity, int threads);
     // panel -= Q (Qᵀ panel); the coefficients Qᵀ panel stay in coefficients().
     void project_out(Panel& panel);
-    // Appends `panel` · inverse(L)ᵀ, made orthogonal to the basis and orthonormal once more, where
-    // L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
-    void append(Panel& panel, std::vector<double> lower);
+    // Appends `panel` · inverse(L)ᵀ, with `project` made orthogonal to the basis, and orthonormal
+    // once more, where L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
+    void append(Panel& panel, std::vector<double> lower, bool project);
     // Appends columns that are orthonormal already.
     void append_orthonormal(const Panel& panel);
     const Panel& coefficients() const { return coefficients_; }
