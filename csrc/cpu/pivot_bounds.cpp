@@ -9,7 +9,8 @@ namespace qrlora {
 // Grows the basis by the accepted candidates and lowers every bound by them.
 void Search::take_block() {
     const int64_t count = static_cast<int64_t>(accepted_.size());
-    accepted_panel_.reset(w_.rows, count);
+    accepted_panel_.shape(w_.rows, count);
+    accepted_panel_.clear_padding();
     for (int64_t i = 0; i < w_.rows; ++i) {
         for (int64_t j = 0; j < count; ++j) {
             accepted_panel_.row(i)[j] = residual_.row(i)[accepted_[j]];

@@ -10,7 +10,7 @@ namespace qrlora {
 namespace {
 
 // Columns updated at a time: their residuals stay in the second-level cache between the products.
-constexpr int64_t CHUNK = 96;
+constexpr int64_t CHUNK = 64;
 // Share of a norm² below which a column is made orthogonal to the whole basis once more.
 constexpr double KEPT2 = 0.01;
 
@@ -19,10 +19,11 @@ MatrixView flipped(const MatrixView& w) {
 }
 
 void transpose(const Panel& from, int64_t columns, Panel& to) {
-    to.reset(columns, from.rows);
+    to.shape(columns, from.rows);
     for (int64_t i = 0; i < from.rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) to.row(j)[i] = from.row(i)[j];
     }
+    to.clear_padding();
 }
 
 }  // namespace
@@ -50,23 +51,20 @@ void Search::make_explicit() {
     }
 }
 
-// Drops columns that are pivots or dependent by now, once they are a tenth.
+// Drops columns that are pivots or dependent by now: the last ones move into their places.
 void Search::compact() {
-    const auto alive =
-        std::count_if(kept_.begin(), kept_.end(), [&](int64_t j) { return alive_[j]; });
-    if (alive * 10 > static_cast<int64_t>(kept_.size()) * 9) return;
-    int64_t place = 0;
-    for (size_t i = 0; i < kept_.size(); ++i) {
-        const int64_t j = kept_[i];
-        if (!alive_[j]) continue;
-        if (place < static_cast<int64_t>(i)) {
-            std::copy(matrix_.row(i), matrix_.row(i) + w_.rows, matrix_.row(place));
+    int64_t size = static_cast<int64_t>(kept_.size());
+    for (int64_t i = 0; i < size; ++i) {
+        while (i < size && !alive_[kept_[i]]) {
+            --size;
+            if (i == size) break;
+            kept_[i] = kept_[size];
+            place_[kept_[i]] = i;
+            std::copy(matrix_.row(size), matrix_.row(size) + w_.rows, matrix_.row(i));
         }
-        kept_[place] = j;
-        place_[j] = place++;
     }
-    kept_.resize(place);
-    matrix_.rows = place;
+    kept_.resize(size);
+    matrix_.rows = size;
 }
 
 // Some accepted column is so short by now that its residual's rounding shows in its direction.
@@ -88,7 +86,7 @@ void Search::update_explicit(const Panel& added) {
     const int64_t padded = round_up(columns, TILE_M);
     parallel_for(threads_, (padded + CHUNK - 1) / CHUNK, [&](int64_t tile) {
         const int64_t first = tile * CHUNK, last = std::min(first + CHUNK, padded);
-        dense_kernels().gemm_nn({last - first, round_up(count, TILE_N), w_.rows, matrix_.row(first),
+        dense_kernels().gemm_nn({last - first, round_up(count, LANES), w_.rows, matrix_.row(first),
                                  matrix_.ld, added.row(0), added.ld, coefficients_.row(first),
                                  coefficients_.ld, 1.0});
         dense_kernels().gemm_nn({last - first, round_up(w_.rows, TILE_N), count,

@@ -88,7 +88,8 @@ void Search::choose_candidates() {
     }
     outside_ = NONE;
     outside_column_ = w_.columns;
-    const int64_t count = std::min<int64_t>(options_.block, order_.size());
+    const int64_t block = explicit_ ? std::min(options_.block, EXPLICIT_BLOCK) : options_.block;
+    const int64_t count = std::min<int64_t>(block, order_.size());
     if (count < static_cast<int64_t>(order_.size())) {
         std::nth_element(order_.begin(), order_.begin() + count, order_.end(),
                          [&](int64_t a, int64_t b) {

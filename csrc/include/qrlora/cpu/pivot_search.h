@@ -18,6 +18,8 @@ constexpr double DEPENDENT = 64 * EPS64;
 constexpr double BLOCK_DROP = 1e-4;
 // Share of min(rows, columns) at which a search that a rule may stop keeps the residual matrix.
 constexpr double EXPLICIT_FROM = 0.2;
+// Candidates at a time where it is kept: all it takes to know them is their Gram.
+constexpr int64_t EXPLICIT_BLOCK = 64;
 constexpr double NONE = -std::numeric_limits<double>::infinity();
 
 enum class Outcome { more, refresh, below_tau };

@@ -59,7 +59,7 @@ inline void store(void* out, DType dtype, int64_t at, double value) {
 
 // From this share of min(rows, columns) on, a search without a rule keeps the residual matrix from
 // the start and has q and r for nothing: `out`, zeroed and with room for the limit, may be given.
-constexpr double EXPLICIT_LIMIT = 0.3;
+constexpr double EXPLICIT_LIMIT = 0.2;
 Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
                      const Interrupted& interrupted, const FactorOutputs* out = nullptr);
 
