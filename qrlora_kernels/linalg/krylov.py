@@ -11,7 +11,7 @@ BLOCK = 16
 # Measured on Gaussian matrices: beyond a rank of MOST_RANK * side, or of side² / SIDE2_PER_RANK,
 # the basis costs about as much as a full SVD. At MOST_BASIS * side the search ends.
 MOST_RANK = 0.15
-SIDE2_PER_RANK = 7000
+SIDE2_PER_RANK = 6500
 MOST_BASIS = 0.75
 # Between two checks the basis grows by these factors.
 LEAST_GROWTH, MOST_GROWTH = 1.1, 1.3

@@ -44,14 +44,17 @@ def _is_small(matrix: Tensor) -> bool:
 
 def _one_thread_each(task: Callable[[str, Tensor], T], named: Sequence[Named]) -> Iterator[T]:
     threads = torch.get_num_threads()
-    if not named:
-        return
-    # set_num_threads holds for the calling thread alone, and as the start of threads made later.
-    pool = ThreadPoolExecutor(
-        min(threads, len(named)), initializer=torch.set_num_threads, initargs=(1,)
-    )
+    workers = min(threads, len(named))
     try:
-        yield from pool.map(lambda item: task(*item), named)
+        if workers <= 1:
+            torch.set_num_threads(1)
+            yield from (task(*item) for item in named)
+            return
+        # set_num_threads holds for the calling thread, and as the start of threads made later.
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            yield from pool.map(lambda item: task(*item), named)
+        finally:
+            pool.shutdown(cancel_futures=True)
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)

@@ -91,7 +91,8 @@ def pivoted_qr(
 
     The pivots are the greedy ones of LAPACK's geqp3 for the same values in fp64. Ties (norms²
     within a relative 1e-13) go to the lowest column index. Results do not depend on the other
-    matrices of a list. Inputs are not modified and not copied whole.
+    matrices of a list. Inputs are not modified, and not copied whole up to min(N, K) / 5 pivots;
+    for more, and for rules that need the whole diagonal, the CPU core keeps a residual in fp64.
 
     Parameters
     ----------
