@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pivot_matrices import gaussian
 from torch import Tensor
 
-from qrlora_kernels.linalg import effective_rank, high_rank, kron_factors, truncated_svd
+from qrlora_kernels.linalg import effective_rank, high_rank, kron_factors, krylov, truncated_svd
 from qrlora_kernels.linalg import svd as svd_module
+from qrlora_kernels.linalg.parallel import SHARED_ELEMENTS
 
 
 def decaying(rows: int, columns: int) -> Tensor:
@@ -52,8 +55,45 @@ def test_unresolved_tail_falls_back_to_the_full_svd(monkeypatch: pytest.MonkeyPa
     assert (weight @ vh.mT - u * s).norm() < 1e-10 * s[0]
 
 
+def test_rank_that_costs_a_full_svd_takes_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(krylov._Basis, "grow", lambda *_: pytest.fail("started a Krylov basis"))
+    for shape, rank in (((300, 400), 40), ((1100, 1000), 160)):
+        assert krylov.top_triplets(gaussian(*shape), rank, 0, 1e-3) is None
+
+
+def test_repeated_singular_values_are_all_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64 the blocks of 16 give 32 copies of the value, none with a residual; probes find 8."""
+    monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
+    left, right = (torch.linalg.qr(gaussian(640, 640, seed)).Q for seed in (1, 2))
+    values = torch.maximum(
+        2 * 0.9 ** torch.arange(-40, 600, dtype=torch.float64),
+        torch.linspace(0.2, 0.1, 640, dtype=torch.float64),
+    )
+    values[:40] = 3.0
+    _, s, _ = truncated_svd((left * values) @ right.mT, 40)
+    torch.testing.assert_close(s, values[:40])
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (1536, 384), (384, 1536)], ids=str)
+def test_spectrum_of_a_trained_layer(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """σ_i falling as i^-0.3, about as in a MiniLM encoder."""
+    monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
+    side = min(shape)
+    left = torch.linalg.qr(gaussian(shape[0], side, 1)).Q
+    right = torch.linalg.qr(gaussian(shape[1], side, 2)).Q
+    values = torch.arange(1, side + 1, dtype=torch.float64) ** -0.3
+    u, s, vh = truncated_svd(((left * values) @ right.mT).float(), 16)
+    torch.testing.assert_close(s.double(), values[:16], rtol=1e-4, atol=0)
+    overlap = (u.double() * left[:, :16]).sum(0).abs() * (vh.double().mT * right[:, :16]).sum(
+        0
+    ).abs()
+    assert overlap.min() > 0.999
+
+
 def test_svd_is_repeatable_and_leaves_the_random_state_alone() -> None:
-    weights = [decaying(220, 200).float(), decaying(64, 80).bfloat16()]
+    weights = [decaying(220, 200).float(), decaying(64, 80).bfloat16(), gaussian(420, 400)]
     before = torch.get_rng_state()
     together, again = truncated_svd(weights, 4), truncated_svd(weights, 4)
     alone = [truncated_svd(weight, 4) for weight in weights]
@@ -61,6 +101,35 @@ def test_svd_is_repeatable_and_leaves_the_random_state_alone() -> None:
     for results in (again, alone):
         for one, two in zip(together, results, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize(
+    "start", [lambda w: truncated_svd(w, 5), kron_factors], ids=["svd", "kron"]
+)
+def test_bits_of_small_matrices_do_not_depend_on_the_number_of_threads(
+    start: Callable[[list[Tensor]], list[tuple[Tensor, ...]]],
+) -> None:
+    weights = [gaussian(576, 512, seed).float() for seed in range(3)]
+    assert weights[0].numel() < SHARED_ELEMENTS
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(start(weights))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*results, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+def test_error_names_the_matrix_whichever_thread_has_it() -> None:
+    weights = [gaussian(48, 36, seed) for seed in range(4)]
+    weights[2][0, 0] = torch.nan
+    for start in (lambda w: truncated_svd(w, 3), kron_factors):
+        with pytest.raises(ValueError, match=r"weights\[2\] must be finite"):
+            start(weights)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from .linalg import StartRunner
 from .matching import Targets, find_targets, within
 from .nn import ADAPTERS, AdapterLinear
 from .nn.base import Options
@@ -20,6 +22,8 @@ def adapt(
     *,
     trainable: str | Sequence[str] = (),
     progress: bool = True,
+    cache: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Swap the matched linear layers for adapted ones and freeze everything else, in place.
@@ -40,6 +44,13 @@ def adapt(
         are saved with the adapter.
     progress : bool
         Show a bar over the layers while they are factorised.
+    cache : path, optional
+        Folder of factorisations, found by the fingerprint of the weight and the options: the next
+        start of the same weights reads files instead. As large as the factors; never emptied here.
+    distributed : bool
+        Where ``torch.distributed`` has several ranks, each factorises a share and all end with the
+        same bits, of the trainables too: every rank must call ``adapt``, with the same arguments.
+        False: each rank computes everything, and draws its own random numbers.
     **options
         As ``from_linear`` of :class:`QRLinear`, :class:`LoRAXSLinear` or :class:`OHoRALinear`.
 
@@ -52,7 +63,8 @@ def adapt(
     ------
     TypeError, ValueError
         If nothing matches, a match cannot be adapted (quantised, meta, shared weight, ...) or an
-        option is out of range; the message names the layer or the option.
+        option is out of range; the message names the layer or the option. An error of one rank is
+        raised on all.
     """
     kind = adapter_type(adapter)
     opts = _options(kind, options)
@@ -64,7 +76,7 @@ def adapt(
     layers = find_targets(model, target_modules, exclude=trainable)
     _check_disjoint(model, layers, trainable)
     weights = {name: frozen_matrix(layer) for name, layer in layers.items()}
-    states = kind.start_named(weights, opts, progress)
+    states = kind.start_named(weights, opts, StartRunner(progress, cache, distributed))
     adapted = zip(layers.items(), states, strict=True)
     install(model, {name: kind.from_state(base, opts, state) for (name, base), state in adapted})
     for name, parameter in model.named_parameters():

@@ -102,11 +102,21 @@ std::vector<MatrixView> as_views(const std::vector<MatrixArgs>& args) {
 using PivotTuple =
     std::tuple<std::vector<int64_t>, std::vector<double>, std::vector<double>, bool, bool>;
 
+// (q, r, dtype, diagonal) of a matrix, given as addresses
+using OutputArgs = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t>;
+
+FactorOutputs as_outputs(const OutputArgs& args) {
+    const auto& [q, r, dtype, diagonal] = args;
+    return {reinterpret_cast<void*>(q), reinterpret_cast<void*>(r), static_cast<DType>(dtype),
+            reinterpret_cast<double*>(diagonal)};
+}
+
 // (columns, norms, bounds, deficient, finite) of each matrix; `limits` holds the most pivots of
-// each.
+// each. With `outputs`, for limits beyond EXPLICIT_LIMIT, factors are filled as well.
 std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
                                      const std::vector<int64_t>& limits, int64_t rule, double tau,
-                                     int64_t max_rank, int64_t block, int threads,
+                                     int64_t max_rank, int64_t block,
+                                     const std::vector<OutputArgs>& outputs, int threads,
                                      py::function report) {
     const std::vector<MatrixView> views = as_views(matrices);
     std::vector<Pivots> found(views.size());
@@ -116,7 +126,13 @@ std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
         for_each_matrix(views, threads, watch, [&](int64_t i, int count) {
             const PivotOptions options{limits[i], static_cast<RankRule>(rule), tau, max_rank,
                                        block};
-            found[i] = search_pivots(views[i], options, count, [&] { return watch.interrupted(); });
+            const auto interrupted = [&] { return watch.interrupted(); };
+            if (outputs.empty()) {
+                found[i] = search_pivots(views[i], options, count, interrupted);
+            } else {
+                const FactorOutputs out = as_outputs(outputs[i]);
+                found[i] = search_pivots(views[i], options, count, interrupted, &out);
+            }
         });
     }
     watch.rethrow();
@@ -128,20 +144,16 @@ std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
     return result;
 }
 
-// Fills (q, r, dtype, diagonal) of each matrix, given as addresses.
+// Fills the outputs of each matrix.
 void pivot_factors(const std::vector<MatrixArgs>& matrices,
                    const std::vector<std::vector<int64_t>>& pivots,
-                   const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t>>& outputs,
-                   int threads, py::function report) {
+                   const std::vector<OutputArgs>& outputs, int threads, py::function report) {
     const std::vector<MatrixView> views = as_views(matrices);
     Watch watch(std::move(report));
     {
         py::gil_scoped_release nogil;
         for_each_matrix(views, threads, watch, [&](int64_t i, int count) {
-            const auto& [q, r, dtype, diagonal] = outputs[i];
-            const FactorOutputs out{reinterpret_cast<void*>(q), reinterpret_cast<void*>(r),
-                                    static_cast<DType>(dtype), reinterpret_cast<double*>(diagonal)};
-            factors_from_pivots(views[i], pivots[i], out, count,
+            factors_from_pivots(views[i], pivots[i], as_outputs(outputs[i]), count,
                                 [&] { return watch.interrupted(); });
         });
     }
@@ -151,9 +163,10 @@ void pivot_factors(const std::vector<MatrixArgs>& matrices,
 }  // namespace
 
 void bind_linalg(py::module_& m) {
+    m.attr("EXPLICIT_LIMIT") = EXPLICIT_LIMIT;
     m.def("pivot_search", &pivot_search, py::arg("matrices"), py::arg("limits"), py::arg("rule"),
-          py::arg("tau"), py::arg("max_rank"), py::arg("block"), py::arg("threads"),
-          py::arg("report"), "Greedy column pivots of a list of CPU matrices");
+          py::arg("tau"), py::arg("max_rank"), py::arg("block"), py::arg("outputs"),
+          py::arg("threads"), py::arg("report"), "Greedy column pivots of a list of CPU matrices");
     m.def("pivot_factors", &pivot_factors, py::arg("matrices"), py::arg("pivots"),
           py::arg("outputs"), py::arg("threads"), py::arg("report"),
           "q, r and the diagonal from the pivots of each CPU matrix");

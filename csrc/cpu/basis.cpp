@@ -9,17 +9,27 @@ namespace qrlora {
 
 const DenseKernels& dense_kernels() { return QRLORA_DISPATCH(dense_kernels); }
 
-void Panel::reset(int64_t new_rows, int64_t new_columns) {
+void Panel::shape(int64_t new_rows, int64_t new_columns) {
     rows = new_rows;
     columns = new_columns;
     // An odd number of cache lines, so that the rows of a column fall into different cache sets.
     ld = round_up(columns, TILE_N) + 8;
-    double* data = buffer_.reserve(round_up(rows, TILE_M) * ld);
-    std::fill(data, data + round_up(rows, TILE_M) * ld, 0.0);
+    buffer_.reserve(round_up(rows, TILE_M) * ld);
+}
+
+void Panel::clear_padding() {
+    for (int64_t i = 0; i < rows; ++i) std::fill(row(i) + columns, row(i + 1), 0.0);
+    std::fill(row(rows), row(round_up(rows, TILE_M)), 0.0);
+}
+
+void Panel::reset(int64_t new_rows, int64_t new_columns) {
+    shape(new_rows, new_columns);
+    std::fill(row(0), row(round_up(rows, TILE_M)), 0.0);
 }
 
 void Panel::gather(const MatrixView& w, const int64_t* chosen, int64_t count, int threads) {
-    reset(w.rows, count);
+    shape(w.rows, count);
+    clear_padding();
     constexpr int64_t chunk = 256;
     parallel_for(threads, (w.rows + chunk - 1) / chunk, [&](int64_t i) {
         const int64_t first = i * chunk;
@@ -83,6 +93,23 @@ void invert_transposed(const std::vector<double>& lower, int64_t count, Panel& o
     }
 }
 
+// One pass of Cholesky QR leaves ‖QᵀQ - I‖ at about the squared condition number times the unit
+// roundoff: here below 1e-12.
+constexpr double ONCE_CONDITION2 = 4000.0;
+
+// An upper bound of the squared condition number of the panel whose Gram is L Lᵀ.
+double condition2(const std::vector<double>& lower, const Panel& inverse) {
+    const int64_t count = inverse.columns;
+    double whole2 = 0.0, inverse2 = 0.0;
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j <= i; ++j) {
+            whole2 += lower[i * count + j] * lower[i * count + j];
+            inverse2 += inverse.row(j)[i] * inverse.row(j)[i];
+        }
+    }
+    return whole2 * inverse2;
+}
+
 }  // namespace
 
 Basis::Basis(int64_t rows, int64_t capacity, int threads) : threads_(threads) {
@@ -95,13 +122,17 @@ void Basis::project_out(Panel& panel) {
     multiply_nn(q_, size_, coefficients_, panel, -1.0, threads_);
 }
 
-void Basis::append(Panel& panel, std::vector<double> lower) {
+void Basis::append(Panel& panel, std::vector<double> lower, bool project) {
     const int64_t count = panel.columns;
     invert_transposed(lower, count, inverse_);
     scaled_.reset(panel.rows, count);
     multiply_nn(panel, count, inverse_, scaled_, 1.0, threads_);
+    if (!project && condition2(lower, inverse_) < ONCE_CONDITION2) {
+        std::swap(panel, scaled_);
+        return append_orthonormal(panel);
+    }
 
-    project_out(scaled_);
+    if (project) project_out(scaled_);
     multiply_tn(scaled_, count, scaled_, gram_, threads_, true);
     for (int64_t i = 0; i < count; ++i) {
         std::copy(gram_.row(i), gram_.row(i) + count, lower.begin() + i * count);

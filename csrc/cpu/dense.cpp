@@ -28,29 +28,34 @@ constexpr int MICRO_ROWS = VECTOR_BYTES == 64 ? 8 : 4;
 template <class T>
 constexpr int64_t MICRO_COLUMNS = 2 * Vector<T>::lanes;
 
-// MICRO_ROWS x MICRO_COLUMNS of c += alpha * a b, the sum over all steps in order. One of a's
+// MICRO_ROWS x WIDTH vectors of c += alpha * a b, the sum over all steps in order. One of a's
 // strides is 1: that of its rows (a transposed factor) or that of the steps.
-template <class T, bool TRANSPOSED>
+template <class T, bool TRANSPOSED, int WIDTH>
 inline void micro_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t steps, T alpha,
                        T* c, int64_t ldc) {
     using V = typename Vector<T>::type;
     static_assert(TILE_N % MICRO_COLUMNS<T> == 0 && TILE_M % MICRO_ROWS == 0, "whole tiles");
-    V sum[MICRO_ROWS][2] = {};
+    V sum[MICRO_ROWS][WIDTH] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < MICRO_ROWS; ++i) {
+        for (int j = 0; j < WIDTH; ++j) {
+            __builtin_prefetch(c + i * ldc + j * Vector<T>::lanes, 1);
+        }
+    }
     for (int64_t s = 0; s < steps; ++s) {
         const V* line = reinterpret_cast<const V*>(b + s * ldb);
-        const V b0 = line[0], b1 = line[1];
+        V right[WIDTH];
+        for (int j = 0; j < WIDTH; ++j) right[j] = line[j];
 #pragma GCC unroll 8
         for (int i = 0; i < MICRO_ROWS; ++i) {
             const T value = TRANSPOSED ? a[s * lda + i] : a[i * lda + s];
-            sum[i][0] += value * b0;
-            sum[i][1] += value * b1;
+            for (int j = 0; j < WIDTH; ++j) sum[i][j] += value * right[j];
         }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < MICRO_ROWS; ++i) {
         V* line = reinterpret_cast<V*>(c + i * ldc);
-        line[0] += alpha * sum[i][0];
-        line[1] += alpha * sum[i][1];
+        for (int j = 0; j < WIDTH; ++j) line[j] += alpha * sum[i][j];
     }
 }
 
@@ -59,10 +64,12 @@ void gemm(const Gemm<T>& g) {
     for (int64_t first = 0; first < g.steps; first += STEP_BLOCK) {
         const int64_t steps = std::min(STEP_BLOCK, g.steps - first);
         for (int64_t n = 0; n < g.n; n += MICRO_COLUMNS<T>) {
+            const auto tile = g.n - n >= MICRO_COLUMNS<T> ? micro_tile<T, TRANSPOSED, 2>
+                                                          : micro_tile<T, TRANSPOSED, 1>;
             for (int64_t m = 0; m < g.m; m += MICRO_ROWS) {
                 const T* a = TRANSPOSED ? g.a + first * g.lda + m : g.a + m * g.lda + first;
-                micro_tile<T, TRANSPOSED>(a, g.lda, g.b + first * g.ldb + n, g.ldb, steps, g.alpha,
-                                          g.c + m * g.ldc + n, g.ldc);
+                tile(a, g.lda, g.b + first * g.ldb + n, g.ldb, steps, g.alpha, g.c + m * g.ldc + n,
+                     g.ldc);
             }
         }
     }

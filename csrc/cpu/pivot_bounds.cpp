@@ -1,5 +1,4 @@
-// What is known of the columns that are not pivots: bounds of their residual norms, or the
-// residuals themselves.
+// What is known of the columns that are not pivots: bounds of their residual norms.
 #include <algorithm>
 #include <cmath>
 
@@ -10,7 +9,8 @@ namespace qrlora {
 // Grows the basis by the accepted candidates and lowers every bound by them.
 void Search::take_block() {
     const int64_t count = static_cast<int64_t>(accepted_.size());
-    accepted_panel_.reset(w_.rows, count);
+    accepted_panel_.shape(w_.rows, count);
+    accepted_panel_.clear_padding();
     for (int64_t i = 0; i < w_.rows; ++i) {
         for (int64_t j = 0; j < count; ++j) {
             accepted_panel_.row(i)[j] = residual_.row(i)[accepted_[j]];
@@ -24,9 +24,13 @@ void Search::take_block() {
         }
     }
     cholesky(lower_, count);
-    if (explicit_) basis_.clear();  // the residual is orthogonal to what was taken before
-    basis_.append(accepted_panel_, lower_);
-    if (fp32_pass_) {
+    // An explicit residual is orthogonal to what was taken before, as far as it has not shrunk.
+    if (explicit_ && !out_) basis_.clear();
+    basis_.append(accepted_panel_, lower_, !explicit_ || shrunk());
+    enter_growth(count);
+    if (explicit_) {
+        update_explicit(accepted_panel_);
+    } else if (fp32_pass_) {
         lower_bounds<float>(accepted_panel_);
     } else {
         lower_bounds<double>(accepted_panel_);
@@ -48,15 +52,9 @@ void Search::lower_bounds(const Panel& added) {
     for (int64_t i = 0; i < w_.rows; ++i) {
         for (int64_t j = 0; j < count; ++j) q[i * height + j] = static_cast<T>(added.row(i)[j]);
     }
-    std::vector<double> growth(count);
-    const size_t before = found_.columns.size() - count;
-    for (int64_t s = 0; s < count; ++s) {
-        const double norm = found_.norms[before + s];
-        growth[s] = start2_[found_.columns[before + s]] / (norm * norm);
-    }
     const double eps = sizeof(T) == 4 ? EPS32 : EPS64;
     const double unit = 8 * eps * std::sqrt(static_cast<double>(count));
-    const int64_t columns = explicit_ ? matrix_.columns : w_.columns;
+    const int64_t columns = w_.columns;
     const int64_t width = std::clamp<int64_t>(round_up(columns / (4 * threads_), TILE_N), TILE_N,
                                               1024 / static_cast<int64_t>(sizeof(T)));
     parallel_for(threads_, (columns + width - 1) / width, [&](int64_t tile) {
@@ -66,37 +64,40 @@ void Search::lower_bounds(const Panel& added) {
         const int64_t ld = round_up(last - first, TILE_N);
         if constexpr (sizeof(T) == 4) {
             dense_kernels().project_f32(w_, q, height, first, last, rows, ld);
-        } else if (explicit_) {
-            project_explicit(added, q, height, first, ld, rows);
         } else {
             dense_kernels().project_f64(w_, q, height, first, last, rows, ld);
         }
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t j = explicit_ ? kept_[i] : i;
-            double lowered = 0.0, noise = 0.0;
-            for (int64_t s = 0; s < count; ++s) {
-                const double value = rows[s * ld + i - first];
-                lowered += value * value;
-                noise += growth[s] * value * value;
-            }
-            noise2_[j] += noise;
-            const double error = unit * std::sqrt(start2_[j]);
-            norm2_[j] = std::max(norm2_[j] - lowered, 0.0);
-            // |r + e|² differs from |r|² by at most 2|r||e| + |e|².
-            slack_[j] += 2 * std::sqrt(lowered) * error + error * error + 4 * EPS64 * norm2_[j];
-        }
+        for (int64_t j = first; j < last; ++j) lower_bound(j, rows + j - first, ld, unit);
     });
 }
 
-// rows[., ld] = addedᵀ E for ld columns of the explicit residual E, and E -= added rows.
-void Search::project_explicit(const Panel& added, const double* q, int64_t height, int64_t first,
-                              int64_t ld, double* rows) {
-    std::fill(rows, rows + height * ld, 0.0);
-    double* tile = matrix_.row(0) + first;
-    dense_kernels().gemm_tn({height, ld, w_.rows, q, height, tile, matrix_.ld, rows, ld, 1.0});
-    dense_kernels().gemm_nn({round_up(w_.rows, TILE_M), ld, added.columns, added.row(0), added.ld,
-                             rows, ld, tile, matrix_.ld, -1.0});
+// How much larger the new pivots were when the search began.
+void Search::enter_growth(int64_t count) {
+    growth_.resize(count);
+    const size_t before = found_.columns.size() - count;
+    for (int64_t s = 0; s < count; ++s) {
+        const double norm = found_.norms[before + s];
+        growth_[s] = start2_[found_.columns[before + s]] / (norm * norm);
+    }
 }
+
+// Takes the new rows of r out of column j's bound; `unit` is the rounding of the product.
+template <class T>
+void Search::lower_bound(int64_t j, const T* row, int64_t stride, double unit) {
+    double lowered = 0.0, noise = 0.0;
+    for (size_t s = 0; s < growth_.size(); ++s) {
+        const double value = row[s * stride];
+        lowered += value * value;
+        noise += growth_[s] * value * value;
+    }
+    noise2_[j] += noise;
+    const double error = unit * std::sqrt(start2_[j]);
+    norm2_[j] = std::max(norm2_[j] - lowered, 0.0);
+    // |r + e|² differs from |r|² by at most 2|r||e| + |e|².
+    slack_[j] += 2 * std::sqrt(lowered) * error + error * error + 4 * EPS64 * norm2_[j];
+}
+
+template void Search::lower_bound(int64_t, const double*, int64_t, double);
 
 // Enters a norm² that was computed in fp64.
 void Search::set_exact(int64_t column, double norm2) {
@@ -127,36 +128,6 @@ void Search::refresh(double known2) {
     }
 }
 
-void Search::make_explicit() {
-    kept_.clear();
-    place_.resize(w_.columns);
-    for (int64_t j = 0; j < w_.columns; ++j) {
-        if (alive_[j]) kept_.push_back(j);
-    }
-    matrix_.gather(w_, kept_.data(), static_cast<int64_t>(kept_.size()), threads_);
-    basis_.project_out(matrix_);
-    for (size_t i = 0; i < kept_.size(); ++i) place_[kept_[i]] = static_cast<int64_t>(i);
-    explicit_ = true;
-    fp32_pass_ = false;
-}
-
-// Drops columns that are pivots or dependent by now, once they are a fifth.
-void Search::compact() {
-    std::vector<int64_t> alive;
-    for (int64_t j : kept_) {
-        if (alive_[j]) alive.push_back(j);
-    }
-    if (alive.size() * 5 > kept_.size() * 4) return;
-    std::vector<int64_t> places;
-    for (size_t i = 0; i < alive.size(); ++i) {
-        places.push_back(place_[alive[i]]);
-        place_[alive[i]] = static_cast<int64_t>(i);
-    }
-    compacted_.gather(matrix_.view(), places.data(), static_cast<int64_t>(places.size()), threads_);
-    std::swap(matrix_, compacted_);
-    kept_ = std::move(alive);
-}
-
 // Residuals of the given columns in fp64, to residual_.
 void Search::gather_residual(const int64_t* columns, int64_t count) {
     if (!explicit_) {
@@ -166,7 +137,8 @@ void Search::gather_residual(const int64_t* columns, int64_t count) {
     }
     std::vector<int64_t> places(count);
     for (int64_t i = 0; i < count; ++i) places[i] = place_[columns[i]];
-    residual_.gather(matrix_.view(), places.data(), count, threads_);
+    const MatrixView view{matrix_.row(0), DType::f64, matrix_.columns, matrix_.rows, 1, matrix_.ld};
+    residual_.gather(view, places.data(), count, threads_);
 }
 
 }  // namespace qrlora

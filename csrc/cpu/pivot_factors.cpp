@@ -82,23 +82,6 @@ std::vector<double> factorise(const MatrixView& w, const std::vector<int64_t>& p
     return triangle;
 }
 
-void store(void* out, DType dtype, int64_t at, double value) {
-    switch (dtype) {
-        case DType::f32:
-            static_cast<float*>(out)[at] = static_cast<float>(value);
-            break;
-        case DType::f64:
-            static_cast<double*>(out)[at] = value;
-            break;
-        case DType::bf16:
-            static_cast<bf16*>(out)[at] = to_bf16(static_cast<float>(value));
-            break;
-        case DType::f16:
-            static_cast<_Float16*>(out)[at] = static_cast<_Float16>(value);
-            break;
-    }
-}
-
 // r[first:last] = q[:, first:last]ᵀ w in T, tile by tile.
 template <class T>
 void project_rows(const MatrixView& w, const Panel& q, int64_t first, int64_t last,

@@ -32,6 +32,7 @@ Pivots Search::run(const Interrupted& interrupted) {
         if (outcome == Outcome::below_tau || interrupted()) break;
         if (!fresh && bracketed()) break;
     }
+    if (out_) store_basis();
     found_.bounds.resize(w_.columns);
     for (int64_t j = 0; j < w_.columns; ++j) found_.bounds[j] = std::max(bound(j), 0.0);
     return std::move(found_);
@@ -71,7 +72,8 @@ Outcome Search::block(bool fresh) {
         for (int64_t at : accepted_) found_.columns.push_back(candidates_[at]);
         const bool last = outcome == Outcome::below_tau ||
                           static_cast<int64_t>(found_.columns.size()) == options_.limit;
-        if (!last) take_block();  // bounds that nothing reads any more stay as they are
+        // Bounds that nothing reads any more stay as they are.
+        if (!last || out_) take_block();
     } else {
         for (int64_t j : candidates_) alive_[j] = 0;
     }
@@ -86,7 +88,8 @@ void Search::choose_candidates() {
     }
     outside_ = NONE;
     outside_column_ = w_.columns;
-    const int64_t count = std::min<int64_t>(options_.block, order_.size());
+    const int64_t block = explicit_ ? std::min(options_.block, EXPLICIT_BLOCK) : options_.block;
+    const int64_t count = std::min<int64_t>(block, order_.size());
     if (count < static_cast<int64_t>(order_.size())) {
         std::nth_element(order_.begin(), order_.begin() + count, order_.end(),
                          [&](int64_t a, int64_t b) {
@@ -157,12 +160,6 @@ Outcome Search::pivot_block(bool certify_first) {
     return Outcome::more;
 }
 
-bool Search::wants_explicit() const {
-    const double whole = static_cast<double>(std::min(w_.rows, w_.columns));
-    if (options_.limit <= EXPLICIT_LIMIT * whole) return false;
-    return options_.rule == RankRule::none || basis_.size() >= EXPLICIT_FROM * whole;
-}
-
 // The energy or abs-sum rank is bracketed, or known to reach max_rank; see rules.rank_bracket.
 bool Search::bracketed() const {
     if (options_.rule != RankRule::energy && options_.rule != RankRule::abs_sum) return false;
@@ -190,8 +187,8 @@ bool Search::bracketed() const {
 }
 
 Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
-                     const Interrupted& interrupted) {
-    return Search(w, options, threads).run(interrupted);
+                     const Interrupted& interrupted, const FactorOutputs* out) {
+    return Search(w, options, threads, out).run(interrupted);
 }
 
 }  // namespace qrlora

@@ -15,6 +15,7 @@ from .rules import (
     rank_bracket,
     rank_from_diagonal,
 )
+from .runner import StartRunner
 from .svd import TruncatedSVD, truncated_svd
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PivotedQR",
     "RankProfile",
     "RankRule",
+    "StartRunner",
     "TruncatedSVD",
     "abs_sum_rank",
     "cached_start",

@@ -8,23 +8,25 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..fingerprint import fingerprint
 from .checks import named_matrices
-from .records import Start, check_start, from_record, to_record
+from .records import Start, check_start, from_record, start_some, to_record
 
 # Part of every key: raise it when the same options come to mean other factors.
-FORMAT = 1
+FORMAT = 2
 
 
 def cached_start(
-    start: Start, weights: Sequence[Tensor], folder: str | os.PathLike[str], **options: Any
+    start: Start, weights: Sequence[Tensor], folder: str | os.PathLike[str], /, **options: Any
 ) -> list[Any]:
     """``start(weights, **options)``, reading from ``folder`` what an earlier call left there.
 
@@ -54,47 +56,62 @@ def cached_start(
     check_start(start)
     if isinstance(weights, Tensor):
         raise TypeError("weights must be a list of tensors, got a Tensor")
-    named, _ = named_matrices(weights)
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    paths = [root / f"{_key(start, weight, options)}.safetensors" for _, weight in named]
-    results = [_read(start, path, weight) for path, (_, weight) in zip(paths, named, strict=True)]
+    named_matrices(weights)
+    store = Store(folder)
+    keys = store.keys(start, weights, options)
+    results = [store.read(start, key, w.device) for key, w in zip(keys, weights, strict=True)]
     missing = [i for i, result in enumerate(results) if result is None]
-    if missing:
-        for i, result in zip(missing, start([weights[i] for i in missing], **options), strict=True):
-            _write(result, paths[i])
-            results[i] = result
+    for i, result in start_some(start, weights, missing, options).items():
+        store.write(keys[i], result)
+        results[i] = result
     return results
 
 
-def _key(start: Start, weight: Tensor, options: dict[str, Any]) -> str:
-    shaping = {name: str(value) for name, value in options.items() if name != "progress"}
-    text = json.dumps([FORMAT, start.__name__, fingerprint(weight), shaping], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+class Store:
+    """The files of one folder, which is made if it does not exist."""
 
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.root = Path(folder)
+        self.root.mkdir(parents=True, exist_ok=True)
 
-def _read(start: Start, path: Path, weight: Tensor) -> Any:
-    """The stored result on the weight's device; None where there is no whole file."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt", device=str(weight.device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            values = json.loads(file.metadata()["values"])
-        return from_record(start, tensors, values)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None
+    def keys(self, start: Start, weights: Sequence[Tensor], options: dict[str, Any]) -> list[str]:
+        """The name of each matrix's file; hashing releases the GIL, so a thread per matrix."""
+        shaping = {name: str(value) for name, value in options.items() if name != "progress"}
 
+        def key(weight: Tensor) -> str:
+            text = json.dumps(
+                [FORMAT, start.__name__, fingerprint(weight), shaping], sort_keys=True
+            )
+            return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-def _write(result: Any, path: Path) -> None:
-    """Under a name of its own first: other processes see the whole file or none."""
-    tensors, values = to_record(result)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        save_file(contiguous, draft, metadata={"values": json.dumps(values)})
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(key, weights))
+
+    def path(self, key: str) -> Path:
+        return self.root / f"{key}.safetensors"
+
+    def read(self, start: Start, key: str, device: torch.device) -> Any:
+        """The stored result on ``device``; None where there is no whole file."""
+        path = self.path(key)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                values = json.loads(file.metadata()["values"])
+            return from_record(start, tensors, values)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, key: str, result: Any) -> None:
+        """Under a name of its own first: other processes see the whole file or none."""
+        tensors, values = to_record(result)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        handle, draft = tempfile.mkstemp(dir=self.root, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(contiguous, draft, metadata={"values": json.dumps(values)})
+            os.replace(draft, self.path(key))
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)

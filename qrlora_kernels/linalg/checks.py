@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,6 +30,17 @@ def named_matrices(weights: Tensor | Sequence[Tensor]) -> tuple[list[tuple[str, 
     for name, item in zip(names, items, strict=True):
         _check_matrix(name, item)
     return [(name, item.detach()) for name, item in zip(names, items, strict=True)], single
+
+
+@contextmanager
+def renamed_matrices(names: Sequence[str]) -> Iterator[None]:
+    """Inside, an error about ``weights[i]`` becomes one about ``names[i]``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], str(error))
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(message) from None
 
 
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:

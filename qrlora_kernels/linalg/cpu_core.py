@@ -44,14 +44,73 @@ def search(
     report : callable
         Called with the number of matrices done; an exception from it ends the search.
     """
+    return _search(weights, limits, (_RULES[rule], tau, max_rank), [], report)
+
+
+def needs_many(weight: Tensor, count: int) -> bool:
+    """``count`` pivots of a CPU matrix are so many that :func:`factorise` is the faster way."""
+    assert CORE is not None
+    return bool(count > CORE.EXPLICIT_LIMIT * min(weight.shape))
+
+
+def factorise(
+    weights: Sequence[Tensor],
+    limits: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    report: Report,
+) -> list[tuple[Pivots | None, Factors]]:
+    """Pivots as :func:`search` finds them without a rule, and their factors from the same work.
+
+    For limits that :func:`needs_many`; keeps a residual of the whole matrix in fp64.
+    """
+    results = [
+        _empty(weight, limit, dtype)
+        for weight, limit, dtype in zip(weights, limits, dtypes, strict=True)
+    ]
+    outputs = [_addresses(one) for one in results]
+    found = _search(weights, limits, (_RULES[None], 0.0, 1), outputs, report)
+    for i, (one, (q, r, diagonal)) in enumerate(zip(found, results, strict=True)):
+        if one is not None and (rank := len(one.columns)) < len(diagonal):
+            results[i] = (q[:, :rank].contiguous(), r[:rank].clone(), diagonal[:rank].clone())
+    return list(zip(found, results, strict=True))
+
+
+def factors(
+    weights: Sequence[Tensor],
+    pivots: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    report: Report,
+) -> list[Factors]:
+    """q [N, r], r [r, K] and the fp64 diagonal [r] of each CPU matrix from its pivots."""
+    assert CORE is not None
+    results = [
+        _empty(weight, len(chosen), dtype)
+        for weight, chosen, dtype in zip(weights, pivots, dtypes, strict=True)
+    ]
+    CORE.pivot_factors(
+        [_matrix(weight) for weight in weights],
+        [chosen.tolist() for chosen in pivots],
+        [_addresses(one) for one in results],
+        torch.get_num_threads(),
+        report,
+    )
+    return results
+
+
+def _search(
+    weights: Sequence[Tensor],
+    limits: Sequence[int],
+    stop: tuple[int, float, int],
+    outputs: Sequence[tuple[int, int, int, int]],
+    report: Report,
+) -> list[Pivots | None]:
     assert CORE is not None
     found = CORE.pivot_search(
         [_matrix(weight) for weight in weights],
         list(limits),
-        _RULES[rule],
-        tau,
-        max_rank,
+        *stop,
         BLOCK,
+        outputs,
         torch.get_num_threads(),
         report,
     )
@@ -68,30 +127,16 @@ def search(
     ]
 
 
-def factors(
-    weights: Sequence[Tensor],
-    pivots: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    report: Report,
-) -> list[Factors]:
-    """q [N, r], r [r, K] and the fp64 diagonal [r] of each CPU matrix from its pivots."""
-    assert CORE is not None
-    results, outputs = [], []
-    for weight, chosen, dtype in zip(weights, pivots, dtypes, strict=True):
-        (rows, columns), count = weight.shape, len(chosen)
-        q = torch.empty(rows, count, dtype=dtype)
-        r = torch.empty(count, columns, dtype=dtype)
-        diagonal = torch.empty(count, dtype=torch.float64)
-        results.append((q, r, diagonal))
-        outputs.append((q.data_ptr(), r.data_ptr(), _DTYPES[dtype], diagonal.data_ptr()))
-    CORE.pivot_factors(
-        [_matrix(weight) for weight in weights],
-        [chosen.tolist() for chosen in pivots],
-        outputs,
-        torch.get_num_threads(),
-        report,
-    )
-    return results
+def _empty(weight: Tensor, count: int, dtype: torch.dtype) -> Factors:
+    rows, columns = weight.shape
+    q = torch.empty(rows, count, dtype=dtype)
+    r = torch.zeros(count, columns, dtype=dtype)
+    return q, r, torch.empty(count, dtype=torch.float64)
+
+
+def _addresses(factors: Factors) -> tuple[int, int, int, int]:
+    q, r, diagonal = factors
+    return q.data_ptr(), r.data_ptr(), _DTYPES[q.dtype], diagonal.data_ptr()
 
 
 def _matrix(weight: Tensor) -> tuple[int, int, int, int, int, int]:

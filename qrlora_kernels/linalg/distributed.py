@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..fingerprint import fingerprint
+from .cache import Store
 from .checks import named_matrices
-from .records import Start, check_start, from_record, to_record
+from .ranks import Ranks
+from .records import Start, check_start, from_record, start_some, to_record
 
 
 def distributed_start(
     start: Start,
     weights: Sequence[Tensor],
+    /,
     group: dist.ProcessGroup | None = None,
+    *,
+    cache: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> list[Any]:
     """``start(weights, **options)`` shared over the ranks of a process group.
@@ -29,11 +37,16 @@ def distributed_start(
     ----------
     start : pivoted_qr, truncated_svd or kron_factors
     weights : sequence of Tensor [N, K]
-        On devices that the group's backend can send from.
+        Equal on all ranks. Where the group's backend cannot send from their device, results go
+        over one that it can.
     group : ProcessGroup, optional
         The default group if None.
+    cache : path, optional
+        A folder as :func:`cached_start` takes it, one for all ranks or one of each. A result that
+        any rank finds there is not computed again; where ranks find different bits, all take the
+        lowest one's.
     **options
-        As ``start`` takes them.
+        As ``start`` takes them. A progress bar is shown by rank 0, for its share.
 
     Returns
     -------
@@ -43,30 +56,37 @@ def distributed_start(
     Raises
     ------
     RuntimeError
-        ``torch.distributed`` is not initialised.
+        ``torch.distributed`` is not initialised, or another rank had an error of another kind.
     TypeError, ValueError
-        As ``start`` raises them, with the matrix's index in this rank's share.
+        As ``start`` raises them, or the ranks' matrices differ in number, shape or dtype.
     """
     check_start(start)
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("distributed_start needs torch.distributed.init_process_group first")
     if isinstance(weights, Tensor):
         raise TypeError("weights must be a list of tensors, got a Tensor")
-    named_matrices(weights)
-    rank = dist.get_rank(group)
-    owners = share_out([weight.shape for weight in weights], dist.get_world_size(group))
-    mine = [i for i, owner in enumerate(owners) if owner == rank]
-    made: dict[int, Any] = {}
-    error: Exception | None = None
-    try:
-        made = dict(zip(mine, start([weights[i] for i in mine], **options), strict=True))
-    except Exception as caught:  # sent to all ranks, or they would wait for the results
-        error = caught
-    _raise_together(error, group)
-    return [
-        _share(start, made.get(i), owner, weight.device, group)
-        for i, (owner, weight) in enumerate(zip(owners, weights, strict=True))
-    ]
+    ranks = Ranks(group)
+    if ranks.rank != 0:
+        options = {**options, "progress": False}
+    layouts = ranks.gather(lambda: [(w.shape, w.dtype) for _, w in named_matrices(weights)[0]])
+    if any(layout != layouts[0] for layout in layouts):
+        raise ValueError("weights must have the same shapes and dtypes on all ranks")
+    if cache is None:
+        return _share(ranks, start, weights, {}, [{}] * ranks.size, options)
+    store = ranks.together(lambda: Store(cache))
+    keys = _shared_keys(ranks, store, start, weights, options)
+    found = ranks.together(lambda: _read(store, start, keys, weights))
+    digests = ranks.gather(lambda: {i: _digest(result) for i, result in found.items()})
+    results = _share(ranks, start, weights, found, digests, options)
+
+    def keep() -> None:
+        for i, result in enumerate(results):
+            held = [digest.get(i) for digest in digests]
+            if held[ranks.rank] is None or held[ranks.rank] != _first(held):
+                store.write(keys[i], result)
+
+    ranks.together(keep)
+    return results
 
 
 def share_out(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
@@ -79,35 +99,67 @@ def share_out(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
     return owners
 
 
-def _raise_together(error: Exception | None, group: dist.ProcessGroup | None) -> None:
-    errors: list[Exception | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error, group=group)
-    for rank, other in enumerate(errors):
-        if other is not None:
-            if error is not None:
-                raise error
-            raise type(other)(f"on rank {rank}: {other}")
-
-
 def _share(
+    ranks: Ranks,
     start: Start,
-    result: Any,
-    owner: int,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-) -> Any:
-    """``result`` of the owning rank, on every rank."""
-    tensors: dict[str, Tensor] = {}
-    header: list[Any] = [None]
-    if result is not None:
-        tensors, values = to_record(result)
-        header = [({n: (t.shape, t.dtype) for n, t in tensors.items()}, values)]
-    source = owner if group is None else dist.get_global_rank(group, owner)
-    dist.broadcast_object_list(header, src=source, group=group, device=device)
-    layout, values = header[0]
-    received = {}
-    for name, (shape, dtype) in layout.items():
-        buffer = tensors[name] if tensors else torch.empty(shape, dtype=dtype, device=device)
-        received[name] = buffer.contiguous()
-        dist.broadcast(received[name], src=source, group=group)
-    return from_record(start, received, values)
+    weights: Sequence[Tensor],
+    found: dict[int, Any],
+    digests: Sequence[dict[int, str]],
+    options: dict[str, Any],
+) -> list[Any]:
+    """All results: computed by its owner where no rank has one, sent where not all have the same.
+
+    ``found`` holds what this rank has already, ``digests`` the digests of what each rank has.
+    """
+    missing = [i for i in range(len(weights)) if not any(i in held for held in digests)]
+    shares = share_out([weights[i].shape for i in missing], ranks.size)
+    owners = dict(zip(missing, shares, strict=True))
+    mine = [i for i in missing if owners[i] == ranks.rank]
+    made = found | ranks.together(lambda: start_some(start, weights, mine, options))
+    results = []
+    for i, weight in enumerate(weights):
+        held = [digest.get(i) for digest in digests]
+        if held[0] is not None and held.count(held[0]) == ranks.size:
+            results.append(made[i])
+            continue
+        source = owners[i] if i in owners else held.index(_first(held))
+        parts = to_record(made[i]) if source == ranks.rank else None
+        results.append(from_record(start, *ranks.send(parts, source, weight.device)))
+    return results
+
+
+def _shared_keys(
+    ranks: Ranks,
+    store: Store,
+    start: Start,
+    weights: Sequence[Tensor],
+    options: dict[str, Any],
+) -> list[str]:
+    """The keys of all files; each rank hashes its share of the weights."""
+    owners = share_out([weight.shape for weight in weights], ranks.size)
+    mine = [i for i, owner in enumerate(owners) if owner == ranks.rank]
+    shares = ranks.gather(
+        lambda: dict(zip(mine, store.keys(start, [weights[i] for i in mine], options), strict=True))
+    )
+    return [shares[owner][i] for i, owner in enumerate(owners)]
+
+
+def _read(
+    store: Store, start: Start, keys: Sequence[str], weights: Sequence[Tensor]
+) -> dict[int, Any]:
+    read = (
+        store.read(start, key, weight.device) for key, weight in zip(keys, weights, strict=True)
+    )
+    return {i: result for i, result in enumerate(read) if result is not None}
+
+
+def _digest(result: Any) -> str:
+    tensors, values = to_record(result)
+    prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
+    text = json.dumps([prints, values], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _first(held: Sequence[str | None]) -> str | None:
+    """What the lowest rank that has something holds."""
+    return next((digest for digest in held if digest is not None), None)

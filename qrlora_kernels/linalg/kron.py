@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checks import check_finite, check_out_dtype, named_matrices
+from .parallel import map_matrices
 from .precision import start_computation, work_dtype
 from .rules import check_rank_options
 
@@ -123,8 +123,8 @@ def kron_factors(
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
     named, single = named_matrices(weights)
-    results = []
-    for name, weight in tqdm(named, desc="Kronecker start", unit="matrix", disable=not progress):
+
+    def one(name: str, weight: Tensor) -> KronFactors:
         r = _check_rank(name, weight, rank, start)
         check_finite(name, weight)
         if start == "kaiming":
@@ -133,7 +133,9 @@ def kron_factors(
             pair = _from_factors(name, weight, r, columns, start, seed, cut)
             _check_can_train(name, pair)
         dtype = out_dtype or weight.dtype
-        results.append(KronFactors(pair.a0.to(dtype), pair.b0.to(dtype)))
+        return KronFactors(pair.a0.to(dtype), pair.b0.to(dtype))
+
+    results = map_matrices(one, named, "Kronecker start", progress)
     return results[0] if single else results
 
 
@@ -172,7 +174,13 @@ def _check_can_train(name: str, pair: KronFactors) -> None:
 def _from_factors(
     name: str, weight: Tensor, r: int, columns: Columns, start: Start, seed: int, cut: bool
 ) -> KronFactors:
-    work = weight.to(work_dtype(weight))
+    n, k = weight.shape
+    if not cut and k > n:
+        raise ValueError(f"{name} must not be wider than tall without cut, got {[n, k]}")
+    rows = (n // r, k // r) if cut else (n, k)
+    # R beyond its square part is never read: a wide matrix is cut before it is factorised.
+    work = weight[:, : min(n, k)] if start != "svd" else weight
+    work = work.to(work_dtype(weight))
     if start == "svd":
         u, s, vh = torch.linalg.svd(work, full_matrices=False)
         chosen = torch.arange(2 * r, device=work.device)  # S is in descending order
@@ -180,21 +188,26 @@ def _from_factors(
     else:
         reflectors, scales = torch.geqrf(work)
         chosen = _indices(reflectors.diagonal(), r, start, seed)
-        # Only the 2r columns of Q that are used are formed.
-        unit = torch.zeros(work.shape[0], 2 * r, dtype=work.dtype, device=work.device)
-        unit[chosen, torch.arange(2 * r, device=work.device)] = 1.0
-        left, right = torch.ormqr(reflectors, scales, unit), reflectors.triu()[chosen]
+        left = _part_of_q(reflectors, scales, max(rows), chosen)
+        right = reflectors.triu()[chosen]
 
-    def factor(rows: int, part: slice) -> Tensor:
+    def factor(height: int, part: slice) -> Tensor:
         kept = right[part, :r] if columns == "leading" else right[part, chosen[part]]
-        return torch.mm(left[:rows, part], kept)
+        return torch.mm(left[:height, part], kept)
 
-    n, k = weight.shape
-    if not cut:
-        if k > n:
-            raise ValueError(f"{name} must not be wider than tall without cut, got {[n, k]}")
-        return KronFactors(factor(n, slice(0, r)), factor(k, slice(r, 2 * r)))
-    return KronFactors(factor(n // r, slice(0, r)), factor(k // r, slice(r, 2 * r)))
+    return KronFactors(factor(rows[0], slice(0, r)), factor(rows[1], slice(r, 2 * r)))
+
+
+def _part_of_q(reflectors: Tensor, scales: Tensor, rows: int, chosen: Tensor) -> Tensor:
+    """At least the first ``rows`` rows of the chosen columns of Q, by whichever are fewer."""
+    n, count = reflectors.shape[0], len(chosen)
+    if rows >= count:
+        unit = reflectors.new_zeros(n, count)
+        unit[chosen, torch.arange(count, device=unit.device)] = 1.0
+        return torch.ormqr(reflectors, scales, unit)
+    return torch.ormqr(reflectors, scales, torch.eye(n, rows).to(reflectors), transpose=True)[
+        chosen
+    ].mT
 
 
 def _indices(diagonal: Tensor, r: int, start: Start, seed: int) -> Tensor:

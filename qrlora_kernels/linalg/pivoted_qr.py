@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from . import cpu_core
 from .checks import check_out_dtype, check_rank_fits, named_matrices
+from .cpu_core import Factors
 from .factors import factors_from_pivots
 from .precision import start_computation
 from .rules import RankRule, check_rank_options
-from .search import RankOptions, Report, choose_pivots
+from .search import Chosen, RankOptions, Report, choose_pivots
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def pivoted_qr(
 
     The pivots are the greedy ones of LAPACK's geqp3 for the same values in fp64. Ties (norms²
     within a relative 1e-13) go to the lowest column index. Results do not depend on the other
-    matrices of a list. Inputs are not modified and not copied whole.
+    matrices of a list. Inputs are not modified, and not copied whole up to min(N, K) / 5 pivots;
+    for more, and for rules that need the whole diagonal, the CPU core keeps a residual in fp64.
 
     Parameters
     ----------
@@ -138,19 +140,17 @@ def pivoted_qr(
     options = RankOptions(rank, tau, rank_rule, max_rank, exact)
     dtypes = [out_dtype or weight.dtype for _, weight in named]
     with tqdm(total=2 * len(named), desc="pivoted QR", unit="step", disable=not progress) as bar:
-        chosen = choose_pivots(named, options, lambda done: _advance(bar, done))
-        pivots = [one.pivots for one in chosen]
-        factors = _factors(
-            [weight for _, weight in named],
-            pivots,
-            dtypes,
-            lambda done: _advance(bar, len(named) + done),
+        chosen = choose_pivots(named, options, dtypes, lambda done: _advance(bar, done))
+        open_ = [i for i, one in enumerate(chosen) if one.factors is None]
+        made = _factors(
+            [named[i][1] for i in open_],
+            [chosen[i].pivots for i in open_],
+            [dtypes[i] for i in open_],
+            lambda done: _advance(bar, 2 * len(named) - len(open_) + done),
         )
+        factors = dict(zip(open_, made, strict=True))
         _advance(bar, 2 * len(named))
-    results = [
-        PivotedQR(q, r, one.pivots, diagonal, len(diagonal), one.deficient, one.bracket)
-        for one, (q, r, diagonal) in zip(chosen, factors, strict=True)
-    ]
+    results = [_result(one, one.factors or factors[i]) for i, one in enumerate(chosen)]
     return results[0] if single else results
 
 
@@ -187,23 +187,45 @@ def rebuild_pivoted_qr(
     return PivotedQR(q, r, pivots, diagonal, len(pivots))
 
 
+def _result(chosen: Chosen, factors: Factors) -> PivotedQR:
+    q, r, diagonal = factors
+    return PivotedQR(q, r, chosen.pivots, diagonal, len(diagonal), chosen.deficient, chosen.bracket)
+
+
 def _factors(
     weights: Sequence[Tensor],
     pivots: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
     report: Report,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(q, r, diagonal) of each matrix; the one path by which factors are made and made again."""
-    made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+) -> list[Factors]:
+    """(q, r, diagonal) of each matrix, a function of the matrix and the pivots alone.
+
+    Many pivots are searched again, because a search with their number as its limit makes the very
+    factors that the first one did or would have made; pivots that it does not confirm are taken as
+    they are.
+    """
+    made: dict[int, Factors] = {}
     native = [i for i, weight in enumerate(weights) if cpu_core.handles(weight)]
-    if native:
-        results = cpu_core.factors(
-            [weights[i] for i in native],
-            [pivots[i] for i in native],
-            [dtypes[i] for i in native],
+    many = [i for i in native if cpu_core.needs_many(weights[i], len(pivots[i]))]
+    if many:
+        found = cpu_core.factorise(
+            [weights[i] for i in many],
+            [len(pivots[i]) for i in many],
+            [dtypes[i] for i in many],
             report,
         )
-        made = dict(zip(native, results, strict=True))
+        for i, (again, factors) in zip(many, found, strict=True):
+            if again is not None and torch.equal(again.columns, pivots[i]):
+                made[i] = factors
+    given = [i for i in native if i not in made]
+    if given:
+        results = cpu_core.factors(
+            [weights[i] for i in given],
+            [pivots[i] for i in given],
+            [dtypes[i] for i in given],
+            lambda done: report(len(native) - len(given) + done),
+        )
+        made.update(zip(given, results, strict=True))
     for i, weight in enumerate(weights):
         if i not in made:
             made[i] = factors_from_pivots(weight, pivots[i], dtypes[i])

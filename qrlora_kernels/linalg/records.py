@@ -1,13 +1,14 @@
-"""Results of the starts as tensors and plain values, for files and for other ranks."""
+"""What the cache and the ranks share: a start of some matrices, a result taken apart."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .checks import renamed_matrices
 from .kron import KronFactors, kron_factors
 from .pivoted_qr import PivotedQR, pivoted_qr
 from .svd import TruncatedSVD, truncated_svd
@@ -24,6 +25,17 @@ def check_start(start: Start) -> None:
     if start not in _RESULTS:
         names = ", ".join(known.__name__ for known in _RESULTS)
         raise ValueError(f"start must be one of {names}, got {start!r}")
+
+
+def start_some(
+    start: Start, weights: Sequence[Tensor], chosen: Sequence[int], options: Mapping[str, Any]
+) -> dict[int, Any]:
+    """``start`` of the chosen matrices by index; its errors name them as they stand in the list."""
+    if not chosen:
+        return {}
+    with renamed_matrices([f"weights[{i}]" for i in chosen]):
+        results = start([weights[i] for i in chosen], **options)
+    return dict(zip(chosen, results, strict=True))
 
 
 def to_record(result: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import cpu_core
 from .blocked import Pivots, greedy_pivots
+from .cpu_core import Factors
 from .panels import column_norms2
 from .rules import RankRule, rank_bracket, rank_from_diagonal
 
@@ -45,17 +46,22 @@ class RankOptions:
 
 
 class Chosen(NamedTuple):
-    """pivots [r], and whether the matrix ran out of columns; bracket of an inexact rule."""
+    """pivots [r], and whether the matrix ran out of columns; bracket of an inexact rule; factors
+    where the search has them already."""
 
     pivots: Tensor
     deficient: bool
     bracket: tuple[int, int] | None
+    factors: Factors | None
 
 
 def choose_pivots(
-    named: Sequence[tuple[str, Tensor]], options: RankOptions, report: Report
+    named: Sequence[tuple[str, Tensor]],
+    options: RankOptions,
+    dtypes: Sequence[torch.dtype],
+    report: Report,
 ) -> list[Chosen]:
-    """Pivots that each matrix keeps.
+    """Pivots that each matrix keeps; ``dtypes`` are those of its factors.
 
     Raises
     ------
@@ -63,24 +69,40 @@ def choose_pivots(
         A matrix is zero or has a NaN or Inf.
     """
     found: dict[int, Pivots] = {}
+    factors: dict[int, Factors] = {}
+    limits = [options.limit(weight) for _, weight in named]
     native = [i for i, (_, weight) in enumerate(named) if cpu_core.handles(weight)]
-    if native:
-        weights = [named[i][1] for i in native]
-        results = cpu_core.search(
+    many = [
+        i for i in native if options.tau is None and cpu_core.needs_many(named[i][1], limits[i])
+    ]
+    few = [i for i in native if i not in set(many)]
+    if many:
+        results = cpu_core.factorise(
+            [named[i][1] for i in many],
+            [limits[i] for i in many],
+            [dtypes[i] for i in many],
+            report,
+        )
+        for i, (pivots, made) in zip(many, results, strict=True):
+            found[i] = _searched(named[i][0], pivots)
+            factors[i] = made
+    if few:
+        weights = [named[i][1] for i in few]
+        searched = cpu_core.search(
             weights,
-            [options.limit(weight) for weight in weights],
+            [limits[i] for i in few],
             options.stop_rule(),
             options.tau or 0.0,
             options.max_rank or max(min(weight.shape) for weight in weights),
-            report,
+            lambda done: report(len(many) + done),
         )
-        for i, pivots in zip(native, results, strict=True):
+        for i, pivots in zip(few, searched, strict=True):
             found[i] = _searched(named[i][0], pivots)
     for i, (name, weight) in enumerate(named):
         if i not in found:
             found[i] = _searched(name, _search_torch(weight, options))
             report(len(found))
-    return [_cut(found[i], weight, options) for i, (_, weight) in enumerate(named)]
+    return [_cut(found[i], weight, options, factors.get(i)) for i, (_, weight) in enumerate(named)]
 
 
 def _searched(name: str, pivots: Pivots | None) -> Pivots:
@@ -112,8 +134,8 @@ def _search_torch(weight: Tensor, options: RankOptions) -> Pivots | None:
     )
 
 
-def _cut(found: Pivots, weight: Tensor, options: RankOptions) -> Chosen:
-    """The pivots that the rank rule keeps."""
+def _cut(found: Pivots, weight: Tensor, options: RankOptions, factors: Factors | None) -> Chosen:
+    """The pivots that the rank rule keeps; there are factors only where no rule cuts."""
     rank, cap, bracket = len(found.columns), options.cap(weight), None
     if options.tau is not None and options.rank_rule != "magnitude":
         if options.exact:
@@ -123,7 +145,8 @@ def _cut(found: Pivots, weight: Tensor, options: RankOptions) -> Chosen:
             low = min(low, cap)
             rank = low if high is None else min(high, cap)
             bracket = (low, rank)
-    return Chosen(found.columns[:rank], found.deficient and rank == len(found.columns), bracket)
+    deficient = found.deficient and rank == len(found.columns)
+    return Chosen(found.columns[:rank], deficient, bracket, factors)
 
 
 def _bracket(

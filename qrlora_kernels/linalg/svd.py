@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checks import check_finite, check_out_dtype, check_rank_fits, named_matrices
+from .krylov import top_triplets
+from .parallel import map_matrices
 from .precision import start_computation, work_dtype
 from .rules import check_rank_options
 
@@ -58,8 +59,9 @@ def truncated_svd(
 
     "top" runs a randomised block Krylov iteration (Halko et al. 2011; Musco and Musco 2015) with a
     fixed seed and checks its residual; where the tail is not resolved within the cost of a full
-    SVD, the full SVD is taken. "middle" (around the median singular value) and "bottom" always take
-    the full SVD. The global random state is not touched.
+    SVD, or for a rank above a fifth of min(N, K), the full SVD is taken. "middle" (around the
+    median singular value) and "bottom" always take the full SVD. The global random state is not
+    touched. Small matrices run one per thread; results do not depend on the rest of the list.
 
     Parameters
     ----------
@@ -92,58 +94,24 @@ def truncated_svd(
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
     named, single = named_matrices(weights)
-    results = []
-    for name, weight in tqdm(named, desc="SVD", unit="matrix", disable=not progress):
+
+    def one(name: str, weight: Tensor) -> TruncatedSVD:
         check_rank_fits(name, rank, weight)
         work = weight.to(work_dtype(weight))
+        if 1 not in work.stride():
+            work = work.contiguous()  # or every product would copy it
         check_finite(name, work)
-        found = _krylov(work, rank, seed, tol) if which == "top" else None
-        u, s, vh = found if found is not None else _full(work, rank, which)
-        results.append(_canonical(u, s, vh, out_dtype or weight.dtype))
+        found = top_triplets(work, rank, seed, tol) if which == "top" else None
+        return _canonical(*(found or _full(work, rank, which)), out_dtype or weight.dtype)
+
+    results = map_matrices(one, named, "SVD", progress)
     return results[0] if single else results
 
 
-def _krylov(weight: Tensor, rank: int, seed: int, tol: float) -> TruncatedSVD | None:
-    """Top triplets, or None where the residual stays above ``tol`` within a full SVD's cost."""
-    rows, columns = weight.shape
-    width = rank + max(8, rank // 4)
-    # Beyond a third of the smaller side the Krylov basis costs more than the full SVD.
-    blocks = min(rows, columns) // (3 * width)
-    if blocks < 2:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(columns, width, generator=generator, dtype=torch.float64)
-    last = torch.linalg.qr(weight @ start.to(weight)).Q
-    basis = last
-    for step in range(1, blocks):
-        last = weight @ (weight.mT @ last)
-        for _ in range(2):
-            last = last - basis @ (basis.mT @ last)
-            last = torch.linalg.qr(last).Q
-        basis = torch.cat([basis, last], 1)
-        if step % 2 and step + 1 < blocks:
-            continue
-        found, residual = _ritz(weight, basis, rank)
-        if residual <= tol:
-            return found
-    return None
-
-
-def _ritz(weight: Tensor, basis: Tensor, rank: int) -> tuple[TruncatedSVD, float]:
-    """Rayleigh-Ritz triplets of ``weight`` in the span of ``basis`` and their largest residual."""
-    small = basis.mT @ weight
-    values, vectors = torch.linalg.eigh((small @ small.mT).double())
-    left = vectors.flip(1)[:, :rank].to(weight)
-    s = values.flip(0)[:rank].clamp(min=0).sqrt().to(weight)
-    vh = torch.linalg.qr((left.mT @ small).mT).Q.mT
-    u = basis @ left
-    vh = vh * torch.where((u.mT @ weight * vh).sum(1) < 0, -1.0, 1.0).to(weight)[:, None]
-    # Wᵀu - σv vanishes by construction of v, so the other side shows what the basis lacks.
-    residual = (weight @ vh.mT - u * s).norm(dim=0).max() / s[0].clamp(min=1e-30)
-    return TruncatedSVD(u, s, vh), float(residual)
-
-
 def _full(weight: Tensor, rank: int, which: Which) -> TruncatedSVD:
+    if weight.shape[0] < weight.shape[1]:  # LAPACK is faster on tall matrices
+        flipped = _full(weight.mT, rank, which)
+        return TruncatedSVD(flipped.vh.mT, flipped.s, flipped.u.mT)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     spare = len(s) - rank
     first = {"top": 0, "middle": spare // 2, "bottom": spare}[which]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, cast
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from ..backends import Choice, Problem, choose
 from ..functional import linear_add
+from ..linalg import StartRunner
+from ..linalg.checks import renamed_matrices
 from ..reference import HALF
 from .frozen import check_base, frozen_matrix, is_conv1d
 from .rounding import round_unbiased
@@ -90,26 +91,22 @@ class AdapterLinear(nn.Linear):
         """
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         opts = self.options_type(**options)
-        self._take_over(base, opts, self.start([frozen_matrix(base)], opts)[0])
+        (state,) = self.start([frozen_matrix(base)], opts, StartRunner())
+        self._take_over(base, opts, state)
 
     @classmethod
     def _from_linear(cls, linear: nn.Module, options: Options) -> Any:
         check_base(linear)
-        (state,) = cls.start_named({"linear": frozen_matrix(linear)}, options)
+        (state,) = cls.start_named({"linear": frozen_matrix(linear)}, options, StartRunner())
         return cls.from_state(linear, options, state)
 
     @classmethod
     def start_named(
-        cls, weights: dict[str, Tensor], options: Options, progress: bool = False
+        cls, weights: dict[str, Tensor], options: Options, run: StartRunner
     ) -> list[State]:
         """:meth:`start`, with errors that name the layer instead of a position in the list."""
-        try:
-            return cls.start(list(weights.values()), options, progress)
-        except ValueError as error:
-            message = re.sub(
-                r"weights\[(\d+)\]", lambda m: f"{list(weights)[int(m[1])]}.weight", str(error)
-            )
-            raise ValueError(message) from None
+        with renamed_matrices([f"{name}.weight" for name in weights]):
+            return cls.start(list(weights.values()), options, run)
 
     @classmethod
     def from_state(cls, linear: nn.Module, options: Options, state: State) -> Any:
@@ -119,8 +116,8 @@ class AdapterLinear(nn.Linear):
         return layer
 
     @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
-        """Factors and initial trainables for each W [N, K], computed as one batch."""
+    def start(cls, weights: Sequence[Tensor], options: Any, run: StartRunner) -> list[State]:
+        """Factors and initial trainables for each W [N, K], computed by ``run`` as one batch."""
         raise NotImplementedError
 
     @classmethod
@@ -132,7 +129,7 @@ class AdapterLinear(nn.Linear):
         ValueError
             If they cannot be the factors that were trained with.
         """
-        (state,) = cls.start([weight], options)
+        (state,) = cls.start([weight], options, StartRunner())
         return {name: state[name] for name in cls.factors}
 
     def _take_over(self, linear: nn.Module, options: Options, state: State) -> None:

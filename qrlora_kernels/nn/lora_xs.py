@@ -111,15 +111,15 @@ class LoRAXSLinear(AdapterLinear):
         return cls._from_linear(linear, options)
 
     @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
-        bases = _bases(list(weights), options, progress)
+    def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
+        bases = _bases(list(weights), options, run)
+        rank = options.rank
+        cores = run.drawn(
+            lambda: [torch.randn(rank, rank).to(w.device) * options.init_std for w in weights]
+        )
         return [
-            {
-                "a": a.to(w.dtype).contiguous(),
-                "b": b.to(w.dtype).contiguous(),
-                "core": torch.randn(a.shape[0], a.shape[0]).to(w.device) * options.init_std,
-            }
-            for w, (a, b) in zip(weights, bases, strict=True)
+            {"a": a.to(w.dtype).contiguous(), "b": b.to(w.dtype).contiguous(), "core": core}
+            for w, (a, b), core in zip(weights, bases, cores, strict=True)
         ]
 
     def _configure(self) -> None:
@@ -155,21 +155,22 @@ class LoRAXSLinear(AdapterLinear):
 
 
 def _bases(
-    weights: list[Tensor], options: LoRAXSOptions, progress: bool
+    weights: list[Tensor], options: LoRAXSOptions, run: linalg.StartRunner
 ) -> list[tuple[Tensor, Tensor]]:
     """(a, b) for each weight, with Σ on the side that the options ask for."""
     rank = options.rank
     if options.basis == "random":
-        return [_random_factors(i, w, rank, options.seed) for i, w in enumerate(weights)]
+        flat = run.drawn(lambda: _random_factors(weights, rank, options.seed))
+        return list(zip(flat[::2], flat[1::2], strict=True))
     if options.basis == "random_svd":
         weights = [_random_like(w, options.seed) for w in weights]
-    results = linalg.truncated_svd(
+    results = run(
+        linalg.truncated_svd,
         weights,
-        rank,
+        rank=rank,
         which=options.vectors,
         seed=options.seed,
         out_dtype=torch.float64,
-        progress=progress,
     )
     return [_place_sigma(u, s, vh, options.sigma) for u, s, vh in results]
 
@@ -186,12 +187,16 @@ def _random_like(weight: Tensor, seed: int) -> Tensor:
     return draw * float(weight.detach().float().std())
 
 
-def _random_factors(index: int, weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def _random_factors(weights: list[Tensor], rank: int, seed: int) -> list[Tensor]:
+    """a and b of each weight, one after the other."""
     linalg.check_rank_options(rank, None, "magnitude", None)
-    check_rank_fits(f"weights[{index}]", rank, weight)
-    check_finite(f"weights[{index}]", weight)
-    n, k = weight.shape
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(rank, k, generator=generator) / k**0.5
-    b = torch.randn(n, rank, generator=generator) / n**0.5
-    return a.to(weight.device), b.to(weight.device)
+    factors = []
+    for i, weight in enumerate(weights):
+        check_rank_fits(f"weights[{i}]", rank, weight)
+        check_finite(f"weights[{i}]", weight)
+        n, k = weight.shape
+        generator = torch.Generator().manual_seed(seed)
+        a = torch.randn(rank, k, generator=generator) / k**0.5
+        b = torch.randn(n, rank, generator=generator) / n**0.5
+        factors += [a.to(weight.device), b.to(weight.device)]
+    return factors

@@ -120,8 +120,14 @@ class OHoRALinear(AdapterLinear):
         return cls._from_linear(linear, options)
 
     @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
-        results = linalg.kron_factors(
+    def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
+        for i, weight in enumerate(weights):
+            if options.fold and weight.dtype in HALF:
+                raise ValueError(
+                    f"fold needs float32 or float64 weights, got {weight.dtype} for weights[{i}]"
+                )
+        results = run(
+            linalg.kron_factors,
             list(weights),
             rank=options.rank,
             columns=options.columns,
@@ -129,14 +135,8 @@ class OHoRALinear(AdapterLinear):
             seed=options.seed,
             cut=options.product != "lora",
             out_dtype=torch.float64,
-            progress=progress,
         )
         states = []
-        for i, weight in enumerate(weights):
-            if options.fold and weight.dtype in HALF:
-                raise ValueError(
-                    f"fold needs float32 or float64 weights, got {weight.dtype} for weights[{i}]"
-                )
         for weight, (a0, b0) in zip(weights, results, strict=True):
             dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
             a0, b0 = a0.to(dtype), b0.to(dtype)

@@ -108,15 +108,15 @@ class QRLinear(AdapterLinear):
         return cls._from_linear(linear, options)
 
     @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, progress: bool = False) -> list[State]:
+    def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
         tau = DEFAULT_TAU if options.rank is None and options.tau is None else options.tau
-        results = linalg.pivoted_qr(
+        results = run(
+            linalg.pivoted_qr,
             list(weights),
             rank=options.rank,
             tau=tau,
             rank_rule=options.rank_rule,
             max_rank=options.max_rank,
-            progress=progress,
         )
         return [
             {

@@ -33,7 +33,10 @@ void parallel_for(int threads, int64_t count, const Task& task) {
 // A row-major fp64 panel whose rows and columns are padded with zeros to whole tiles.
 class Panel {
   public:
-    // Zeroed [rows, columns]; the memory is reused.
+    // [rows, columns] of any values, to be followed by clear_padding(); the memory is reused.
+    void shape(int64_t rows, int64_t columns);
+    void clear_padding();
+    // The same, zeroed.
     void reset(int64_t rows, int64_t columns);
     // Columns of `w`, converted.
     void gather(const MatrixView& w, const int64_t* columns, int64_t count, int threads);
@@ -58,9 +61,9 @@ class Basis {
     Basis(int64_t rows, int64_t capacity, int threads);
     // panel -= Q (Qᵀ panel); the coefficients Qᵀ panel stay in coefficients().
     void project_out(Panel& panel);
-    // Appends `panel` · inverse(L)ᵀ, made orthogonal to the basis and orthonormal once more, where
-    // L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
-    void append(Panel& panel, std::vector<double> lower);
+    // Appends `panel` · inverse(L)ᵀ, with `project` made orthogonal to the basis, and orthonormal
+    // once more, where L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
+    void append(Panel& panel, std::vector<double> lower, bool project);
     // Appends columns that are orthonormal already.
     void append_orthonormal(const Panel& panel);
     const Panel& coefficients() const { return coefficients_; }

@@ -10,10 +10,11 @@
 
 namespace qrlora {
 
-// gemm() covers whole tiles only: m must be a multiple of TILE_M and n of TILE_N, so buffers are
-// padded with zeros up to these.
+// gemm() covers whole tiles only: m must be a multiple of TILE_M and n of LANES (one vector of
+// doubles), so buffers are padded with zeros, their rows up to TILE_N.
 constexpr int64_t TILE_M = 8;
 constexpr int64_t TILE_N = 32;
+constexpr int64_t LANES = 8;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 

@@ -1,4 +1,6 @@
-// The search for greedy pivots; pivot_search.cpp chooses them, pivot_bounds.cpp keeps the bounds.
+// The search for greedy pivots; pivot_search.cpp chooses them, pivot_bounds.cpp keeps the bounds
+// and pivot_explicit.cpp the residual matrix of a search for many pivots, whose updates are q and r
+// too.
 #pragma once
 
 #include <limits>
@@ -14,21 +16,23 @@ constexpr double EPS64 = std::numeric_limits<double>::epsilon();
 constexpr double TIE = 1e-13;
 constexpr double DEPENDENT = 64 * EPS64;
 constexpr double BLOCK_DROP = 1e-4;
-// Shares of min(rows, columns): a search that may go beyond the first is explicit from the start,
-// one that a rule may stop earlier becomes explicit at the second.
-constexpr double EXPLICIT_LIMIT = 0.3;
+// Share of min(rows, columns) at which a search that a rule may stop keeps the residual matrix.
 constexpr double EXPLICIT_FROM = 0.2;
+// Candidates at a time where it is kept: all it takes to know them is their Gram.
+constexpr int64_t EXPLICIT_BLOCK = 64;
 constexpr double NONE = -std::numeric_limits<double>::infinity();
 
 enum class Outcome { more, refresh, below_tau };
 
 class Search {
   public:
-    Search(const MatrixView& w, const PivotOptions& options, int threads)
+    // With `out`, which asks for a limit beyond EXPLICIT_LIMIT and no rule, q and r are written.
+    Search(const MatrixView& w, const PivotOptions& options, int threads, const FactorOutputs* out)
         : w_(w),
           options_(options),
           threads_(threads),
-          basis_(w.rows, capacity(w, options), threads),
+          out_(out),
+          basis_(w.rows, out ? options.limit : capacity(w, options), threads),
           fp32_pass_(w.dtype != DType::f64) {}
 
     Pivots run(const Interrupted& interrupted);
@@ -43,14 +47,19 @@ class Search {
     void take_block();
     template <class T>
     void lower_bounds(const Panel& added);
-    void project_explicit(const Panel& added, const double* q, int64_t height, int64_t first,
-                          int64_t ld, double* rows);
+    template <class T>
+    void lower_bound(int64_t j, const T* row, int64_t stride, double unit);
+    void enter_growth(int64_t count);
     void refresh(double known2);
     void set_exact(int64_t column, double norm2);
     bool bracketed() const;
     bool wants_explicit() const;
     void make_explicit();
     void compact();
+    void update_explicit(const Panel& added);
+    void store_rows(int64_t first, int64_t last, int64_t count);
+    void store_basis();
+    bool shrunk() const;
     void gather_residual(const int64_t* columns, int64_t count);
 
     double bound(int64_t j) const { return alive_[j] ? norm2_[j] + slack_[j] : NONE; }
@@ -61,6 +70,7 @@ class Search {
     const MatrixView& w_;
     const PivotOptions& options_;
     const int threads_;
+    const FactorOutputs* const out_;
     Basis basis_;
     bool fp32_pass_;
     // Per column: norm² at the start, estimate of the residual norm², bound of its error, squared
@@ -71,13 +81,13 @@ class Search {
     double outside_ = NONE;  // largest bound outside the candidates, and its lowest column
     int64_t outside_column_ = 0;
     Panel residual_, gram_, accepted_panel_;
-    // The residual of the columns kept_, and where in it a column is.
+    // The residual of the columns kept_, transposed, and where in it a column is.
     bool explicit_ = false;
-    Panel matrix_, compacted_;
+    Panel matrix_, coefficients_, transposed_;
     std::vector<int64_t> kept_, place_;
     std::vector<double> left2_;
     std::vector<int64_t> accepted_;
-    std::vector<double> lower_;
+    std::vector<double> lower_, growth_;
     double floor2_ = 0.0;  // magnitude rule: (tau |R_11|)²
     Pivots found_;
 };

@@ -32,9 +32,6 @@ struct Pivots {
 // Called after every block of pivots of a matrix; true asks to give up.
 using Interrupted = std::function<bool()>;
 
-Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
-                     const Interrupted& interrupted);
-
 // q [rows, count] and r [count, columns], row-major in `dtype`, and the fp64 diagonal [count].
 struct FactorOutputs {
     void* q;
@@ -42,6 +39,29 @@ struct FactorOutputs {
     DType dtype;
     double* diagonal;
 };
+
+inline void store(void* out, DType dtype, int64_t at, double value) {
+    switch (dtype) {
+        case DType::f32:
+            static_cast<float*>(out)[at] = static_cast<float>(value);
+            break;
+        case DType::f64:
+            static_cast<double*>(out)[at] = value;
+            break;
+        case DType::bf16:
+            static_cast<bf16*>(out)[at] = to_bf16(static_cast<float>(value));
+            break;
+        case DType::f16:
+            static_cast<_Float16*>(out)[at] = static_cast<_Float16>(value);
+            break;
+    }
+}
+
+// From this share of min(rows, columns) on, a search without a rule keeps the residual matrix from
+// the start and has q and r for nothing: `out`, zeroed and with room for the limit, may be given.
+constexpr double EXPLICIT_LIMIT = 0.2;
+Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
+                     const Interrupted& interrupted, const FactorOutputs* out = nullptr);
 
 // False if interrupted.
 bool factors_from_pivots(const MatrixView& w, const std::vector<int64_t>& pivots,

@@ -1,0 +1,128 @@
+// The residual matrix of a search for many pivots: kept in fp64, transposed, so that a column is
+// contiguous and both products of an update read panels as they lie.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "qrlora/cpu/pivot_search.h"
+
+namespace qrlora {
+namespace {
+
+// Columns updated at a time: their residuals stay in the second-level cache between the products.
+constexpr int64_t CHUNK = 64;
+// Share of a norm² below which a column is made orthogonal to the whole basis once more.
+constexpr double KEPT2 = 0.01;
+
+MatrixView flipped(const MatrixView& w) {
+    return {w.data, w.dtype, w.columns, w.rows, w.column_stride, w.row_stride};
+}
+
+void transpose(const Panel& from, int64_t columns, Panel& to) {
+    to.shape(columns, from.rows);
+    for (int64_t i = 0; i < from.rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) to.row(j)[i] = from.row(i)[j];
+    }
+    to.clear_padding();
+}
+
+}  // namespace
+
+bool Search::wants_explicit() const {
+    const double whole = static_cast<double>(std::min(w_.rows, w_.columns));
+    if (options_.limit <= EXPLICIT_LIMIT * whole) return false;
+    return options_.rule == RankRule::none || basis_.size() >= EXPLICIT_FROM * whole;
+}
+
+void Search::make_explicit() {
+    std::vector<int64_t> all(w_.rows);
+    std::iota(all.begin(), all.end(), int64_t(0));
+    matrix_.gather(flipped(w_), all.data(), w_.rows, threads_);
+    kept_.resize(w_.columns);
+    std::iota(kept_.begin(), kept_.end(), int64_t(0));
+    place_ = kept_;
+    explicit_ = true;
+    fp32_pass_ = false;
+    if (basis_.size() > 0) {
+        coefficients_.reset(matrix_.rows, basis_.size());
+        multiply_nn(matrix_, w_.rows, basis_.panel(), coefficients_, 1.0, threads_);
+        transpose(basis_.panel(), basis_.size(), transposed_);
+        multiply_nn(coefficients_, basis_.size(), transposed_, matrix_, -1.0, threads_);
+    }
+}
+
+// Drops columns that are pivots or dependent by now: the last ones move into their places.
+void Search::compact() {
+    int64_t size = static_cast<int64_t>(kept_.size());
+    for (int64_t i = 0; i < size; ++i) {
+        while (i < size && !alive_[kept_[i]]) {
+            --size;
+            if (i == size) break;
+            kept_[i] = kept_[size];
+            place_[kept_[i]] = i;
+            std::copy(matrix_.row(size), matrix_.row(size) + w_.rows, matrix_.row(i));
+        }
+    }
+    kept_.resize(size);
+    matrix_.rows = size;
+}
+
+// Some accepted column is so short by now that its residual's rounding shows in its direction.
+bool Search::shrunk() const {
+    const size_t before = found_.columns.size() - accepted_.size();
+    for (size_t s = before; s < found_.columns.size(); ++s) {
+        const double norm = found_.norms[s];
+        if (norm * norm < KEPT2 * start2_[found_.columns[s]]) return true;
+    }
+    return false;
+}
+
+// R = addedᵀ E for the residual E, then E -= added R; the rows R are rows of r.
+void Search::update_explicit(const Panel& added) {
+    const int64_t count = added.columns, columns = matrix_.rows;
+    const double unit = 8 * EPS64 * std::sqrt(static_cast<double>(count));
+    transpose(added, count, transposed_);
+    coefficients_.reset(columns, count);
+    const int64_t padded = round_up(columns, TILE_M);
+    parallel_for(threads_, (padded + CHUNK - 1) / CHUNK, [&](int64_t tile) {
+        const int64_t first = tile * CHUNK, last = std::min(first + CHUNK, padded);
+        dense_kernels().gemm_nn({last - first, round_up(count, LANES), w_.rows, matrix_.row(first),
+                                 matrix_.ld, added.row(0), added.ld, coefficients_.row(first),
+                                 coefficients_.ld, 1.0});
+        dense_kernels().gemm_nn({last - first, round_up(w_.rows, TILE_N), count,
+                                 coefficients_.row(first), coefficients_.ld, transposed_.row(0),
+                                 transposed_.ld, matrix_.row(first), matrix_.ld, -1.0});
+        const int64_t end = std::min(last, columns);
+        for (int64_t i = first; i < end; ++i) lower_bound(kept_[i], coefficients_.row(i), 1, unit);
+        if (out_) store_rows(first, end, count);
+    });
+}
+
+void Search::store_basis() {
+    const int64_t size = basis_.size();
+    for (int64_t i = 0; i < w_.rows; ++i) {
+        const double* row = basis_.panel().row(i);
+        for (int64_t j = 0; j < size; ++j) {
+            store(out_->q, out_->dtype, i * options_.limit + j, row[j]);
+        }
+    }
+}
+
+// The new rows of r at the columns [first, last) of the residual. alive_ is still that before the
+// block; at an accepted column the rows are a column of the triangle.
+void Search::store_rows(int64_t first, int64_t last, int64_t count) {
+    const int64_t before = static_cast<int64_t>(found_.columns.size()) - count;
+    for (int64_t i = first; i < last; ++i) {
+        const int64_t j = kept_[i];
+        if (!alive_[j]) continue;
+        const auto at = std::find(found_.columns.begin() + before, found_.columns.end(), j);
+        const bool accepted = at != found_.columns.end();
+        const int64_t rows = accepted ? at - found_.columns.begin() - before + 1 : count;
+        for (int64_t s = 0; s < rows; ++s) {
+            store(out_->r, out_->dtype, (before + s) * w_.columns + j, coefficients_.row(i)[s]);
+        }
+        if (accepted) out_->diagonal[before + rows - 1] = coefficients_.row(i)[rows - 1];
+    }
+}
+
+}  // namespace qrlora

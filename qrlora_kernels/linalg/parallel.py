@@ -1,0 +1,60 @@
+"""One matrix of a list per thread, or all threads on one matrix, as its size decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+T = TypeVar("T")
+Named = tuple[str, Tensor]
+
+# As SHARED_ELEMENTS of csrc/bindings/linalg.cpp: from here all threads work on one matrix.
+SHARED_ELEMENTS = 1 << 22
+
+
+def map_matrices(
+    task: Callable[[str, Tensor], T], named: Sequence[Named], title: str, progress: bool
+) -> list[T]:
+    """``task(name, matrix)`` of each matrix, in order, with a bar over them if ``progress``.
+
+    A small CPU matrix gets one thread, also when it is alone: library products on another number
+    of threads have other bits, and a result must not depend on the rest of the list.
+    """
+    large = [item for item in named if not _is_small(item[1])]
+    small = [item for item in named if _is_small(item[1])]
+    results: dict[str, T] = {}
+    with tqdm(total=len(named), desc=title, unit="matrix", disable=not progress) as bar:
+        for name, matrix in large:
+            results[name] = task(name, matrix)
+            bar.update()
+        for (name, _), result in zip(small, _one_thread_each(task, small), strict=True):
+            results[name] = result
+            bar.update()
+    return [results[name] for name, _ in named]
+
+
+def _is_small(matrix: Tensor) -> bool:
+    return matrix.device.type == "cpu" and matrix.numel() < SHARED_ELEMENTS
+
+
+def _one_thread_each(task: Callable[[str, Tensor], T], named: Sequence[Named]) -> Iterator[T]:
+    threads = torch.get_num_threads()
+    workers = min(threads, len(named))
+    try:
+        if workers <= 1:
+            torch.set_num_threads(1)
+            yield from (task(*item) for item in named)
+            return
+        # set_num_threads holds for the calling thread, and as the start of threads made later.
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            yield from pool.map(lambda item: task(*item), named)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    finally:
+        torch.set_num_threads(threads)
