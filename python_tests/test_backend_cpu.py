@@ -153,3 +153,12 @@ def test_operands_in_any_layout(backend: ModuleType, name: str) -> None:
             train={k: layout(t) for k, t in op.train.items()},
         )
         compare_errors([op], [other.run(backend)])
+
+
+@needs_core
+@pytest.mark.parametrize("name", ["qr_linear", "lora_xs_linear"])
+def test_gate_gradients_over_very_many_tokens(name: str) -> None:
+    """Sums over tokens of one sign: one long fp32 sum would lose two digits."""
+    op = draw(name, 60_000, 32, 32, 16, torch.float32)
+    op = replace(op, x=op.x.abs(), dy=op.dy.abs())
+    check_error_rule(cpu, op)

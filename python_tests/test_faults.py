@@ -287,3 +287,25 @@ def test_fault_19_a_backend_that_is_asked_for_runs_or_raises(op, monkeypatch):
     for backend in refused:
         with pytest.raises(ValueError, match=f"backend '{backend}' cannot run {op} here: "):
             helpers.call(op, operands, backend=backend)
+
+
+@each_op
+def test_results_are_on_the_device_of_x(op):
+    """A default device other than x's must not receive what a CPU kernel writes."""
+    operands = helpers.operands(op, 4, 24, 36, 3)
+    dy = helpers.gradient_like(op, operands)
+    for backend in helpers.cpu_backends(op, torch.float32):
+        run = lambda o, given: helpers.call(o, given, backend=backend)  # noqa: E731, B023
+        want = helpers.outcome(run, op, operands, dy)
+        with torch.device("meta"):
+            got = helpers.outcome(run, op, operands, dy)
+        for name, value in want.items():
+            assert helpers.same_bits(got[name], value), (backend, name)
+
+
+@pytest.mark.parametrize("kind", ["qr", "lora_xs", "ohora"])
+def test_a_start_is_computed_on_the_device_of_the_weight(kind):
+    model = nn.Sequential(base())
+    with torch.device("meta"):
+        qk.adapt(model, "0", kind, rank=4, progress=False)
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}

@@ -78,6 +78,18 @@ def test_rebuild_has_the_same_bits(name: str, options: dict[str, object]) -> Non
     assert same_bits(found, rebuild_pivoted_qr(weight, found.pivots))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [10, 19, 39, 41])
+def test_rebuild_of_a_matrix_that_ends_early(rank: int, dtype: torch.dtype) -> None:
+    """The limit asks for many pivots, the matrix has few: both make factors from what was found."""
+    weight = gaussian(200, 200).to(dtype)
+    weight[rank:] = 0
+    found = pivoted_qr(weight, rank=60)
+    assert found.rank == rank
+    assert found.deficient
+    assert same_bits(found, rebuild_pivoted_qr(weight, found.pivots))
+
+
 def test_rebuild_takes_pivots_that_are_not_the_greedy_ones() -> None:
     weight = gaussian(60, 60)
     pivots = torch.arange(59, -1, -1)

@@ -96,6 +96,15 @@ def test_broken_file_is_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_files_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    """Others who share the folder can read them."""
+    cached_start(pivoted_qr, WEIGHTS[:1], tmp_path / "cache", rank=4)
+    [file] = (tmp_path / "cache").iterdir()
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert file.stat().st_mode == plain.stat().st_mode
+
+
 def test_unknown_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="start must be one of"):
         cached_start(torch.linalg.qr, WEIGHTS, tmp_path)

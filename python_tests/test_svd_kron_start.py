@@ -61,6 +61,33 @@ def test_rank_that_costs_a_full_svd_takes_it_at_once(monkeypatch: pytest.MonkeyP
         assert krylov.top_triplets(gaussian(*shape), rank, 0, 1e-3) is None
 
 
+def _rows_only(count: int) -> Tensor:
+    weight = torch.zeros(400, 400)
+    weight[:count] = gaussian(count, 400).float()
+    return weight
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        _rows_only(4),
+        _rows_only(20),
+        torch.diag(torch.tensor([3.0, 2.0, 1.0] + [0.0] * 397)),
+        torch.zeros(400, 400),
+        gaussian(400, 400).float() * 1e19,  # squares overflow
+        gaussian(400, 400).float() * 1e-22,  # squares vanish
+    ],
+    ids=["4 rows", "20 rows", "diagonal", "zero", "large", "small"],
+)
+def test_svd_of_a_space_that_ends_early(weight: Tensor) -> None:
+    """A Krylov space ends with the matrix's rank; what would follow is rounding."""
+    u, s, vh = truncated_svd(weight, 12)
+    want = torch.linalg.svdvals(weight.double())[:12]
+    torch.testing.assert_close(s.double(), want, rtol=1e-4, atol=1e-6 * float(want[0]))
+    for basis in (u, vh.mT):
+        assert (basis.mT @ basis - torch.eye(12)).abs().max() < 1e-4
+
+
 def test_repeated_singular_values_are_all_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp64 the blocks of 16 give 32 copies of the value, none with a residual; probes find 8."""
     monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
@@ -202,6 +229,11 @@ def test_a_start_that_cannot_train_is_refused() -> None:
     weight[:, :6] = 0  # R is zero in its first r columns
     with pytest.raises(ValueError, match="other than zero"):
         kron_factors(weight, rank=6)
+
+
+def test_cut_is_refused_where_nothing_is_cut() -> None:
+    with pytest.raises(ValueError, match="cut must be True for start='kaiming'"):
+        kron_factors(gaussian(64, 64), rank=4, start="kaiming", cut=False)
 
 
 def test_effective_rank() -> None:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .files import save_tensors
 from .fingerprint import fingerprint
 from .model import adapted_layers, adapter_type, install, require_adapted, trained
 from .nn import AdapterLinear
@@ -80,7 +79,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: Factor
         "torch": torch.__version__,
         "manifest": json.dumps(manifest),
     }
-    _replace_file(Path(path), tensors, metadata)
+    save_tensors(Path(path), tensors, metadata)
 
 
 def _statistics(model: nn.Module, layers: dict[str, AdapterLinear]) -> dict[str, Tensor]:
@@ -126,24 +125,6 @@ def _for_file(tensor: Tensor) -> Tensor:
 
 def _from_file(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor
-
-
-def _replace_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load_adapter(

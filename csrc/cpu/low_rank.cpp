@@ -103,31 +103,45 @@ struct Pass {
                      });
     }
 
-    // dG = s Σ_m h ∘ g, or s hᵀ g.
-    void gate_gradient(const T* h, const T* g, T* dgate) const {
-        if (!d.core) {
-            over_columns(d.r, 64, [&](int64_t first, int64_t last) {
-                std::fill(dgate + first, dgate + last, T(0));
-                for (int64_t i = 0; i < d.m; ++i)
-                    for (int64_t j = first; j < last; ++j)
-                        dgate[j] += h[i * d.r + j] * g[i * d.r + j];
-                for (int64_t j = first; j < last; ++j) dgate[j] *= scaling;
-            });
-            return;
-        }
-        over_columns(d.r, 32, [&](int64_t first, int64_t last) {
-            start_columns<T>(d.r, nullptr, first, last, dgate, d.r);
-            add_rows<T>(d.r, {h, 1, d.r}, {g, d.r, 1}, d.m, first, last, dgate, d.r);
-            for (int64_t i = 0; i < d.r; ++i)
-                for (int64_t j = first; j < last; ++j) dgate[i * d.r + j] *= scaling;
+    // dλ = s Σ_m h ∘ g.
+    void diagonal_gradient(const T* h, const T* g, T* dlam) const {
+        over_columns(d.r, 64, [&](int64_t first, int64_t last) {
+            double sum[64] = {};
+            for (int64_t i = 0; i < d.m; ++i)
+                for (int64_t j = first; j < last; ++j)
+                    sum[j - first] += static_cast<double>(h[i * d.r + j]) * g[i * d.r + j];
+            for (int64_t j = first; j < last; ++j)
+                dlam[j] = static_cast<T>(d.scaling * sum[j - first]);
+        });
+    }
+
+    // dC = s hᵀ g. Tokens are summed in chunks and the chunks in order: a long sum is made of short
+    // ones, which keeps its error low.
+    void core_gradient(const T* h, const T* g, T* dcore) const {
+        constexpr int64_t chunk = 1024, rows = 64, block = 32;
+        over_columns(d.r, block, [&](int64_t first, int64_t last) {
+            start_columns<T>(d.r, nullptr, first, last, dcore, d.r);
+            for (int64_t i0 = 0; i0 < d.r; i0 += rows) {
+                const int64_t count = std::min(rows, d.r - i0);
+                for (int64_t m0 = 0; m0 < d.m; m0 += chunk) {
+                    T part[rows * block] = {};
+                    add_rows<T>(count, {h + m0 * d.r + i0, 1, d.r}, {g + m0 * d.r + first, d.r, 1},
+                                std::min(chunk, d.m - m0), 0, last - first, part, block);
+                    for (int64_t i = 0; i < count; ++i)
+                        for (int64_t j = first; j < last; ++j)
+                            dcore[(i0 + i) * d.r + j] += part[i * block + j - first];
+                }
+                for (int64_t i = i0; i < i0 + count; ++i)
+                    for (int64_t j = first; j < last; ++j) dcore[i * d.r + j] *= scaling;
+            }
         });
     }
 };
 
 template <typename T>
 void forward(const LowRank& d, const LowRankForward& io) {
-    thread_local AlignedBuffer<T> buffer;
-    T *mid = buffer.reserve(d.m * d.r), *h = static_cast<T*>(io.h);
+    AlignedBuffer<T> large;
+    T *mid = scratch(large, d.m * d.r).reserve(d.m * d.r), *h = static_cast<T*>(io.h);
     const Pass<T> pass(d);
     const auto x = layout<T>(io.x);
 #pragma omp parallel num_threads(pass.threads)
@@ -141,14 +155,17 @@ void forward(const LowRank& d, const LowRankForward& io) {
 
 template <typename T>
 void backward(const LowRank& d, const LowRankBackward& io) {
-    thread_local AlignedBuffer<T> buffer;
-    T *g = buffer.reserve(2 * d.m * d.r), *mid = g + d.m * d.r;
+    AlignedBuffer<T> large;
+    T *g = scratch(large, 2 * d.m * d.r).reserve(2 * d.m * d.r), *mid = g + d.m * d.r;
     const Pass<T> pass(d);
     const auto dy = layout<T>(io.dy);
 #pragma omp parallel num_threads(pass.threads)
     {
         pass.into_rank(dy, layout<T>(d.up), d.n, g, mid);
-        if (io.dgate) pass.gate_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
+        if (io.dgate && d.core)
+            pass.core_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
+        else if (io.dgate)
+            pass.diagonal_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
         if (io.dx) {
             if (d.core) pass.through_core(g, {pass.gate, 1, d.r}, mid);
             pass.out_of_rank(dy, layout<T>(d.weight), d.n, mid, layout<T>(d.down),

@@ -237,7 +237,7 @@ def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) ->
 @functools.cache
 def _onednn_runs(dtype: torch.dtype) -> bool:
     """Whether oneDNN's linear with a bias and an added tensor runs for ``dtype`` on this CPU."""
-    one = torch.ones(32, 32, dtype=dtype)
+    one = torch.ones(32, 32, dtype=dtype, device="cpu")
     try:
         y = _linear_bias_add(one, one, one[0], one)
     except (AttributeError, RuntimeError):

@@ -85,7 +85,7 @@ def kron_update(
     left, right = kron_terms(
         a, b, a0, b0, scaling, x.dtype if tiles else accumulation_dtype(x.dtype)
     )
-    update = torch.empty(x.shape[0], n * r, dtype=xs.dtype)
+    update = xs.new_empty(x.shape[0], n * r)
     left_cat, right_cat = torch.cat(left, 1), torch.cat(right)
     native.core().kron_forward(
         x.shape[0], n, r, k, len(left), DTYPES[xs.dtype],
@@ -138,9 +138,9 @@ def kron_gradients(
     left_t = torch.cat([t.mT for t in left]).contiguous()
     right_t = torch.cat([t.mT for t in right]).contiguous()
     right_0 = right[0].contiguous()
-    dx = torch.empty(x.shape, dtype=xs.dtype) if need_dx else None
-    da = torch.empty(n, r, dtype=wide) if need_da else None
-    db = torch.empty(k, r, dtype=wide) if need_db else None
+    dx = xs.new_empty(x.shape) if need_dx else None
+    da = xs.new_empty(n, r, dtype=wide) if need_da else None
+    db = xs.new_empty(k, r, dtype=wide) if need_db else None
     native.core().kron_backward(
         x.shape[0], n, r, k, len(left), DTYPES[xs.dtype],
         dys.data_ptr(), dys.stride(0), xs.data_ptr(), xs.stride(0),

@@ -83,8 +83,8 @@ def _forward(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     m, r, dtype = x.shape[0], gate.shape[-1], x.dtype
-    y = torch.empty(m, weight.shape[0], dtype=dtype)
-    h = torch.empty(m, r, dtype=dtype)
+    # On the device of x: the default device may be another.
+    y, h = x.new_empty(m, weight.shape[0]), x.new_empty(m, r)
     # The tensors are held until the kernel returns: they may be copies in a layout that it reads.
     gate, bias = gate.contiguous(), None if bias is None else bias.contiguous()
     held, operands = zip(matrix(rows(x)), matrix(weight), matrix(down), matrix(up), strict=True)
@@ -111,8 +111,8 @@ def _backward(
     if not (need_dx or need_dgate):
         return None, None
     m, dtype = dy.shape[0], dy.dtype
-    dx = torch.empty(m, weight.shape[1], dtype=dtype) if need_dx else None
-    dgate = torch.empty(gate.shape, dtype=accumulation_dtype(dtype)) if need_dgate else None
+    dx = dy.new_empty(m, weight.shape[1]) if need_dx else None
+    dgate = dy.new_empty(gate.shape, dtype=accumulation_dtype(dtype)) if need_dgate else None
     gate_, h = gate.contiguous(), h.contiguous()
     held, operands = zip(matrix(rows(dy)), matrix(weight), matrix(down), matrix(up), strict=True)
     native.core().low_rank_backward(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import save_tensors
 from ..fingerprint import fingerprint
 from .checks import named_matrices
 from .records import Start, check_start, from_record, start_some, to_record
@@ -107,11 +105,4 @@ class Store:
         """Under a name of its own first: other processes see the whole file or none."""
         tensors, values = to_record(result)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        handle, draft = tempfile.mkstemp(dir=self.root, suffix=".part")
-        os.close(handle)
-        try:
-            save_file(contiguous, draft, metadata={"values": json.dumps(values)})
-            os.replace(draft, self.path(key))
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(draft)
+        save_tensors(self.path(key), contiguous, {"values": json.dumps(values)})

@@ -122,6 +122,8 @@ def kron_factors(
     ):
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+    if start == "kaiming" and not cut:
+        raise ValueError("cut must be True for start='kaiming', which draws A0 and B0 as they are")
     named, single = named_matrices(weights)
 
     def one(name: str, weight: Tensor) -> KronFactors:

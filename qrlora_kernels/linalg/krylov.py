@@ -16,6 +16,9 @@ MOST_BASIS = 0.75
 # Between two checks the basis grows by these factors.
 LEAST_GROWTH, MOST_GROWTH = 1.1, 1.3
 PROBE_STEPS = 3
+# Share of a block's norm under which nothing but rounding is left of it, and the largest accepted
+# entry of UᵀU - I.
+EXHAUSTED, ORTHOGONAL = 1e-5, 1e-4
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -41,18 +44,21 @@ def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets |
     size, residual, check = 0, math.inf, 2 * rank + 4 * BLOCK
     while basis.size < limit:
         while basis.size < min(check, limit):
-            basis.grow(weight @ basis.last_image)
+            if not basis.grow(weight @ basis.last_image):
+                return None
         triplets = basis.triplets(rank)
+        if triplets is None:
+            return None
         before = (size, residual)
         size, residual = basis.size, _residual(weight, triplets)
         check = _next_check(*before, size, residual, tol)
-        if residual > tol:
+        if not residual <= tol:  # NaN included
             continue
         missed = _missed_direction(weight, triplets, tol, generator)
         if missed is None:
             return triplets
-        if basis.size < limit:
-            basis.grow(missed)
+        if basis.size < limit and not basis.grow(missed):
+            return None
     return None
 
 
@@ -70,31 +76,44 @@ class _Basis:
     def last_image(self) -> Tensor:
         return self._images[self.size - BLOCK : self.size].mT
 
-    def grow(self, block: Tensor) -> None:
-        """Add the directions of ``block`` [N, BLOCK] that the basis lacks."""
+    def grow(self, block: Tensor) -> bool:
+        """Add the directions of ``block`` [N, BLOCK] that the basis lacks; False if it lacks none.
+
+        The space of a matrix of low rank ends early; what is left of a block is rounding, then.
+        """
         known = self._columns[: self.size]
         for _ in range(2):
-            block = torch.linalg.qr(block - known.mT @ (known @ block)).Q
+            rest = block - known.mT @ (known @ block)
+            if not float(rest.norm()) > EXHAUSTED * float(block.norm()):  # NaN included
+                return False
+            block = torch.linalg.qr(rest).Q
         new = slice(self.size, self.size + BLOCK)
         self._columns[new] = block.mT
         torch.mm(block.mT, self.weight, out=self._images[new])
         self.size += BLOCK
+        return True
 
-    def triplets(self, rank: int) -> Triplets:
-        """Rayleigh-Ritz triplets in the span of the basis.
+    def triplets(self, rank: int) -> Triplets | None:
+        """Rayleigh-Ritz triplets in the span of the basis; None where they have no meaning.
 
         The eigenvectors of the large problem, in the weight's precision, give the subspace; its
         values and vectors come from a problem of order ``rank`` in fp64.
         """
         columns, images = self._columns[: self.size], self._images[: self.size]
-        left = torch.linalg.eigh(images @ images.mT)[1][:, -rank:]
+        gram = images @ images.mT
+        if not bool(torch.isfinite(gram).all()):  # of values whose squares overflow
+            return None
+        left = torch.linalg.eigh(gram)[1][:, -rank:]
         image = (images.mT @ left).double()
         values, turn = torch.linalg.eigh(image.mT @ image)
         turn, s = turn.flip(1), values.flip(0).clamp(min=0).sqrt().to(columns)
         # QR and not a division by s, which may be zero.
         right, triangle = torch.linalg.qr((image @ turn).to(columns))
         sign = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(right)
-        return columns.mT @ (left @ turn.to(left)), s, (right * sign).mT
+        u = columns.mT @ (left @ turn.to(left))
+        # Part of a block may have been rounding: its directions are not orthogonal to the others.
+        error = (u.mT @ u - torch.eye(rank).to(u)).abs().max()
+        return (u, s, (right * sign).mT) if float(error) < ORTHOGONAL else None
 
 
 def _draw(weight: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -11,6 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
+# torch keeps the number for threads made later in the process: two starts at once, from two threads
+# of the caller's, would each put back what the other has set.
+_THREADS_LOCK = threading.Lock()
 Named = tuple[str, Tensor]
 
 # As SHARED_ELEMENTS of csrc/bindings/linalg.cpp: from here all threads work on one matrix.
@@ -23,7 +27,8 @@ def map_matrices(
     """``task(name, matrix)`` of each matrix, in order, with a bar over them if ``progress``.
 
     A small CPU matrix gets one thread, also when it is alone: library products on another number
-    of threads have other bits, and a result must not depend on the rest of the list.
+    of threads have other bits, and a result must not depend on the rest of the list. Threads that
+    use torch for the first time meanwhile start with one, too.
     """
     large = [item for item in named if not _is_small(item[1])]
     small = [item for item in named if _is_small(item[1])]
@@ -43,6 +48,11 @@ def _is_small(matrix: Tensor) -> bool:
 
 
 def _one_thread_each(task: Callable[[str, Tensor], T], named: Sequence[Named]) -> Iterator[T]:
+    with _THREADS_LOCK:
+        yield from _on_workers(task, named)
+
+
+def _on_workers(task: Callable[[str, Tensor], T], named: Sequence[Named]) -> Iterator[T]:
     threads = torch.get_num_threads()
     workers = min(threads, len(named))
     try:

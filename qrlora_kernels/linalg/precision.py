@@ -14,12 +14,16 @@ R = TypeVar("R")
 
 
 def start_computation(function: Callable[P, R]) -> Callable[P, R]:
-    """Run ``function`` without gradients and without autocast, which would round fp32 products."""
+    """Run ``function`` without gradients and without autocast, which would round fp32 products.
+
+    What it makes without naming a device is on the CPU, whatever the caller's default device is.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with (
             torch.no_grad(),
+            torch.device("cpu"),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
         ):

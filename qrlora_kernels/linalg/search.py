@@ -85,7 +85,10 @@ def choose_pivots(
         )
         for i, (pivots, made) in zip(many, results, strict=True):
             found[i] = _searched(named[i][0], pivots)
-            factors[i] = made
+            # A deficient matrix may have few pivots after all: then their factors are made as they
+            # will be made from the pivots alone.
+            if cpu_core.needs_many(named[i][1], len(found[i].columns)):
+                factors[i] = made
     if few:
         weights = [named[i][1] for i in few]
         searched = cpu_core.search(

@@ -59,8 +59,8 @@ def truncated_svd(
 
     "top" runs a randomised block Krylov iteration (Halko et al. 2011; Musco and Musco 2015) with a
     fixed seed and checks its residual; where the tail is not resolved within the cost of a full
-    SVD, or for a rank above a fifth of min(N, K), the full SVD is taken. "middle" (around the
-    median singular value) and "bottom" always take the full SVD. The global random state is not
+    SVD, or for a rank above 0.15 min(N, K) or min(N, K)²/6500, the full SVD is taken. "middle"
+    (around the median singular value) and "bottom" always take it. The global random state is not
     touched. Small matrices run one per thread; results do not depend on the rest of the list.
 
     Parameters

@@ -115,7 +115,10 @@ class LoRAXSLinear(AdapterLinear):
         bases = _bases(list(weights), options, run)
         rank = options.rank
         cores = run.drawn(
-            lambda: [torch.randn(rank, rank).to(w.device) * options.init_std for w in weights]
+            lambda: [
+                torch.randn(rank, rank, device="cpu").to(w.device) * options.init_std
+                for w in weights
+            ]
         )
         return [
             {"a": a.to(w.dtype).contiguous(), "b": b.to(w.dtype).contiguous(), "core": core}
@@ -183,7 +186,7 @@ def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, T
 
 def _random_like(weight: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(weight.shape, generator=generator).to(weight.device)
+    draw = torch.randn(weight.shape, generator=generator, device="cpu").to(weight.device)
     return draw * float(weight.detach().float().std())
 
 
@@ -196,7 +199,7 @@ def _random_factors(weights: list[Tensor], rank: int, seed: int) -> list[Tensor]
         check_finite(f"weights[{i}]", weight)
         n, k = weight.shape
         generator = torch.Generator().manual_seed(seed)
-        a = torch.randn(rank, k, generator=generator) / k**0.5
-        b = torch.randn(n, rank, generator=generator) / n**0.5
+        a = torch.randn(rank, k, generator=generator, device="cpu") / k**0.5
+        b = torch.randn(n, rank, generator=generator, device="cpu") / n**0.5
         factors += [a.to(weight.device), b.to(weight.device)]
     return factors

@@ -40,6 +40,8 @@ def round_unbiased(values: Tensor, dtype: torch.dtype, seed: int = _SEED) -> Ten
     other = torch.where(near == 0, torch.where(error < 0, -smallest, smallest), other)
     gap = (other.to(values.dtype) - near.to(values.dtype)).abs()
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.rand(values.shape, generator=generator, dtype=torch.float32).to(values.device)
+    draw = torch.rand(values.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+        values.device
+    )
     moves = (error != 0) & torch.isfinite(other) & (draw * gap < error.abs())
     return torch.where(moves, other, near)

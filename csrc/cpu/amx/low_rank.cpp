@@ -79,7 +79,8 @@ void gate_gradient(const LowRank& d, const bf16* h, const bf16* g, float* out, S
 }  // namespace
 
 void low_rank_forward(const LowRank& d, const LowRankForward& io) {
-    thread_local Scratch scratch;
+    Scratch large;
+    Scratch& scratch = qrlora::scratch(large, d.m * d.r);
     bf16* mid = scratch.mid.reserve(d.m * d.r);
     const Matrix x = matrix(io.x);
     into_rank(d, x, transposed(d.down), d.k, false, static_cast<bf16*>(io.h), mid, scratch);
@@ -90,7 +91,8 @@ void low_rank_forward(const LowRank& d, const LowRankForward& io) {
 }
 
 void low_rank_backward(const LowRank& d, const LowRankBackward& io) {
-    thread_local Scratch scratch;
+    Scratch large;
+    Scratch& scratch = qrlora::scratch(large, d.m * d.r);
     bf16 *inner = scratch.inner.reserve(d.m * d.r), *mid = scratch.mid.reserve(d.m * d.r);
     const Matrix dy = matrix(io.dy);
     into_rank(d, dy, matrix(d.up), d.n, true, inner, mid, scratch);

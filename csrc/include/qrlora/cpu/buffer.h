@@ -46,4 +46,12 @@ class AlignedBuffer {
     int64_t count_ = 0;
 };
 
+// The calling thread's own scratch, kept for its next call, or `large` where it would be large.
+template <class Scratch>
+Scratch& scratch(Scratch& large, int64_t elements) {
+    constexpr int64_t kept_elements = 1 << 20;
+    thread_local Scratch kept;
+    return elements <= kept_elements ? kept : large;
+}
+
 }  // namespace qrlora
