@@ -93,7 +93,9 @@ __device__ Pick pick_next(const Candidate& own, int step, bool given) {
     int at = step;
     if (!given) {
         const double best = reduce<kThreads>(own.left2, values, Larger());
-        at = reduce<kThreads>(own.left2 >= best * (1 - kTie) ? i : kThreads, places, Smaller());
+        // Rounding may leave less than nothing of every candidate.
+        const double tied = best > 0 ? best * (1 - kTie) : best;
+        at = reduce<kThreads>(own.left2 >= tied ? i : kThreads, places, Smaller());
     }
     if (i == at) pick = {at, own.column, own.left2, own.start2};
     __syncthreads();

@@ -82,8 +82,7 @@ __device__ uint64_t sum_before(uint64_t value, uint64_t* shared) {
 
 // The `wanted`-th largest key, digit by digit; `ties`: how many columns with that key belong to the
 // `wanted` largest.
-__device__ uint64_t select_key(const Batch& b, int64_t matrix, const Segment& own, int64_t wanted,
-                               int64_t& ties) {
+__device__ uint64_t select_key(const Batch& b, int64_t matrix, int64_t wanted, int64_t& ties) {
     __shared__ unsigned histogram[256];
     __shared__ uint64_t chosen;
     __shared__ int64_t remaining;
@@ -92,7 +91,7 @@ __device__ uint64_t select_key(const Batch& b, int64_t matrix, const Segment& ow
     for (int shift = 56; shift >= 0; shift -= 8) {
         if (threadIdx.x < 256) histogram[threadIdx.x] = 0;
         __syncthreads();
-        for (int64_t j = own.first; j < own.last; ++j) {
+        for (int64_t j = threadIdx.x; j < b.p.columns; j += kThreads) {
             const uint64_t key = key_of(b, matrix, j);
             if ((key & mask) == prefix) atomicAdd(&histogram[key >> shift & 255], 1u);
         }
@@ -142,7 +141,7 @@ __device__ void find_outside(const Batch& b, int64_t matrix, const Segment& own,
 __device__ void choose_largest(const Batch& b, int64_t matrix, const Segment& own) {
     __shared__ uint64_t shared[kThreads];
     uint64_t alive = 0;
-    for (int64_t j = own.first; j < own.last; ++j) alive += b.alive.of(matrix)[j];
+    for (int64_t j = threadIdx.x; j < b.p.columns; j += kThreads) alive += b.alive.of(matrix)[j];
     alive = reduce<kThreads>(alive, shared, Sum());
     PivotState& s = b.p.states[matrix];
     if (alive == 0) {
@@ -154,7 +153,7 @@ __device__ void choose_largest(const Batch& b, int64_t matrix, const Segment& ow
     }
     const int64_t count = Smaller()(static_cast<int64_t>(alive), kCandidates);
     int64_t ties;
-    const uint64_t key = select_key(b, matrix, own, count, ties);
+    const uint64_t key = select_key(b, matrix, count, ties);
     // Above the key in the upper half of the word, at the key in the lower.
     uint64_t own_counts = 0;
     for (int64_t j = own.first; j < own.last; ++j) {

@@ -147,8 +147,8 @@ inline bool fits(const dim3& grid, const dim3& block) {
            within(block.x, 1024) && block.y == 1 && block.z == 1;
 }
 
-inline void run_grid(const dim3& grid, const dim3& block, std::function<void()> body) {
-    machine.body = std::move(body);
+inline void run_grid(const dim3& grid, const dim3& block, const std::function<void()>& body) {
+    machine.body = body;
     machine.fibers.reserve(1024);  // fibers hold references to themselves
     while (machine.fibers.size() < block.x) add_fiber();
     blockDim = block;
@@ -201,10 +201,17 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
     return std::memcpy(to, from, bytes), cudaSuccess;
 }
 
+namespace emulation {
+
+inline cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
+    if (!fits(config.gridDim, config.blockDim)) return cudaErrorInvalidConfiguration;
+    return run_grid(config.gridDim, config.blockDim, body), cudaSuccess;
+}
+
+}  // namespace emulation
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-    if (!emulation::fits(config->gridDim, config->blockDim)) return cudaErrorInvalidConfiguration;
-    emulation::run_grid(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
-    return cudaSuccess;
+    return emulation::launch(*config, [&] { kernel(arguments...); });
 }
