@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kDepth = 16;  // rows of W in a step
-constexpr int kFlush = 16;  // steps
+constexpr int kDepth = 8;   // rows of W in a step
+constexpr int kFlush = 32;  // steps
 constexpr int kVector = 4;  // columns of W fetched at once
 
 // T: type of the products. A thread has kBasis columns of Q by kColumns columns of W, a warp 32
@@ -242,6 +242,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const BasisPart q{b.basis.of(matrix) + first, b.basis.ld, b.p.rows, s.filled - first};
     const int group = (threadIdx.x / 32 + blockIdx.y) % kWarps;
     const Sums<T> sums = project<T>(w, q, group);
+    void* r = out.r[matrix];
 #pragma unroll
     for (int i = 0; i < S::kBasis; ++i) {
         const int place = group * S::kBasis + i;
@@ -249,8 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int64_t at = (first + place) * b.p.columns + column0;
 #pragma unroll
         for (int j = 0; j < S::kColumns; ++j)
-            if (S::column(j) < w.columns)
-                store(out.r[matrix], out.dtype, at + S::column(j), sums.values[i][j]);
+            if (S::column(j) < w.columns) store(r, out.dtype, at + S::column(j), sums.values[i][j]);
     }
 }
 
