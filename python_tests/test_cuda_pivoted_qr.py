@@ -44,7 +44,7 @@ def same_results(one: list[PivotedQR], other: list[PivotedQR]) -> bool:
 
 
 def one_shape(n: int = 160) -> list[Tensor]:
-    """Matrices of one shape that end after different numbers of rounds; one refreshes its bounds."""
+    """Matrices of one shape that end after different numbers of rounds."""
     near = gaussian(n, n, 1)
     near[:, n // 2 :] = near[:, : n // 2] + 1e-7 * gaussian(n, n // 2, 2)
     return [
@@ -145,8 +145,9 @@ def test_bounds_hold_where_fp32_sums_are_long(dtype: torch.dtype) -> None:
     left = weight.double() - basis @ (basis.mT @ weight.double())
     left[:, taken] = 0
     assert len(taken) == 1
-    assert (bounds[0] >= left.square().sum(0)).all()
-    assert (bounds[0] <= 1e-3 * weight.double().square().sum(0)).all()
+    start2 = weight.double().square().sum(0)
+    assert (bounds[0] >= left.square().sum(0) - 1e-13 * start2).all()
+    assert (bounds[0] <= 1e-5 * start2).all()
 
 
 def test_handles_says_why_not(emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
