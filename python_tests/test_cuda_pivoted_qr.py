@@ -7,6 +7,8 @@ implementations' tests in test_pivoted_qr.py run on the emulated core as well.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,6 +17,7 @@ from helpers import poisoned_memory, same_bits
 from pivot_matrices import assert_greedy, gaussian, lapack, matrices
 from torch import Tensor
 
+from bench import llama_start
 from qrlora_kernels import native
 from qrlora_kernels.linalg import PivotedQR, cpu_core, cuda_core, pivoted_qr
 
@@ -199,3 +202,20 @@ def test_gpu_takes_the_current_stream_and_mixed_states() -> None:
     torch.cuda.synchronize()
     assert same_results(together, [pivoted_qr(weight, tau=1e-8) for weight in weights])
     assert len({found.rank for found in together}) >= 4
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_model_wide_benchmark_checks_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert llama_start.main(["--small", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "llama_start.json").read_text())
+    assert record["core"] is True
+    assert record["rows"][0]["matrices"] == 5
+    weight = gaussian(50, 40)
+    pivots = lapack(weight)[0][:20]
+    assert llama_start.first_wrong_pivot(weight, pivots) is None
+    pivots[[7, 8]] = pivots[[8, 7]]
+    assert llama_start.first_wrong_pivot(weight, pivots) == 7
+    monkeypatch.setattr(llama_start, "first_wrong_pivot", lambda *_: 2)
+    assert llama_start.main(["--small", "--device", "cpu"]) == 1
