@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native import CORE
+from ..native import CORE, runs_on
 from .blocked import Pivots
 
 # As enum DType of csrc/include/qrlora/dtype.h.
@@ -34,6 +34,8 @@ def handles(weight: Tensor, rule: str | None = None) -> tuple[bool, str]:
         return False, f"more than {_MOST_COLUMNS} columns"
     if rule not in (None, "magnitude"):
         return False, f"the {rule} rule's bracket is found by the torch operations alone"
+    if weight.is_cuda and not (built := runs_on(weight.device))[0]:
+        return built
     return True, "CUDA core"
 
 
