@@ -99,6 +99,8 @@ def test_a_batch_gives_what_single_matrices_give(monkeypatch: pytest.MonkeyPatch
     one_by_one = cuda_core._core(weights[0], 1, 160, 0.0, True).workspace_bytes()
     monkeypatch.setattr(cuda_core, "_free_bytes", lambda _: 4 * 2 * one_by_one)
     assert same_results(together, pivoted_qr(weights, tau=1e-8))
+    monkeypatch.setattr(cuda_core, "_FIRST_LIMIT", 20)
+    assert same_results(together, pivoted_qr(weights, tau=1e-8))
     for weight, found in zip(weights, together, strict=True):
         assert_greedy(found.pivots, weight)
         diagonal = lapack(weight)[1]

@@ -18,6 +18,8 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # Matrices and tiles of 128 columns index grid dimensions that end at 65535.
 _MOST_MATRICES = 4096
 _MOST_COLUMNS = 65535 * 128
+# Pivots that a search with a rule makes room for at first.
+_FIRST_LIMIT = 512
 DEVICE_TYPE = "cuda"
 
 Report = Callable[[int], None]
@@ -53,11 +55,37 @@ def search(
     report : callable
         Called with the number of matrices done; an exception from it ends the search.
     """
+    if tau is None:
+        return _search(weights, limits, 0.0, report)
+    # The rule stops most searches early; those that it does not start again with more memory.
+    first = [min(limit, _FIRST_LIMIT) for limit in limits]
+    found = _search(weights, first, tau, report)
+    again = [
+        i
+        for i, pivots in enumerate(found)
+        if pivots is not None and len(pivots.columns) == first[i] < limits[i]
+    ]
+    if again:
+        before = len(weights) - len(again)
+        more = _search(
+            [weights[i] for i in again],
+            [limits[i] for i in again],
+            tau,
+            lambda done: report(before + done),
+        )
+        for i, pivots in zip(again, more, strict=True):
+            found[i] = pivots
+    return found
+
+
+def _search(
+    weights: Sequence[Tensor], limits: Sequence[int], tau: float, report: Report
+) -> list[Pivots | None]:
     found: dict[int, Pivots | None] = {}
     for batch in _batches(weights, limits, factors=False):
         columns = weights[batch.members[0]].shape[1]
         bounds = batch.empty(batch.count, columns, dtype=torch.float64)
-        batch.open(tau or 0.0, bounds.data_ptr())
+        batch.open(tau, bounds.data_ptr())
         batch.core.start()
         before = len(found)
         while (left := batch.core.round()) > 0:
@@ -66,14 +94,13 @@ def search(
         taken, deficient, infinite, _ = batch.states[:, :4].T.tolist()
         for row, member in enumerate(batch.members):
             count = taken[row]
-            found[member] = Pivots(
+            pivots = Pivots(
                 batch.pivots[row, :count].clone(),
-                batch.norms[row, :count].clone(),
-                bounds[row].clone(),
+                batch.norms[row, :count],
+                bounds[row],
                 bool(deficient[row]),
             )
-            if infinite[row]:
-                found[member] = None
+            found[member] = None if infinite[row] else pivots
         report(len(found))
     return [found[i] for i in range(len(weights))]
 
