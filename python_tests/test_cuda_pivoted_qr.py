@@ -166,6 +166,8 @@ def test_handles_says_why_not(emulated_cuda: ModuleType, monkeypatch: pytest.Mon
     assert "energy rule" in cuda_core.handles(weight, "energy")[1]
     wide = torch.empty(1, 1).expand(1, 65535 * 128 + 1)
     assert cuda_core.handles(wide) == (False, f"more than {65535 * 128} columns")
+    monkeypatch.setenv("QRLORA_CUDA_PIVOTED_QR", "0")
+    assert cuda_core.handles(weight) == (False, "QRLORA_CUDA_PIVOTED_QR=0")
 
 
 @pytest.mark.usefixtures("emulated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ def handles(weight: Tensor, rule: str | None = None) -> tuple[bool, str]:
     """Whether the core takes the matrix and stops by ``rule``, and in a few words why not."""
     if weight.device.type != DEVICE_TYPE:
         return False, f"the matrix is on {weight.device.type}"
+    if os.environ.get("QRLORA_CUDA_PIVOTED_QR") == "0":
+        return False, "QRLORA_CUDA_PIVOTED_QR=0"
     if CORE is None or not hasattr(CORE, "CudaPivots"):
         return False, "the native core has no CUDA part"
     if weight.shape[1] > _MOST_COLUMNS:
