@@ -125,26 +125,45 @@ __device__ void conclude(PivotState& s, int taken, Verdict verdict, double floor
     }
 }
 
+// Refresh: the norms that the candidates were recomputed for.
+__device__ void enter_norms(const Batch& b, int64_t matrix, const PivotState& s,
+                            const Candidate& own) {
+    if (threadIdx.x < s.candidates) {
+        set_exact(b, matrix, own.column, own.start2);
+        b.alive.of(matrix)[own.column] = own.left2 != kNone;
+    }
+    if (threadIdx.x == 0 && s.cursor == b.p.columns) b.p.states[matrix].phase = Phase::fresh;
+}
+
+// Takes a pivot: its column of the factor, and what it leaves of this thread's candidate.
+__device__ void take_pivot(const Batch& b, int64_t matrix, const PivotState& s, const Pick& pick,
+                           int step, bool given, Candidate& own) {
+    const int i = threadIdx.x;
+    if (i < s.candidates) {
+        const double value = factor_column(b.gram.of(matrix), b.factor.of(matrix), step, pick.at, i,
+                                           sqrt(pick.norm2));
+        own.left2 = i == pick.at ? kNone : own.left2 - value * value;
+    }
+    if (i == 0) {
+        b.accepted.of(matrix)[step] = pick.at;
+        if (!given) {
+            const int64_t place = matrix * b.p.capacity + s.found + step;
+            b.p.pivots[place] = pick.column;
+            b.p.norms[place] = sqrt(pick.norm2);
+        }
+    }
+    __syncthreads();
+}
+
 template <bool kGiven>
 __global__ void __launch_bounds__(kThreads) choose_pivots_kernel(const Batch b) {
     __shared__ double values[kThreads];
     const int64_t matrix = blockIdx.x;
-    PivotState& shared_state = b.p.states[matrix];
-    const PivotState s = shared_state;
+    const PivotState s = b.p.states[matrix];
     __syncthreads();  // every thread has read it before thread 0 writes
     if (s.candidates == 0) return;
-    const int i = threadIdx.x;
-    double *gram = b.gram.of(matrix), *factor = b.factor.of(matrix);
-    int* accepted = b.accepted.of(matrix);
     Candidate own = candidate_of(b, matrix, s.candidates, kGiven);
-    if (!kGiven && s.phase == Phase::refresh) {
-        if (i < s.candidates) {
-            set_exact(b, matrix, own.column, own.start2);
-            b.alive.of(matrix)[own.column] = own.left2 != kNone;
-        }
-        if (i == 0 && s.cursor == b.p.columns) shared_state.phase = Phase::fresh;
-        return;
-    }
+    if (!kGiven && s.phase == Phase::refresh) return enter_norms(b, matrix, s, own);
     const int64_t room = kGiven ? s.candidates : s.limit - s.found;
     const int most = Smaller()(room, s.candidates);
     double floor2 = s.floor2;
@@ -154,27 +173,16 @@ __global__ void __launch_bounds__(kThreads) choose_pivots_kernel(const Batch b) 
         const Pick pick = pick_next(own, step, kGiven);
         verdict = kGiven ? judge_given(pick, step) : judge(s, pick, step, b.p.tau, floor2);
         if (verdict != Verdict::take) break;
-        if (i < s.candidates) {
-            const double value = factor_column(gram, factor, step, pick.at, i, sqrt(pick.norm2));
-            own.left2 = i == pick.at ? kNone : own.left2 - value * value;
-        }
-        if (i == 0) {
-            accepted[step] = pick.at;
-            if (!kGiven) {
-                b.p.pivots[matrix * b.p.capacity + s.found + step] = pick.column;
-                b.p.norms[matrix * b.p.capacity + s.found + step] = sqrt(pick.norm2);
-            }
-        }
-        __syncthreads();
+        take_pivot(b, matrix, s, pick, step, kGiven, own);
     }
     const double largest2 = reduce<kThreads>(own.left2, values, Larger());
-    if (i < s.candidates) {
-        b.left2.of(matrix)[i] = own.left2;
+    if (threadIdx.x < s.candidates) {
+        b.left2.of(matrix)[threadIdx.x] = own.left2;
         // Candidates none of which is independent will never be.
         if (!kGiven && step == 0 && verdict == Verdict::stop) b.alive.of(matrix)[own.column] = 0;
     }
-    if (i == 0) conclude(shared_state, step, verdict, floor2, largest2, kGiven);
-    invert(factor, accepted, step, b.inverse.of(matrix));
+    if (threadIdx.x == 0) conclude(b.p.states[matrix], step, verdict, floor2, largest2, kGiven);
+    invert(b.factor.of(matrix), b.accepted.of(matrix), step, b.inverse.of(matrix));
 }
 
 // The orthonormal columns to come are scaled · inverse(L)ᵀ with L Lᵀ the Gram of scaled.

@@ -153,8 +153,13 @@ Batch carve(const PivotBatch& p) {
 
 unsigned count_of(const Batch& b) { return static_cast<unsigned>(b.p.count); }
 
-// Orthonormal columns from the accepted ones, orthogonal to the basis once more.
-void take_accepted(const Batch& b, Launches& run) {
+// Pivots among the candidates, and orthonormal columns from the accepted ones, twice orthogonal to
+// the basis.
+void take_candidates(const Batch& b, Launches& run) {
+    gather_candidates(b, run);
+    project_out(b, b.panel, Count::candidates, b.first, run);
+    multiply_self(b, b.panel, Count::candidates, run);
+    choose_pivots(b, run);
     scale_accepted(b, run);
     project_out(b, b.scaled, Count::accepted, b.second, run);
     multiply_self(b, b.scaled, Count::accepted, run);
@@ -189,11 +194,7 @@ const char* launch_search_round(const PivotBatch& batch, int device, void* strea
     Launches run(device, stream);
     const Batch b = carve(batch);
     choose_candidates(b, run);
-    gather_candidates(b, run);
-    project_out(b, b.panel, Count::candidates, b.first, run);
-    multiply_self(b, b.panel, Count::candidates, run);
-    choose_pivots(b, run);
-    take_accepted(b, run);
+    take_candidates(b, run);
     project_accepted(b, run);
     run(lower_bounds_kernel, dim3(blocks_for(b.p.columns, kThreads), count_of(b)), kThreads, b);
     run(settle_kernel, dim3(count_of(b)), int(kCandidates), b);
@@ -211,11 +212,7 @@ const char* launch_factor_round(const PivotBatch& batch, int device, void* strea
     Launches run(device, stream);
     const Batch b = carve(batch);
     take_given(b, run);
-    gather_candidates(b, run);
-    project_out(b, b.panel, Count::candidates, b.first, run);
-    multiply_self(b, b.panel, Count::candidates, run);
-    choose_pivots(b, run);
-    take_accepted(b, run);
+    take_candidates(b, run);
     run(triangle_kernel, dim3(static_cast<unsigned>(b.p.capacity), count_of(b)), int(kCandidates),
         b);
     run(settle_kernel, dim3(count_of(b)), int(kCandidates), b);
