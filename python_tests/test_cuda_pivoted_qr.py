@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench import llama_start
 from qrlora_kernels import native
+from qrlora_kernels.__main__ import report
 from qrlora_kernels.linalg import PivotedQR, cpu_core, cuda_core, pivoted_qr
 
 GPU_MISSING = (
@@ -133,6 +134,20 @@ def test_emulated_torch_and_cpu_agree(
         torch.testing.assert_close(results[2].r, other.r, rtol=0, atol=1e-11)
 
 
+def test_emulated_pivots_of_a_llama_shape(
+    emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cpu_core.CORE is not None
+    weight = gaussian(1024, 4096).bfloat16()
+    expected = pivoted_qr(weight, rank=150)
+    monkeypatch.setattr(cuda_core, "CORE", emulated_cuda)
+    monkeypatch.setattr(cuda_core, "DEVICE_TYPE", "cpu")
+    found = pivoted_qr(weight, rank=150)
+    assert torch.equal(found.pivots, expected.pivots)
+    torch.testing.assert_close(found.diagonal, expected.diagonal, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.r, expected.r, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bounds_hold_where_fp32_sums_are_long(dtype: torch.dtype) -> None:
@@ -168,6 +183,7 @@ def test_handles_says_why_not(emulated_cuda: ModuleType, monkeypatch: pytest.Mon
     assert cuda_core.handles(wide) == (False, f"more than {65535 * 128} columns")
     monkeypatch.setenv("QRLORA_CUDA_PIVOTED_QR", "0")
     assert cuda_core.handles(weight) == (False, "QRLORA_CUDA_PIVOTED_QR=0")
+    assert "CUDA tensors: torch operations, QRLORA_CUDA_PIVOTED_QR=0" in report()
 
 
 @pytest.mark.usefixtures("emulated")

@@ -27,21 +27,27 @@ Report = Callable[[int], None]
 Factors = tuple[Tensor, Tensor, Tensor]
 
 
-def handles(weight: Tensor, rule: str | None = None) -> tuple[bool, str]:
-    """Whether the core takes the matrix and stops by ``rule``, and in a few words why not."""
-    if weight.device.type != DEVICE_TYPE:
-        return False, f"the matrix is on {weight.device.type}"
+def available() -> tuple[bool, str]:
+    """Whether there is a CUDA core, and in a few words why not; asks no device."""
     if os.environ.get("QRLORA_CUDA_PIVOTED_QR") == "0":
         return False, "QRLORA_CUDA_PIVOTED_QR=0"
     if CORE is None or not hasattr(CORE, "CudaPivots"):
         return False, "the native core has no CUDA part"
+    return True, "CUDA core"
+
+
+def handles(weight: Tensor, rule: str | None = None) -> tuple[bool, str]:
+    """Whether the core takes the matrix and stops by ``rule``, and in a few words why not."""
+    if weight.device.type != DEVICE_TYPE:
+        return False, f"the matrix is on {weight.device.type}"
     if weight.shape[1] > _MOST_COLUMNS:
         return False, f"more than {_MOST_COLUMNS} columns"
     if rule not in (None, "magnitude"):
         return False, f"the {rule} rule's bracket is found by the torch operations alone"
-    if weight.is_cuda and not (built := runs_on(weight.device))[0]:
+    there, reason = available()
+    if there and weight.is_cuda and not (built := runs_on(weight.device))[0]:
         return built
-    return True, "CUDA core"
+    return there, reason
 
 
 def search(
