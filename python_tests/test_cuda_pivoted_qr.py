@@ -8,6 +8,7 @@ implementations' tests in test_pivoted_qr.py run on the emulated core as well.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -60,6 +61,12 @@ def one_shape(n: int = 160) -> list[Tensor]:
     ]
 
 
+def refreshing() -> list[Tensor]:
+    """Matrices whose bounds grow too loose, so that most columns are recomputed in fp64."""
+    deficient = gaussian(100, 40, 9) @ gaussian(40, 300, 10)
+    return [deficient, gaussian(100, 1, 5) + 1e-5 * gaussian(100, 300, 6), gaussian(100, 300, 7)]
+
+
 def test_emulation_notices_planted_faults(emulated_cuda: ModuleType) -> None:
     def neighbours(wait: bool) -> set[tuple[int, ...]]:
         found = set()
@@ -82,7 +89,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(
     emulated: ModuleType, dtype: torch.dtype
 ) -> None:
     """Fault: atomics or a missing barrier. Fresh memory is poisoned in between."""
-    weights = [weight.to(dtype) for weight in one_shape(140)] + [gaussian(300, 70, 9).to(dtype)]
+    weights = [weight.to(dtype) for weight in one_shape(140) + refreshing()]
     first = pivoted_qr(weights, rank=None, tau=1e-9)
     for schedule in (0, 1, 5):
         emulated.set_schedule(schedule)
@@ -106,6 +113,23 @@ def test_a_batch_gives_what_single_matrices_give(monkeypatch: pytest.MonkeyPatch
         assert_greedy(found.pivots, weight)
         diagonal = lapack(weight)[1]
         assert found.rank == int((diagonal > 1e-8 * diagonal[0]).sum())
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_bounds_are_refreshed_over_several_rounds(dtype: torch.dtype) -> None:
+    weights = [weight.to(dtype) for weight in refreshing()]
+    [batch] = cuda_core._batches(weights, [90] * 3, factors=False)
+    batch.open(0.0, batch.empty(3, 300, dtype=torch.float64).data_ptr())
+    batch.core.start()
+    phases = []
+    while batch.core.round():
+        phases.append(batch.states[:, 4].tolist())
+    refresh, done = 2, 3
+    assert any(now[i] == after[i] == refresh for now, after in pairwise(phases) for i in range(3))
+    assert any({refresh, done} <= set(phase) for phase in phases)
+    for i, weight in enumerate(weights):
+        assert_greedy(batch.pivots[i, : int(batch.states[i, 0])], weight)
 
 
 @pytest.mark.usefixtures("emulated")
