@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     weights = draw(SMALL if options.small else LLAMA, options.device)
     taken, reason = cuda_core.handles(weights[0])
     print(f"{len(weights)} matrices on {facts()['gpu'] or options.device}; core: {reason}")
+    if options.device == "cuda" and not taken:
+        return 1
     wrong = wrong_shapes(weights, 3 if options.small else 150)
     if wrong:
         print("REFUSED: ", *wrong, sep="\n")
