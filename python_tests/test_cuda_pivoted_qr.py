@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +217,14 @@ def test_an_error_of_progress_ends_the_search() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         cuda_core.search([gaussian(300, 300)], [200], None, stop)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_core_that_never_ends_is_an_error() -> None:
+    [batch] = cuda_core._batches([gaussian(8, 8)], [8], factors=False)
+    batch.core = SimpleNamespace(round=lambda: 1)
+    with pytest.raises(RuntimeError, match="does not end on 1 matrices"):
+        batch.run(0, lambda _: None)
 
 
 @pytest.mark.skipif(bool(GPU_MISSING), reason=f"the CUDA core cannot run here: {GPU_MISSING}")

@@ -96,9 +96,7 @@ def _search(
         bounds = batch.empty(batch.count, columns, dtype=torch.float64)
         batch.open(tau, bounds.data_ptr())
         batch.core.start()
-        before = len(found)
-        while (left := batch.core.round()) > 0:
-            report(before + batch.count - left)
+        batch.run(len(found), report)
         batch.core.store_bounds()
         taken, deficient, infinite, _ = batch.states[:, :4].T.tolist()
         for row, member in enumerate(batch.members):
@@ -136,9 +134,7 @@ def factors(
             batch.pivots[row, : limits[member]] = pivots[member]
         batch.norms.zero_()  # stays 0 from a pivot on that depends on those before it
         batch.open(0.0, 0)
-        before = len(made)
-        while (left := batch.core.round()) > 0:
-            report(before + batch.count - left)
+        batch.run(len(made), report)
         pointers = batch.pointers(q), batch.pointers(r)
         batch.core.store_factors(_DTYPES[out_dtype], *(p.data_ptr() for p in pointers))
         for row, member in enumerate(batch.members):
@@ -194,6 +190,19 @@ class _Batch:
             bounds=bounds,
             workspace=self.workspace.data_ptr(),
         )
+
+    def run(self, before: int, report: Report) -> None:
+        """Rounds until no matrix is left; ``before`` matrices of the list were done earlier.
+
+        A round takes a pivot or drops candidates, unless it is one of a refresh of all bounds.
+        """
+        columns = self.weights[0].shape[1]
+        for _ in range((max(self.limits) + columns) * (columns // 128 + 3)):
+            left = self.core.round()
+            if left == 0:
+                return
+            report(before + self.count - left)
+        raise RuntimeError(f"the CUDA core does not end on {self.count} matrices")
 
 
 def _batches(
