@@ -42,7 +42,9 @@ build() {
 sanitize() {
   # Under the caching allocator an access beyond a tensor still lies in its block.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$PYTHON" -m bench.gpu small
+    "$PYTHON" -m bench.gpu small &&
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
+      "$PYTHON" -m bench.llama_start --small
 }
 
 bench() {
@@ -64,6 +66,9 @@ FAMILIES=qr,lora_xs,ohora,lokr,lora,vera
 stage build 150 bash -c build
 stage machine 30 bash -c machine
 stage small 45 "$PYTHON" -m bench.gpu small
+stage pivot_tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider \
+  python_tests/test_cuda_pivoted_qr.py -k gpu
+stage llama_start 90 "$PYTHON" -m bench.llama_start --out "$OUT"
 stage layer 150 bash -c "bench --suites layer --adapters $FAMILIES --seconds 2"
 stage start 60 bash -c "bench --suites start --seconds 1 --variants pivoted_qr,product,kron_factors"
 stage decode 60 bash -c "bench --suites decode,overhead --adapters $FAMILIES --seconds 1"

@@ -43,5 +43,6 @@ PYBIND11_MODULE(_C, m) {
     qrlora::bind_low_rank(m);
 #ifdef QRLORA_WITH_CUDA
     qrlora::bind_cuda(m);
+    qrlora::bind_cuda_linalg(m);
 #endif
 }

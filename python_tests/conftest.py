@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from types import ModuleType
 
+import emulated
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -16,3 +19,16 @@ if not torch.cuda.is_available():
         import qrlora_kernels.backends.triton.kron
         import qrlora_kernels.backends.triton.linear  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ModuleType:
+    """The CUDA pivoted QR, its device code run on the CPU through an emulation, not on a GPU."""
+    cache = getattr(request.config, "cache", None)
+    folder = tmp_path_factory.mktemp("emulated") if cache is None else cache.mkdir("emulated")
+    try:
+        return emulated.build(folder)
+    except FileNotFoundError as missing:
+        pytest.skip(f"the emulation of CUDA cannot be built: {missing}")

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, backends, native
+from .linalg import cuda_core
 
 OPTIONAL = ("triton", "transformers", "peft", "scipy", "matplotlib")
 
@@ -30,6 +31,11 @@ def report() -> str:
     ]
     for name, (ok, reason) in backends.report().items():
         lines.append(f"  {name:10s} {'yes' if ok else 'no '}  {reason}")
+    there, reason = cuda_core.available()
+    lines += [
+        "",
+        f"pivoted QR of CUDA tensors: {reason if there else f'torch operations, {reason}'}",
+    ]
     return "\n".join(lines)
 
 

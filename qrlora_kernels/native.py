@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  loaded first, so that the core shares its OpenMP runtime
+import torch  # loaded first, so that the core shares its OpenMP runtime
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -21,6 +21,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 CORE, REASON = _load()
+# Compute capabilities that the binary holds code for (CMakeLists.txt, QRLORA_CUDA_ARCHS).
+_CUDA_MAJORS = (8, 9, 10)
 
 
 def core() -> ModuleType:
@@ -33,3 +35,13 @@ def core() -> ModuleType:
 def build_config() -> dict[str, str]:
     """What the native core was built from and for, read from the binary; empty without one."""
     return {} if CORE is None else dict(CORE.build_config())
+
+
+def runs_on(device: torch.device) -> tuple[bool, str]:
+    """Whether the CUDA part holds code for this CUDA device, and in a few words why not."""
+    if torch.version.cuda is None:
+        return False, "torch is not built for CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major not in _CUDA_MAJORS:
+        return False, f"not built for compute capability {major}.{minor}"
+    return True, build_config()["cuda"]

@@ -128,8 +128,10 @@ Outcome Search::pivot_block(bool certify_first) {
     for (int64_t step = 0; step < most; ++step) {
         const double best = *std::max_element(left2_.begin(), left2_.end());
         // Candidates ascend, so the lowest column wins a tie.
+        // Rounding may leave less than nothing of every candidate.
+        const double tied = best > 0 ? best * (1 - TIE) : best;
         int64_t at = 0;
-        while (left2_[at] < best * (1 - TIE)) ++at;
+        while (left2_[at] < tied) ++at;
         const double value = left2_[at];
         if ((step > 0 || certify_first) && !certified(value, candidates_[at])) {
             return step == 0 ? Outcome::refresh : Outcome::more;

@@ -3,9 +3,8 @@
 // The product with W needs nothing from the adapter, so on Hopper and later it starts while h is
 // still being made (programmatic dependent launch) and waits for it only before its second phase.
 // Sums are taken in a fixed order: the same inputs give the same bits.
-#include <cuda_runtime.h>
-
 #include "decode_tile.cuh"
+#include "launch.cuh"
 #include "qrlora/cuda/decode.h"
 
 namespace qrlora::cuda {
@@ -99,39 +98,6 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
     static_cast<T*>(p.y)[m * p.n + n] = T(y);
 }
 
-// Makes `device` current while it lives.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) : status(cudaGetDevice(&before_)) {
-        if (status == cudaSuccess && before_ != device) status = cudaSetDevice(device);
-    }
-    ~DeviceGuard() {
-        if (status == cudaSuccess) cudaSetDevice(before_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-    cudaError_t status;
-
-  private:
-    int before_ = 0;
-};
-
-// `overlap`: may start before the kernel ahead of it in the stream has ended.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
-                   bool overlap, const Arguments&... arguments) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.stream = stream;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = overlap ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
 template <typename T>
 cudaError_t launch_typed(const Decode& p, cudaStream_t stream, bool overlap) {
     const auto x = rows_of<T>(p.x, p.m, p.k, p.ldx);
@@ -140,13 +106,13 @@ cudaError_t launch_typed(const Decode& p, cudaStream_t stream, bool overlap) {
     const auto r_factor = rows_of<T>(p.r_factor, p.r, p.k, p.ldr);
     const auto mid = rows_of<T>(p.mid, p.m, p.r, p.ldm);
     const int threads = kWarps * 32;
-    cudaError_t status = launch(decode_in_kernel<T>, (p.r + kCols - 1) / kCols, threads, stream,
-                                false, p, x, r_factor);
+    cudaError_t status =
+        launch(decode_in_kernel<T>, blocks_for(p.r, kCols), threads, stream, false, p, x, r_factor);
     if (status == cudaSuccess && p.core)
-        status = launch(decode_core_kernel<T>, (p.r + 31) / 32, 32 * kRows, stream, overlap, p);
+        status = launch(decode_core_kernel<T>, blocks_for(p.r, 32), 32 * kRows, stream, overlap, p);
     if (status == cudaSuccess)
-        status = launch(decode_out_kernel<T>, (p.n + kCols - 1) / kCols, threads, stream, overlap,
-                        p, x, weight, mid, q);
+        status = launch(decode_out_kernel<T>, blocks_for(p.n, kCols), threads, stream, overlap, p,
+                        x, weight, mid, q);
     return status;
 }
 

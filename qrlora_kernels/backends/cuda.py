@@ -28,8 +28,6 @@ lora_xs_linear_bwd = composed.lora_xs_linear_bwd
 
 # The tags of csrc/include/qrlora/dtype.h.
 _DTYPES = {torch.bfloat16: 2, torch.float16: 3}
-# Compute capabilities that the binary holds code for (CMakeLists.txt, QRLORA_CUDA_ARCHS).
-_MAJORS = (8, 9, 10)
 
 
 def available() -> tuple[bool, str]:
@@ -57,9 +55,9 @@ def supports(problem: Problem) -> tuple[bool, str]:
     tokens = native.core().cuda_decode_tokens
     if not 1 <= problem.m <= tokens:
         return False, f"the CUDA kernels take 1 to {tokens} tokens, not {problem.m}"
-    major, minor = torch.cuda.get_device_capability(problem.device)
-    if major not in _MAJORS:
-        return False, f"not built for compute capability {major}.{minor}"
+    ok, reason = native.runs_on(problem.device)
+    if not ok:
+        return ok, reason
     return True, "few tokens: the weight read once, base and update in one fp32 accumulator"
 
 

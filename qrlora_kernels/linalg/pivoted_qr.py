@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cpu_core
+from . import cpu_core, cuda_core
 from .checks import check_out_dtype, check_rank_fits, named_matrices
 from .cpu_core import Factors
 from .factors import factors_from_pivots
 from .precision import start_computation
 from .rules import RankRule, check_rank_options
-from .search import Chosen, RankOptions, Report, choose_pivots
+from .search import Chosen, RankOptions, Report, after, choose_pivots
 
 
 @dataclass(frozen=True)
@@ -204,15 +204,22 @@ def _factors(
     factors that the first one did or would have made; pivots that it does not confirm are taken as
     they are.
     """
-    made: dict[int, Factors] = {}
-    native = [i for i, weight in enumerate(weights) if cpu_core.handles(weight)]
+    on_gpu = [i for i, weight in enumerate(weights) if cuda_core.handles(weight)[0]]
+    results = cuda_core.factors(
+        [weights[i] for i in on_gpu],
+        [pivots[i] for i in on_gpu],
+        [dtypes[i] for i in on_gpu],
+        report,
+    )
+    made = dict(zip(on_gpu, results, strict=True))
+    native = [i for i, w in enumerate(weights) if i not in made and cpu_core.handles(w)]
     many = [i for i in native if cpu_core.needs_many(weights[i], len(pivots[i]))]
     if many:
         found = cpu_core.factorise(
             [weights[i] for i in many],
             [len(pivots[i]) for i in many],
             [dtypes[i] for i in many],
-            report,
+            after(len(made), report),
         )
         for i, (again, factors) in zip(many, found, strict=True):
             if again is not None and torch.equal(again.columns, pivots[i]):
@@ -223,7 +230,7 @@ def _factors(
             [weights[i] for i in given],
             [pivots[i] for i in given],
             [dtypes[i] for i in given],
-            lambda done: report(len(native) - len(given) + done),
+            after(len(made), report),
         )
         made.update(zip(given, results, strict=True))
     for i, weight in enumerate(weights):

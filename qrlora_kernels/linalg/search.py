@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu_core
+from . import cpu_core, cuda_core
 from .blocked import Pivots, greedy_pivots
 from .cpu_core import Factors
 from .panels import column_norms2
@@ -55,6 +55,11 @@ class Chosen(NamedTuple):
     factors: Factors | None
 
 
+def after(before: int, report: Report) -> Report:
+    """``report`` for a part of a list of which ``before`` are done already."""
+    return lambda done: report(before + done)
+
+
 def choose_pivots(
     named: Sequence[tuple[str, Tensor]],
     options: RankOptions,
@@ -68,10 +73,12 @@ def choose_pivots(
     ValueError
         A matrix is zero or has a NaN or Inf.
     """
-    found: dict[int, Pivots] = {}
-    factors: dict[int, Factors] = {}
     limits = [options.limit(weight) for _, weight in named]
-    native = [i for i, (_, weight) in enumerate(named) if cpu_core.handles(weight)]
+    found = _search_gpu(named, limits, options, report)
+    factors: dict[int, Factors] = {}
+    native = [
+        i for i, (_, weight) in enumerate(named) if i not in found and cpu_core.handles(weight)
+    ]
     many = [
         i for i in native if options.tau is None and cpu_core.needs_many(named[i][1], limits[i])
     ]
@@ -81,7 +88,7 @@ def choose_pivots(
             [named[i][1] for i in many],
             [limits[i] for i in many],
             [dtypes[i] for i in many],
-            report,
+            after(len(found), report),
         )
         for i, (pivots, made) in zip(many, results, strict=True):
             found[i] = _searched(named[i][0], pivots)
@@ -97,7 +104,7 @@ def choose_pivots(
             options.stop_rule(),
             options.tau or 0.0,
             options.max_rank or max(min(weight.shape) for weight in weights),
-            lambda done: report(len(many) + done),
+            after(len(found), report),
         )
         for i, pivots in zip(few, searched, strict=True):
             found[i] = _searched(named[i][0], pivots)
@@ -114,6 +121,24 @@ def _searched(name: str, pivots: Pivots | None) -> Pivots:
     if len(pivots.columns) == 0:
         raise ValueError(f"{name} must not be zero, got a matrix of norm 0")
     return pivots
+
+
+def _search_gpu(
+    named: Sequence[tuple[str, Tensor]],
+    limits: Sequence[int],
+    options: RankOptions,
+    report: Report,
+) -> dict[int, Pivots]:
+    """Pivots of those matrices of the list that the CUDA core takes."""
+    rule = options.stop_rule()
+    members = [i for i, (_, weight) in enumerate(named) if cuda_core.handles(weight, rule)[0]]
+    results = cuda_core.search(
+        [named[i][1] for i in members],
+        [limits[i] for i in members],
+        options.tau if rule == "magnitude" else None,
+        report,
+    )
+    return {i: _searched(named[i][0], pivots) for i, pivots in zip(members, results, strict=True)}
 
 
 def _search_torch(weight: Tensor, options: RankOptions) -> Pivots | None:

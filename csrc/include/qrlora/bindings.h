@@ -14,7 +14,9 @@ T* pointer(int64_t address) {
 }
 
 void bind_amx(pybind11::module_& m);
-void bind_cuda(pybind11::module_& m);  // only where the CUDA part is built
+// The next two only where the CUDA part is built.
+void bind_cuda(pybind11::module_& m);
+void bind_cuda_linalg(pybind11::module_& m);
 void bind_kron(pybind11::module_& m);
 void bind_linalg(pybind11::module_& m);
 void bind_low_rank(pybind11::module_& m);

@@ -1,0 +1,70 @@
+"""Builds the CUDA pivoted QR for the CPU: its device code, compiled as C++ and run by fibers.
+
+That shows whether the algorithm is right and whether it depends on the order of threads. It is not
+a GPU: speed, memory spaces and alignment show there alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+EMULATION = ROOT / "python_tests" / "emulation"
+SOURCES = [
+    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in (
+        "panels", "pivot_block", "pivot_choose", "pivoted_qr", "project"
+    )),
+    ROOT / "csrc" / "bindings" / "cuda_linalg.cpp",
+    EMULATION / "module.cpp",
+]  # fmt: skip
+FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-w"]
+FLAGS += ["-shared", "-fPIC", "-fvisibility=hidden"]
+
+
+def build(folder: Path) -> ModuleType:
+    """The module, built in ``folder`` unless one of the same sources and flags is there.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no C++ compiler or no pybind11.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler was found")
+    if importlib.util.find_spec("pybind11") is None:
+        raise FileNotFoundError("pybind11 is not installed")
+    import pybind11
+
+    command = [compiler, *FLAGS, f"-I{EMULATION}", f"-I{ROOT / 'csrc' / 'include'}"]
+    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-x", "c++"]
+    command += map(str, SOURCES)
+    library = folder / _digest(command) / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        fresh = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(fresh)], check=True)
+        fresh.replace(library)
+    spec = importlib.util.spec_from_file_location("emulated", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _digest(command: list[str]) -> str:
+    digest = hashlib.sha256(" ".join([sys.version, *command]).encode())
+    headers = [*EMULATION.iterdir(), *(ROOT / "csrc" / "cuda").iterdir()]
+    headers += (ROOT / "csrc" / "include" / "qrlora").rglob("*.h")
+    for source in sorted({*SOURCES, *headers}):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
