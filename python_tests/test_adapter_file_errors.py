@@ -13,7 +13,7 @@ from test_adapter_file import ADAPTERS, Net, trained
 from torch import nn
 
 import qrlora_kernels as qk
-from qrlora_kernels import adapter_file
+from qrlora_kernels import files
 
 
 def snapshot(model):
@@ -174,7 +174,7 @@ def test_an_interrupted_save_leaves_the_earlier_file(tmp_path, monkeypatch):
         Path(filename).write_bytes(b"half a file")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_file, "save_file", dies)
+    monkeypatch.setattr(files, "save_file", dies)
     with pytest.raises(KeyboardInterrupt):
         qk.save_adapter(copy.deepcopy(model), path)
     assert path.read_bytes() == before
