@@ -6,21 +6,10 @@
 #include "decode_tile.cuh"
 #include "launch.cuh"
 #include "qrlora/cuda/decode.h"
+#include "qrlora/cuda/ptx.cuh"
 
 namespace qrlora::cuda {
 namespace {
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 template <typename T>
 __device__ __forceinline__ float gate_at(const Decode& p, int64_t i) {
@@ -50,7 +39,7 @@ Rows<T> rows_of(const void* data, int64_t rows, int64_t cols, int64_t stride) {
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32, 4)
     decode_in_kernel(const Decode p, const Rows<T> x, const Rows<T> r_factor) {
-    let_next_kernel_start();
+    ptx::let_next_kernel_start();
     const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, slice = threadIdx.x % 4;
     const int64_t first = int64_t(blockIdx.x) * kCols;
     __shared__ Ring ring;
@@ -69,8 +58,8 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
 // mid = s h C, 32 columns a block.
 template <typename T>
 __global__ void __launch_bounds__(512) decode_core_kernel(const Decode p) {
-    let_next_kernel_start();
-    wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
+    ptx::wait_for_previous_kernel();
     const int64_t m = threadIdx.x / 32, j = int64_t(blockIdx.x) * 32 + threadIdx.x % 32;
     if (m >= p.m || j >= p.r) return;
     float total = 0.0f;
@@ -89,7 +78,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
     __shared__ Ring ring;
     Sums sums;
     accumulate<true>(sums, ring, x, weight, first, warp, group, slice);
-    wait_for_previous_kernel();
+    ptx::wait_for_previous_kernel();
     accumulate<false>(sums, ring, mid, q, first, warp, group, slice);
     float y = reduce(sums, warp, group, slice);
     const int64_t m = threadIdx.x / kCols, n = first + threadIdx.x % kCols;

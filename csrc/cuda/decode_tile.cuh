@@ -7,10 +7,9 @@
 // 4-7.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "qrlora/cuda/ptx.cuh"
 
 namespace qrlora::cuda {
 
@@ -54,25 +53,6 @@ __device__ __forceinline__ uint32_t pair(const T (&values)[kVector], int i) {
     return reinterpret_cast<const uint32_t*>(values)[i];
 }
 
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                    __nv_bfloat16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                    __half) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // A warp's sums, and where they belong in the tile.
 struct Sums {
     float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -84,7 +64,7 @@ struct Sums {
         for (int i = 0; i < 4; i += 2) {
             const uint32_t a[4] = {pair(low, i), pair(high, i), pair(low, i + 1),
                                    pair(high, i + 1)};
-            mma(c, a, pair(right, i), pair(right, i + 1), T(0.0f));
+            ptx::mma(c, a, pair(right, i), pair(right, i + 1), T(0.0f));
         }
     }
 
@@ -101,17 +81,13 @@ struct Ring {
     uint4 entries[kStages][kWarps * 32];
 
     __device__ __forceinline__ void fetch(int stage, const void* from, bool exists) {
-        const auto to =
-            static_cast<uint32_t>(__cvta_generic_to_shared(&entries[stage][threadIdx.x]));
-        if (exists)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from)
-                         : "memory");
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        if (exists) ptx::copy16_async(&entries[stage][threadIdx.x], from);
+        ptx::commit_copies();
     }
 
     // Wait for the oldest of kStages fetches.
     __device__ __forceinline__ uint4 take(int stage) const {
-        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+        ptx::wait_for_copies<kStages - 1>();
         return entries[stage][threadIdx.x];
     }
 };
