@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 def emulated_cuda(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> ModuleType:
-    """The CUDA pivoted QR, its device code run on the CPU through an emulation, not on a GPU."""
+    """The CUDA kernels, their device code run on the CPU through an emulation, not on a GPU."""
     cache = getattr(request.config, "cache", None)
     folder = tmp_path_factory.mktemp("emulated") if cache is None else cache.mkdir("emulated")
     try:

@@ -1,7 +1,8 @@
-"""Builds the CUDA pivoted QR for the CPU: its device code, compiled as C++ and run by fibers.
+"""Builds the CUDA kernels for the CPU: their device code, compiled as C++ and run by fibers.
 
-That shows whether the algorithm is right and whether it depends on the order of threads. It is not
-a GPU: speed, memory spaces and alignment show there alone.
+That shows whether the algorithm is right and whether it depends on the order of threads. The PTX
+instructions are replaced by functions that follow the PTX manual. It is not a GPU: speed and memory
+spaces show there alone.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "python_tests" / "emulation"
 SOURCES = [
     *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in (
-        "panels", "pivot_block", "pivot_choose", "pivoted_qr", "project"
+        "decode", "panels", "pivot_block", "pivot_choose", "pivoted_qr", "project"
     )),
-    ROOT / "csrc" / "bindings" / "cuda_linalg.cpp",
+    *(ROOT / "csrc" / "bindings" / f"{name}.cpp" for name in ("cuda", "cuda_linalg")),
     EMULATION / "module.cpp",
 ]  # fmt: skip
 FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-w"]
 FLAGS += ["-shared", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-fno-strict-aliasing"]  # device code reads vectors of 16 bytes as what they hold
 
 
 def build(folder: Path) -> ModuleType:
@@ -63,8 +65,8 @@ def build(folder: Path) -> ModuleType:
 
 def _digest(command: list[str]) -> str:
     digest = hashlib.sha256(" ".join([sys.version, *command]).encode())
-    headers = [*EMULATION.iterdir(), *(ROOT / "csrc" / "cuda").iterdir()]
-    headers += (ROOT / "csrc" / "include" / "qrlora").rglob("*.h")
+    folders = (EMULATION, ROOT / "csrc" / "cuda", ROOT / "csrc" / "include" / "qrlora")
+    headers = [path for folder in folders for path in folder.rglob("*.*h")]
     for source in sorted({*SOURCES, *headers}):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The CUDA sources compile without a spill wherever nvcc is; on a GPU they match fp64."""
+"""The CUDA sources compile without a spill wherever nvcc is."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import helpers
 import pytest
 import torch
-from helpers import SCALING
 
 from qrlora_kernels.backends import Problem, cuda
 
@@ -96,23 +94,3 @@ def test_supports_says_why_not() -> None:
     assert "not torch.float64" in ask("cuda:0", "qr_linear", torch.float64)[1]
     if not HERE[0]:
         assert ask("cuda:0", "qr_linear", torch.bfloat16) == HERE
-
-
-@pytest.mark.skipif(not HERE[0], reason=f"CUDA kernels cannot run here: {HERE[1]}")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m", [1, 3, 16])
-@pytest.mark.parametrize(("n", "k", "r"), [(4096, 4096, 64), (1003, 737, 150), (24, 40, 3)])
-@pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear"])
-def test_decode_against_fp64(op: str, n: int, k: int, r: int, m: int, dtype: Any) -> None:
-    given = helpers.operands(op, m, n, k, r, dtype)
-    t = {name: v.cuda() for name, v in given.items()}
-    operands = [t["x"], t["weight"], t["bias"], *(t[name] for name in helpers.OPERANDS[op])]
-    with helpers.poisoned_memory():
-        y, h = getattr(cuda, f"{op}_fwd")(*operands, SCALING)
-        again, _ = getattr(cuda, f"{op}_fwd")(*operands, SCALING)
-    assert helpers.same_bits(y, again)
-    projection = given["r" if op == "qr_linear" else "a"]
-    got = {"y": y.cpu(), "h": h.cpu()}
-    eager = {"y": helpers.plain(op, given), "h": given["x"] @ projection.T}
-    truth = {"y": helpers.exact(op, given), "h": given["x"].double() @ projection.double().T}
-    helpers.assert_error_rule(got, eager, truth, dtype)
