@@ -92,7 +92,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 namespace emulation {
 
 inline cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> body) {
-    if (!fits(config.gridDim, config.blockDim)) return cudaErrorInvalidConfiguration;
+    if (!fits(config.gridDim, config.blockDim)) return run_all(), cudaErrorInvalidConfiguration;
     if (config.numAttrs == 0 || schedule == 1) run_all();
     launched.push_back({config.gridDim, config.blockDim, std::move(body)});
     return cudaSuccess;

@@ -5,7 +5,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -69,8 +68,8 @@ inline int schedule = 0;
 inline Fiber& this_fiber() { return machine.fibers[machine.current]; }
 
 // 0: ascending, 1: descending, other: shuffled with that seed. What may happen early or late
-// (asynchronous copies, the end of a kernel that another need not wait for) happens as late as it
-// may in 0 and at once in 1.
+// (an asynchronous copy, a kernel that the next one overlaps) happens at once in 1, and otherwise
+// as late as it may.
 inline void set_schedule(int order) { schedule = order; }
 
 inline std::vector<unsigned> order_of(size_t count) {
@@ -218,10 +217,6 @@ inline void run_grid(const dim3& grid, const dim3& block, const std::function<vo
         run_block(block.x);
     }
 }
-
-}  // namespace emulation
-
-namespace emulation {
 
 struct Launched {
     dim3 grid, block;
