@@ -55,6 +55,11 @@ def build(folder: Path) -> ModuleType:
         fresh = library.with_suffix(f".{os.getpid()}")
         subprocess.run([*command, "-o", str(fresh)], check=True)
         fresh.replace(library)
+    return load(library)
+
+
+def load(library: Path) -> ModuleType:
+    """The module that ``build`` left in ``library``."""
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None
     assert spec.loader is not None

@@ -7,9 +7,17 @@ depend on the order of threads, on when asynchronous copies land or on how far k
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import emulated as emulated_kernels
 import helpers
 import pytest
 import torch
@@ -160,6 +168,51 @@ def test_emulated_infinity_stays_in_its_token(op: str) -> None:
     others = [i for i in range(11) if i != 6]
     assert same_bits(found[others], y[others])
     assert not found[6].isfinite().any()
+
+
+def guarded(t: Tensor, after: bool) -> Tensor:
+    """A copy of ``t`` beside memory that no one may touch: ``after`` it, or else before it."""
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + (pages if after else 0)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(page), 0) == 0
+    offset = pages - size if after else page
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset)
+    return copy.view(t.shape).copy_(t)
+
+
+def decode_between_guards(library: str) -> None:
+    """For a process of its own: an access beyond an operand, an output or scratch ends it."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(native, "CORE", emulated_kernels.load(Path(library)))
+    patch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    for after in (False, True):
+
+        def new_empty(like: Tensor, *shape: int, after: bool = after, **options: Any) -> Tensor:
+            dtype = options.get("dtype", like.dtype)
+            return guarded(torch.full(shape, torch.nan, dtype=dtype), after)
+
+        patch.setattr(Tensor, "new_empty", new_empty)
+        for op in OPS:
+            for shape in ((3, 21, 328, 13), (16, 24, 329, 40), (1, 1, 5, 1)):
+                given = helpers.operands(op, *shape, torch.bfloat16)
+                y, h = decode(op, {name: guarded(t, after) for name, t in given.items()})
+                assert_right(op, given, y, h)
+
+
+def test_emulated_accesses_stay_within_the_tensors(emulated_cuda: ModuleType) -> None:
+    code = "import sys, test_cuda_decode as t; t.decode_between_guards(sys.argv[1])"
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(emulated_cuda.__file__)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr or f"ended by signal {-done.returncode}"
 
 
 def test_emulation_notices_planted_faults(emulated_cuda: ModuleType) -> None:
