@@ -74,7 +74,8 @@ stage start 60 bash -c "bench --suites start --seconds 1 --variants pivoted_qr,p
 stage decode 60 bash -c "bench --suites decode,overhead --adapters $FAMILIES --seconds 1"
 stage graph 40 "$PYTHON" -m bench.gpu graph
 stage repeat 90 "$PYTHON" -m bench.gpu repeat
-stage kernel_tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider python_tests/test_triton_kernels.py
+stage kernel_tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider python_tests/test_triton_kernels.py \
+  python_tests/test_cuda_decode.py
 if command -v compute-sanitizer >/dev/null; then
   stage memcheck 60 bash -c "sanitize memcheck"
   stage racecheck 60 bash -c "sanitize racecheck"
