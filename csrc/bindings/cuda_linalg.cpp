@@ -10,11 +10,6 @@ namespace py = pybind11;
 namespace qrlora {
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 class CudaPivots {
   public:
     CudaPivots(int64_t dtype, int64_t count, int64_t rows, int64_t columns, int64_t row_stride,
