@@ -6,24 +6,39 @@
 
 namespace qrlora {
 
-// Grows the basis by the accepted candidates and lowers every bound by them.
-void Search::take_block() {
+// The residuals of the accepted candidates, to accepted_panel_, and the factor of their Gram.
+void Search::gather_accepted() {
     const int64_t count = static_cast<int64_t>(accepted_.size());
-    accepted_panel_.shape(w_.rows, count);
-    accepted_panel_.clear_padding();
-    for (int64_t i = 0; i < w_.rows; ++i) {
-        for (int64_t j = 0; j < count; ++j) {
-            accepted_panel_.row(i)[j] = residual_.row(i)[accepted_[j]];
-        }
-    }
     lower_.resize(count * count);
-    for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = 0; j < count; ++j) {
-            lower_[i * count + j] = gram_.row(
-                std::min(accepted_[i], accepted_[j]))[std::max(accepted_[i], accepted_[j])];
+    if (explicit_) {
+        // The Gram carried over blocks is exact enough to choose by, not to orthonormalise with.
+        accepted_panel_.gather(residual_columns(), accepted_.data(), count, threads_);
+        multiply_tn(accepted_panel_, count, accepted_panel_, products_, threads_, true);
+        for (int64_t i = 0; i < count; ++i) {
+            std::copy(products_.row(i), products_.row(i) + count, lower_.begin() + i * count);
+        }
+    } else {
+        accepted_panel_.shape(w_.rows, count);
+        accepted_panel_.clear_padding();
+        for (int64_t i = 0; i < w_.rows; ++i) {
+            for (int64_t j = 0; j < count; ++j) {
+                accepted_panel_.row(i)[j] = residual_.row(i)[accepted_[j]];
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t j = 0; j < count; ++j) {
+                const auto [first, second] = std::minmax(accepted_[i], accepted_[j]);
+                lower_[i * count + j] = gram_.row(first)[second];
+            }
         }
     }
     cholesky(lower_, count);
+}
+
+// Grows the basis by the accepted candidates and lowers every bound by them.
+void Search::take_block() {
+    const int64_t count = static_cast<int64_t>(accepted_.size());
+    gather_accepted();
     // An explicit residual is orthogonal to what was taken before, as far as it has not shrunk.
     if (explicit_ && !out_) basis_.clear();
     basis_.append(accepted_panel_, lower_, !explicit_ || shrunk());
@@ -38,8 +53,10 @@ void Search::take_block() {
     for (size_t i = 0; i < candidates_.size(); ++i) {
         const int64_t j = candidates_[i];
         set_exact(j, std::max(left2_[i], 0.0));
+        slack_[j] += error2_[i];
         alive_[j] = independent(j, left2_[i]);
     }
+    if (explicit_) lower_gram();
 }
 
 // One pass over the matrix: R = addedᵀ W, norms² fall by R², bounds also grow by its rounding.
@@ -130,15 +147,14 @@ void Search::refresh(double known2) {
 
 // Residuals of the given columns in fp64, to residual_.
 void Search::gather_residual(const int64_t* columns, int64_t count) {
-    if (!explicit_) {
+    if (explicit_) {
+        std::vector<int64_t> places(count);
+        for (int64_t i = 0; i < count; ++i) places[i] = place_[columns[i]];
+        residual_.gather(residual_columns(), places.data(), count, threads_);
+    } else {
         residual_.gather(w_, columns, count, threads_);
         basis_.project_out(residual_);
-        return;
     }
-    std::vector<int64_t> places(count);
-    for (int64_t i = 0; i < count; ++i) places[i] = place_[columns[i]];
-    const MatrixView view{matrix_.row(0), DType::f64, matrix_.columns, matrix_.rows, 1, matrix_.ld};
-    residual_.gather(view, places.data(), count, threads_);
 }
 
 }  // namespace qrlora

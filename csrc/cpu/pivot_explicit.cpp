@@ -9,7 +9,8 @@
 namespace qrlora {
 namespace {
 
-// Columns updated at a time: their residuals stay in the second-level cache between the products.
+// Most columns updated at a time: their residuals stay in the second-level cache between the
+// products.
 constexpr int64_t CHUNK = 64;
 // Share of a norm² below which a column is made orthogonal to the whole basis once more.
 constexpr double KEPT2 = 0.01;
@@ -43,6 +44,10 @@ void Search::make_explicit() {
     place_ = kept_;
     explicit_ = true;
     fp32_pass_ = false;
+    gram_.reset(options_.block, options_.block);
+    known_.assign(options_.block, 0);
+    error2_.resize(options_.block);
+    chosen_.assign(w_.columns, 0);
     if (basis_.size() > 0) {
         coefficients_.reset(matrix_.rows, basis_.size());
         multiply_nn(matrix_, w_.rows, basis_.panel(), coefficients_, 1.0, threads_);
@@ -51,20 +56,9 @@ void Search::make_explicit() {
     }
 }
 
-// Drops columns that are pivots or dependent by now: the last ones move into their places.
-void Search::compact() {
-    int64_t size = static_cast<int64_t>(kept_.size());
-    for (int64_t i = 0; i < size; ++i) {
-        while (i < size && !alive_[kept_[i]]) {
-            --size;
-            if (i == size) break;
-            kept_[i] = kept_[size];
-            place_[kept_[i]] = i;
-            std::copy(matrix_.row(size), matrix_.row(size) + w_.rows, matrix_.row(i));
-        }
-    }
-    kept_.resize(size);
-    matrix_.rows = size;
+// The residual matrix as if it were not transposed.
+MatrixView Search::residual_columns() const {
+    return {matrix_.row(0), DType::f64, matrix_.columns, matrix_.rows, 1, matrix_.ld};
 }
 
 // Some accepted column is so short by now that its residual's rounding shows in its direction.
@@ -82,10 +76,13 @@ void Search::update_explicit(const Panel& added) {
     const int64_t count = added.columns, columns = matrix_.rows;
     const double unit = 8 * EPS64 * std::sqrt(static_cast<double>(count));
     transpose(added, count, transposed_);
-    coefficients_.reset(columns, count);
+    coefficients_.shape(columns, count);
     const int64_t padded = round_up(columns, TILE_M);
-    parallel_for(threads_, (padded + CHUNK - 1) / CHUNK, [&](int64_t tile) {
-        const int64_t first = tile * CHUNK, last = std::min(first + CHUNK, padded);
+    const int64_t chunk =
+        std::clamp<int64_t>(round_up(columns / (4 * threads_), TILE_M), 2 * TILE_M, CHUNK);
+    parallel_for(threads_, (padded + chunk - 1) / chunk, [&](int64_t tile) {
+        const int64_t first = tile * chunk, last = std::min(first + chunk, padded);
+        std::fill(coefficients_.row(first), coefficients_.row(last), 0.0);
         dense_kernels().gemm_nn({last - first, round_up(count, LANES), w_.rows, matrix_.row(first),
                                  matrix_.ld, added.row(0), added.ld, coefficients_.row(first),
                                  coefficients_.ld, 1.0});
@@ -100,12 +97,14 @@ void Search::update_explicit(const Panel& added) {
 
 void Search::store_basis() {
     const int64_t size = basis_.size();
-    for (int64_t i = 0; i < w_.rows; ++i) {
-        const double* row = basis_.panel().row(i);
-        for (int64_t j = 0; j < size; ++j) {
-            store(out_->q, out_->dtype, i * options_.limit + j, row[j]);
+    parallel_for(threads_, (w_.rows + CHUNK - 1) / CHUNK, [&](int64_t part) {
+        for (int64_t i = part * CHUNK; i < std::min((part + 1) * CHUNK, w_.rows); ++i) {
+            const double* row = basis_.panel().row(i);
+            for (int64_t j = 0; j < size; ++j) {
+                store(out_->q, out_->dtype, i * options_.limit + j, row[j]);
+            }
         }
-    }
+    });
 }
 
 // The new rows of r at the columns [first, last) of the residual. alive_ is still that before the

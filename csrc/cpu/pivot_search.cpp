@@ -60,11 +60,17 @@ bool Search::start() {
 
 Outcome Search::block(bool fresh) {
     if (!explicit_ && wants_explicit()) make_explicit();
-    if (explicit_) compact();
     choose_candidates();
-    const int64_t count = static_cast<int64_t>(candidates_.size());
-    gather_residual(candidates_.data(), count);
-    multiply_tn(residual_, count, residual_, gram_, threads_, true);
+    if (explicit_) {
+        seat_candidates();
+        meet_newcomers();
+    } else {
+        const int64_t count = static_cast<int64_t>(candidates_.size());
+        gather_residual(candidates_.data(), count);
+        multiply_tn(residual_, count, residual_, gram_, threads_, true);
+        error2_.resize(count);
+        for (int64_t i = 0; i < count; ++i) error2_[i] = GRAM_ERROR * gram_.row(i)[i];
+    }
     const Outcome outcome = pivot_block(!fresh);
     if (outcome == Outcome::refresh) {
         refresh(std::max(*std::max_element(left2_.begin(), left2_.end()), 0.0));
@@ -88,8 +94,7 @@ void Search::choose_candidates() {
     }
     outside_ = NONE;
     outside_column_ = w_.columns;
-    const int64_t block = explicit_ ? std::min(options_.block, EXPLICIT_BLOCK) : options_.block;
-    const int64_t count = std::min<int64_t>(block, order_.size());
+    const int64_t count = std::min<int64_t>(options_.block, order_.size());
     if (count < static_cast<int64_t>(order_.size())) {
         std::nth_element(order_.begin(), order_.begin() + count, order_.end(),
                          [&](int64_t a, int64_t b) {
@@ -117,8 +122,8 @@ bool Search::certified(double value, int64_t column) const {
 Outcome Search::pivot_block(bool certify_first) {
     const int64_t count = static_cast<int64_t>(candidates_.size());
     const int64_t room = options_.limit - static_cast<int64_t>(found_.columns.size());
-    const int64_t most = std::min(room, count);
-    std::vector<double> factor(most * count);  // row `step` holds column `step` of the factor
+    const int64_t most = std::min({room, count, explicit_ ? EXPLICIT_TAKE : count});
+    factor_.reset(most, count);
     left2_.resize(count);
     for (int64_t i = 0; i < count; ++i) {
         const double norm2 = gram_.row(i)[i];
@@ -127,33 +132,37 @@ Outcome Search::pivot_block(bool certify_first) {
     accepted_.clear();
     for (int64_t step = 0; step < most; ++step) {
         const double best = *std::max_element(left2_.begin(), left2_.end());
-        // Candidates ascend, so the lowest column wins a tie.
         // Rounding may leave less than nothing of every candidate.
         const double tied = best > 0 ? best * (1 - TIE) : best;
-        int64_t at = 0;
-        while (left2_[at] < tied) ++at;
+        int64_t at = NOBODY;
+        for (int64_t i = 0; i < count; ++i) {
+            // The lowest column wins a tie.
+            if (left2_[i] >= tied && (at == NOBODY || candidates_[i] < candidates_[at])) at = i;
+        }
         const double value = left2_[at];
         if ((step > 0 || certify_first) && !certified(value, candidates_[at])) {
             return step == 0 ? Outcome::refresh : Outcome::more;
         }
-        if (value == NONE || value < BLOCK_DROP * gram_.row(at)[at]) return Outcome::more;
+        if (value == NONE || error2_[at] > CHOOSE * value) return Outcome::more;
         if (options_.rule == RankRule::magnitude) {
             if (found_.columns.empty() && step == 0) floor2_ = options_.tau * options_.tau * value;
             if (value <= floor2_) return Outcome::below_tau;
         }
-        double* column = factor.data() + step * count;
+        double* column = factor_.row(step);
         for (int64_t i = 0; i < count; ++i) {
             column[i] = i < at ? gram_.row(i)[at] : gram_.row(at)[i];
         }
         for (int64_t s = 0; s < step; ++s) {
-            const double* earlier = factor.data() + s * count;
+            const double* earlier = factor_.row(s);
             const double scale = earlier[at];
             for (int64_t i = 0; i < count; ++i) column[i] -= scale * earlier[i];
         }
-        const double inverse = 1.0 / std::sqrt(value);
+        const double inverse = 1.0 / std::sqrt(value), error = error2_[at] / value;
         for (int64_t i = 0; i < count; ++i) {
             column[i] *= inverse;
-            left2_[i] -= column[i] * column[i];
+            const double taken = column[i] * column[i];
+            left2_[i] -= taken;
+            error2_[i] += error * taken;
         }
         left2_[at] = NONE;
         accepted_.push_back(at);

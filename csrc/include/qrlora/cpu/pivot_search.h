@@ -1,6 +1,6 @@
-// The search for greedy pivots; pivot_search.cpp chooses them, pivot_bounds.cpp keeps the bounds
-// and pivot_explicit.cpp the residual matrix of a search for many pivots, whose updates are q and r
-// too.
+// The search for greedy pivots; pivot_search.cpp chooses them, pivot_bounds.cpp keeps the bounds,
+// pivot_explicit.cpp the residual matrix of a search for many pivots, whose updates are q and r
+// too, and pivot_seats.cpp the Gram of its candidates.
 #pragma once
 
 #include <limits>
@@ -15,12 +15,18 @@ constexpr double EPS32 = std::numeric_limits<float>::epsilon();
 constexpr double EPS64 = std::numeric_limits<double>::epsilon();
 constexpr double TIE = 1e-13;
 constexpr double DEPENDENT = 64 * EPS64;
-constexpr double BLOCK_DROP = 1e-4;
 // Share of min(rows, columns) at which a search that a rule may stop keeps the residual matrix.
 constexpr double EXPLICIT_FROM = 0.2;
-// Candidates at a time where it is kept: all it takes to know them is their Gram.
-constexpr int64_t EXPLICIT_BLOCK = 64;
+// Rounding of a norm² in a Gram. What is left of one after others were taken out of it may be off
+// by CHOOSE of itself for a choice in this block, and by CARRY to be used in the next one.
+constexpr double GRAM_ERROR = 16 * EPS64;
+constexpr double CHOOSE = GRAM_ERROR * 1e4;
+constexpr double CARRY = GRAM_ERROR * 10;
+// Pivots taken at a time where their candidates' Gram is carried over: what a block costs by the
+// cube of its size stays small, and the few last columns, which shrank, are a block of their own.
+constexpr int64_t EXPLICIT_TAKE = 32;
 constexpr double NONE = -std::numeric_limits<double>::infinity();
+constexpr int64_t NOBODY = -1;
 
 enum class Outcome { more, refresh, below_tau };
 
@@ -44,6 +50,7 @@ class Search {
     void choose_candidates();
     Outcome pivot_block(bool certify_first);
     bool certified(double value, int64_t column) const;
+    void gather_accepted();
     void take_block();
     template <class T>
     void lower_bounds(const Panel& added);
@@ -55,7 +62,11 @@ class Search {
     bool bracketed() const;
     bool wants_explicit() const;
     void make_explicit();
-    void compact();
+    MatrixView residual_columns() const;
+    void seat_candidates();
+    void drop_dead(int64_t from);
+    void meet_newcomers();
+    void lower_gram();
     void update_explicit(const Panel& added);
     void store_rows(int64_t first, int64_t last, int64_t count);
     void store_basis();
@@ -80,13 +91,17 @@ class Search {
     std::vector<int64_t> order_, candidates_;
     double outside_ = NONE;  // largest bound outside the candidates, and its lowest column
     int64_t outside_column_ = 0;
-    Panel residual_, gram_, accepted_panel_;
-    // The residual of the columns kept_, transposed, and where in it a column is.
+    // Pivoted Cholesky of the candidates' Gram: row `step` of the factor holds its column `step`,
+    // left2_ what is left of the norms² and error2_ how far off that may be.
+    Panel residual_, gram_, factor_, products_, accepted_panel_;
+    std::vector<double> left2_, error2_;
+    std::vector<int64_t> accepted_;
+    // The residual of the columns kept_, transposed, and where in it a column is. The candidates
+    // sit in front; `known_` tells which of them the Gram knows already.
     bool explicit_ = false;
     Panel matrix_, coefficients_, transposed_;
-    std::vector<int64_t> kept_, place_;
-    std::vector<double> left2_;
-    std::vector<int64_t> accepted_;
+    std::vector<int64_t> kept_, place_, newcomers_;
+    std::vector<char> chosen_, known_;
     std::vector<double> lower_, growth_;
     double floor2_ = 0.0;  // magnitude rule: (tau |R_11|)²
     Pivots found_;
