@@ -19,7 +19,7 @@ def _native() -> None:
 def boundary(weight: Tensor) -> int:
     """The largest rank of the search that reads the matrix in passes."""
     ranks = range(1, min(weight.shape))
-    return max(rank for rank in ranks if not cpu_core.needs_many(weight, rank))
+    return max(rank for rank in ranks if not cpu_core.keeps_residual(weight, rank))
 
 
 def assert_factors(found: PivotedQR, weight: Tensor) -> None:
@@ -115,7 +115,7 @@ def test_bits_do_not_depend_on_threads_or_on_the_list() -> None:
 def test_few_and_many_pivots_in_one_list() -> None:
     weights = [gaussian(400, 390), gaussian(60, 50, 1), gaussian(400, 390, 2)]
     done = pivoted_qr(weights, rank=45, progress=True)
-    assert [cpu_core.needs_many(weight, 45) for weight in weights] == [False, True, False]
+    assert [cpu_core.keeps_residual(weight, 45) for weight in weights] == [False, True, False]
     for found, weight in zip(done, weights, strict=True):
         assert same_bits(found, pivoted_qr(weight, rank=45))
         assert_greedy(found.pivots, weight)

@@ -112,7 +112,7 @@ FactorOutputs as_outputs(const OutputArgs& args) {
 }
 
 // (columns, norms, bounds, deficient, finite) of each matrix; `limits` holds the most pivots of
-// each. With `outputs`, for limits beyond EXPLICIT_LIMIT, factors are filled as well.
+// each. With `outputs`, for searches without a rule, factors are filled as well.
 std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
                                      const std::vector<int64_t>& limits, int64_t rule, double tau,
                                      int64_t max_rank, int64_t block,

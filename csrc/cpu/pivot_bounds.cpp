@@ -43,6 +43,7 @@ void Search::take_block() {
     if (explicit_ && !out_) basis_.clear();
     basis_.append(accepted_panel_, lower_, !explicit_ || shrunk());
     enter_growth(count);
+    if (out_) count_new_rows();
     if (explicit_) {
         update_explicit(accepted_panel_);
     } else if (fp32_pass_) {
@@ -85,16 +86,22 @@ void Search::lower_bounds(const Panel& added) {
             dense_kernels().project_f64(w_, q, height, first, last, rows, ld);
         }
         for (int64_t j = first; j < last; ++j) lower_bound(j, rows + j - first, ld, unit);
+        if (!out_) return;
+        for (int64_t s = 0; s < count; ++s) {
+            for (int64_t j = first; j < last; ++j) {
+                if (s < new_rows_[j]) store_r(s, j, rows[s * ld + j - first]);
+            }
+        }
     });
+    // The norms are fp64 where the pass is fp32.
+    for (int64_t s = 0; out_ && s < count; ++s) store_diagonal(s, block_norm(s));
 }
 
 // How much larger the new pivots were when the search began.
 void Search::enter_growth(int64_t count) {
     growth_.resize(count);
-    const size_t before = found_.columns.size() - count;
     for (int64_t s = 0; s < count; ++s) {
-        const double norm = found_.norms[before + s];
-        growth_[s] = start2_[found_.columns[before + s]] / (norm * norm);
+        growth_[s] = start2_[block_column(s)] / (block_norm(s) * block_norm(s));
     }
 }
 

@@ -63,10 +63,8 @@ MatrixView Search::residual_columns() const {
 
 // Some accepted column is so short by now that its residual's rounding shows in its direction.
 bool Search::shrunk() const {
-    const size_t before = found_.columns.size() - accepted_.size();
-    for (size_t s = before; s < found_.columns.size(); ++s) {
-        const double norm = found_.norms[s];
-        if (norm * norm < KEPT2 * start2_[found_.columns[s]]) return true;
+    for (size_t s = 0; s < accepted_.size(); ++s) {
+        if (block_norm(s) * block_norm(s) < KEPT2 * start2_[block_column(s)]) return true;
     }
     return false;
 }
@@ -91,36 +89,17 @@ void Search::update_explicit(const Panel& added) {
                                  transposed_.ld, matrix_.row(first), matrix_.ld, -1.0});
         const int64_t end = std::min(last, columns);
         for (int64_t i = first; i < end; ++i) lower_bound(kept_[i], coefficients_.row(i), 1, unit);
-        if (out_) store_rows(first, end, count);
+        if (out_) store_rows(first, end);
     });
 }
 
-void Search::store_basis() {
-    const int64_t size = basis_.size();
-    parallel_for(threads_, (w_.rows + CHUNK - 1) / CHUNK, [&](int64_t part) {
-        for (int64_t i = part * CHUNK; i < std::min((part + 1) * CHUNK, w_.rows); ++i) {
-            const double* row = basis_.panel().row(i);
-            for (int64_t j = 0; j < size; ++j) {
-                store(out_->q, out_->dtype, i * options_.limit + j, row[j]);
-            }
-        }
-    });
-}
-
-// The new rows of r at the columns [first, last) of the residual. alive_ is still that before the
-// block; at an accepted column the rows are a column of the triangle.
-void Search::store_rows(int64_t first, int64_t last, int64_t count) {
-    const int64_t before = static_cast<int64_t>(found_.columns.size()) - count;
+// The new rows of r at the columns [first, last) of the residual.
+void Search::store_rows(int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-        const int64_t j = kept_[i];
-        if (!alive_[j]) continue;
-        const auto at = std::find(found_.columns.begin() + before, found_.columns.end(), j);
-        const bool accepted = at != found_.columns.end();
-        const int64_t rows = accepted ? at - found_.columns.begin() - before + 1 : count;
-        for (int64_t s = 0; s < rows; ++s) {
-            store(out_->r, out_->dtype, (before + s) * w_.columns + j, coefficients_.row(i)[s]);
-        }
-        if (accepted) out_->diagonal[before + rows - 1] = coefficients_.row(i)[rows - 1];
+        const int64_t j = kept_[i], rows = new_rows_[j];
+        const double* row = coefficients_.row(i);
+        for (int64_t s = 0; s < rows; ++s) store_r(s, j, row[s]);
+        if (rows > 0 && block_column(rows - 1) == j) store_diagonal(rows - 1, row[rows - 1]);
     }
 }
 

@@ -47,10 +47,13 @@ def search(
     return _search(weights, limits, (_RULES[rule], tau, max_rank), [], report)
 
 
-def needs_many(weight: Tensor, count: int) -> bool:
-    """``count`` pivots of a CPU matrix are so many that :func:`factorise` is the faster way."""
+def keeps_residual(weight: Tensor, limit: int) -> bool:
+    """Whether a search for ``limit`` pivots keeps a residual of the whole matrix in fp64.
+
+    Factors of searches that differ in this agree to rounding, but not in every bit.
+    """
     assert CORE is not None
-    return bool(count > CORE.EXPLICIT_LIMIT * min(weight.shape))
+    return bool(limit > CORE.EXPLICIT_LIMIT * min(weight.shape))
 
 
 def factorise(
@@ -59,10 +62,7 @@ def factorise(
     dtypes: Sequence[torch.dtype],
     report: Report,
 ) -> list[tuple[Pivots | None, Factors]]:
-    """Pivots as :func:`search` finds them without a rule, and their factors from the same work.
-
-    For limits that :func:`needs_many`; keeps a residual of the whole matrix in fp64.
-    """
+    """Pivots as :func:`search` finds them without a rule, and their factors from the same work."""
     results = [
         _empty(weight, limit, dtype)
         for weight, limit, dtype in zip(weights, limits, dtypes, strict=True)

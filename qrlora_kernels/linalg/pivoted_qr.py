@@ -200,9 +200,9 @@ def _factors(
 ) -> list[Factors]:
     """(q, r, diagonal) of each matrix, a function of the matrix and the pivots alone.
 
-    Many pivots are searched again, because a search with their number as its limit makes the very
-    factors that the first one did or would have made; pivots that it does not confirm are taken as
-    they are.
+    On the CPU the pivots are searched again, because a search with their number as its limit makes
+    the very factors that the first one did or would have made; pivots that it does not confirm are
+    taken as they are.
     """
     on_gpu = [i for i, weight in enumerate(weights) if cuda_core.handles(weight)[0]]
     results = cuda_core.factors(
@@ -213,15 +213,14 @@ def _factors(
     )
     made = dict(zip(on_gpu, results, strict=True))
     native = [i for i, w in enumerate(weights) if i not in made and cpu_core.handles(w)]
-    many = [i for i in native if cpu_core.needs_many(weights[i], len(pivots[i]))]
-    if many:
+    if native:
         found = cpu_core.factorise(
-            [weights[i] for i in many],
-            [len(pivots[i]) for i in many],
-            [dtypes[i] for i in many],
+            [weights[i] for i in native],
+            [len(pivots[i]) for i in native],
+            [dtypes[i] for i in native],
             after(len(made), report),
         )
-        for i, (again, factors) in zip(many, found, strict=True):
+        for i, (again, factors) in zip(native, found, strict=True):
             if again is not None and torch.equal(again.columns, pivots[i]):
                 made[i] = factors
     given = [i for i in native if i not in made]

@@ -79,34 +79,32 @@ def choose_pivots(
     native = [
         i for i, (_, weight) in enumerate(named) if i not in found and cpu_core.handles(weight)
     ]
-    many = [
-        i for i in native if options.tau is None and cpu_core.needs_many(named[i][1], limits[i])
-    ]
-    few = [i for i in native if i not in set(many)]
-    if many:
+    if native and options.tau is None:
         results = cpu_core.factorise(
-            [named[i][1] for i in many],
-            [limits[i] for i in many],
-            [dtypes[i] for i in many],
+            [named[i][1] for i in native],
+            [limits[i] for i in native],
+            [dtypes[i] for i in native],
             after(len(found), report),
         )
-        for i, (pivots, made) in zip(many, results, strict=True):
-            found[i] = _searched(named[i][0], pivots)
-            # A deficient matrix may have few pivots after all: then their factors are made as they
-            # will be made from the pivots alone.
-            if cpu_core.needs_many(named[i][1], len(found[i].columns)):
+        for i, (pivots, made) in zip(native, results, strict=True):
+            name, weight = named[i]
+            found[i] = _searched(name, pivots)
+            # Factors are those of a search for as many pivots, which a deficient matrix may have
+            # too few of.
+            wanted, size = (cpu_core.keeps_residual(weight, n) for n in (limits[i], len(found[i].columns)))
+            if wanted == size:
                 factors[i] = made
-    if few:
-        weights = [named[i][1] for i in few]
+    elif native:
+        weights = [named[i][1] for i in native]
         searched = cpu_core.search(
             weights,
-            [limits[i] for i in few],
+            [limits[i] for i in native],
             options.stop_rule(),
-            options.tau or 0.0,
+            options.tau,
             options.max_rank or max(min(weight.shape) for weight in weights),
             after(len(found), report),
         )
-        for i, pivots in zip(few, searched, strict=True):
+        for i, pivots in zip(native, searched, strict=True):
             found[i] = _searched(named[i][0], pivots)
     for i, (name, weight) in enumerate(named):
         if i not in found:

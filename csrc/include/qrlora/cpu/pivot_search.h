@@ -1,6 +1,6 @@
 // The search for greedy pivots; pivot_search.cpp chooses them, pivot_bounds.cpp keeps the bounds,
-// pivot_explicit.cpp the residual matrix of a search for many pivots, whose updates are q and r
-// too, and pivot_seats.cpp the Gram of its candidates.
+// pivot_explicit.cpp the residual matrix of a search for many pivots, pivot_seats.cpp the Gram of
+// its candidates, and pivot_outputs.cpp writes q and r.
 #pragma once
 
 #include <limits>
@@ -32,7 +32,7 @@ enum class Outcome { more, refresh, below_tau };
 
 class Search {
   public:
-    // With `out`, which asks for a limit beyond EXPLICIT_LIMIT and no rule, q and r are written.
+    // With `out`, which asks for no rule, q and r are written.
     Search(const MatrixView& w, const PivotOptions& options, int threads, const FactorOutputs* out)
         : w_(w),
           options_(options),
@@ -68,10 +68,18 @@ class Search {
     void meet_newcomers();
     void lower_gram();
     void update_explicit(const Panel& added);
-    void store_rows(int64_t first, int64_t last, int64_t count);
+    void count_new_rows();
+    void store_rows(int64_t first, int64_t last);
+    void store_r(int64_t s, int64_t column, double value);
+    void store_diagonal(int64_t s, double value);
     void store_basis();
     bool shrunk() const;
     void gather_residual(const int64_t* columns, int64_t count);
+
+    // The pivots of the block that is being taken, which end what was found.
+    int64_t block_start() const { return found_.columns.size() - accepted_.size(); }
+    int64_t block_column(int64_t s) const { return found_.columns[block_start() + s]; }
+    double block_norm(int64_t s) const { return found_.norms[block_start() + s]; }
 
     double bound(int64_t j) const { return alive_[j] ? norm2_[j] + slack_[j] : NONE; }
     bool independent(int64_t j, double norm2) const {
@@ -103,6 +111,7 @@ class Search {
     std::vector<int64_t> kept_, place_, newcomers_;
     std::vector<char> chosen_, known_;
     std::vector<double> lower_, growth_;
+    std::vector<int64_t> new_rows_;
     double floor2_ = 0.0;  // magnitude rule: (tau |R_11|)²
     Pivots found_;
 };

@@ -57,9 +57,10 @@ inline void store(void* out, DType dtype, int64_t at, double value) {
     }
 }
 
-// From this share of min(rows, columns) on, a search without a rule keeps the residual matrix from
-// the start and has q and r for nothing: `out`, zeroed and with room for the limit, may be given.
+// From this share of min(rows, columns) on, a search without a rule keeps the residual matrix.
 constexpr double EXPLICIT_LIMIT = 0.2;
+// Without a rule `out` may be given, r zeroed and with room for the limit: q and r come from the
+// same work.
 Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
                      const Interrupted& interrupted, const FactorOutputs* out = nullptr);
 
