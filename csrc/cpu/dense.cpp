@@ -110,27 +110,44 @@ void with_type(const MatrixView& w, const Body& body) {
     }
 }
 
+// Rows ahead of the one being copied that are asked for: each begins in a page of its own, where
+// the processor's own prefetching begins anew. Asking past the end of a matrix is harmless.
+constexpr int64_t AHEAD = 4;
+
+template <class S>
+void prefetch_row(const S* line, int64_t columns) {
+    const auto* bytes = reinterpret_cast<const char*>(line);
+    const int64_t size = columns * static_cast<int64_t>(sizeof(S));
+    for (int64_t at = 0; at < size; at += 64) __builtin_prefetch(bytes + at);
+}
+
 // Copies rows x columns of w, converted, into strips of `strip` columns, each [rows, strip] and
 // contiguous: the power-of-two row stride of a weight would fall into a few cache sets. Columns
 // past `columns` are set to 0. With strip = ld the result is one row-major block.
 template <class T, class S>
 void convert_block(const MatrixView& w, const S* data, int64_t row, int64_t rows, int64_t first,
                    int64_t columns, T* out, int64_t strip) {
-    const S* from = data + row * w.row_stride + first * w.column_stride;
-    for (int64_t left = 0; left < columns; left += strip, out += rows * strip) {
-        const int64_t width = std::min(strip, columns - left);
-        const S* corner = from + left * w.column_stride;
-        if (w.column_stride == 1) {
-            for (int64_t i = 0; i < rows; ++i) {
-                const S* line = corner + i * w.row_stride;
-                for (int64_t j = 0; j < width; ++j) out[i * strip + j] = convert<T>(line[j]);
+    const S* corner = data + row * w.row_stride + first * w.column_stride;
+    const auto width_at = [&](int64_t left) { return std::min(strip, columns - left); };
+    if (w.column_stride == 1) {
+        for (int64_t i = 0; i < rows; ++i) {
+            const S* line = corner + i * w.row_stride;
+            prefetch_row(line + AHEAD * w.row_stride, columns);
+            T* to = out + i * strip;
+            for (int64_t left = 0; left < columns; left += strip, to += rows * strip) {
+                const int64_t width = width_at(left);
+                for (int64_t j = 0; j < width; ++j) to[j] = convert<T>(line[left + j]);
+                std::fill(to + width, to + strip, T(0));
             }
-        } else {
-            for (int64_t j = 0; j < width; ++j) {
-                const S* line = corner + j * w.column_stride;
-                for (int64_t i = 0; i < rows; ++i) {
-                    out[i * strip + j] = convert<T>(line[i * w.row_stride]);
-                }
+        }
+        return;
+    }
+    for (int64_t left = 0; left < columns; left += strip, out += rows * strip) {
+        const int64_t width = width_at(left);
+        for (int64_t j = 0; j < width; ++j) {
+            const S* line = corner + (left + j) * w.column_stride;
+            for (int64_t i = 0; i < rows; ++i) {
+                out[i * strip + j] = convert<T>(line[i * w.row_stride]);
             }
         }
         for (int64_t i = 0; i < rows; ++i) {
