@@ -144,22 +144,6 @@ std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
     return result;
 }
 
-// Fills the outputs of each matrix.
-void pivot_factors(const std::vector<MatrixArgs>& matrices,
-                   const std::vector<std::vector<int64_t>>& pivots,
-                   const std::vector<OutputArgs>& outputs, int threads, py::function report) {
-    const std::vector<MatrixView> views = as_views(matrices);
-    Watch watch(std::move(report));
-    {
-        py::gil_scoped_release nogil;
-        for_each_matrix(views, threads, watch, [&](int64_t i, int count) {
-            factors_from_pivots(views[i], pivots[i], as_outputs(outputs[i]), count,
-                                [&] { return watch.interrupted(); });
-        });
-    }
-    watch.rethrow();
-}
-
 }  // namespace
 
 void bind_linalg(py::module_& m) {
@@ -167,9 +151,6 @@ void bind_linalg(py::module_& m) {
     m.def("pivot_search", &pivot_search, py::arg("matrices"), py::arg("limits"), py::arg("rule"),
           py::arg("tau"), py::arg("max_rank"), py::arg("block"), py::arg("outputs"),
           py::arg("threads"), py::arg("report"), "Greedy column pivots of a list of CPU matrices");
-    m.def("pivot_factors", &pivot_factors, py::arg("matrices"), py::arg("pivots"),
-          py::arg("outputs"), py::arg("threads"), py::arg("report"),
-          "q, r and the diagonal from the pivots of each CPU matrix");
 }
 
 }  // namespace qrlora

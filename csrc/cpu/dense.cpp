@@ -212,33 +212,12 @@ void gather(const MatrixView& w, int64_t row, int64_t rows, const int64_t* colum
     });
 }
 
-void orthonormalise(double* x, int64_t rows, int64_t count, int64_t ld, double* r) {
-    for (int64_t j = 0; j < count; ++j) {
-        double dots[TILE_N] = {};
-        for (int64_t i = 0; i < rows; ++i) {
-            const double* line = x + i * ld;
-            const double value = line[j];
-            for (int64_t k = 0; k < TILE_N; ++k) dots[k] += value * line[k];
-        }
-        const double norm = std::sqrt(dots[j]);
-        double scale[TILE_N] = {};
-        for (int64_t k = j; k < count; ++k) r[j * count + k] = scale[k] = dots[k] / norm;
-        scale[j] = 0.0;
-        for (int64_t i = 0; i < rows; ++i) {
-            double* line = x + i * ld;
-            const double unit = line[j] / norm;
-            for (int64_t k = 0; k < TILE_N; ++k) line[k] -= unit * scale[k];
-            line[j] = unit;
-        }
-    }
-}
-
 }  // namespace
 
 const DenseKernels& dense_kernels() {
     static const DenseKernels kernels{
-        gemm<double, true>, gemm<double, false>, column_norms2,   gather,
-        orthonormalise,     project<float>,      project<double>,
+        gemm<double, true>, gemm<double, false>, column_norms2, gather,
+        project<float>,     project<double>,
     };
     return kernels;
 }

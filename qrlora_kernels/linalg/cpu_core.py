@@ -75,28 +75,6 @@ def factorise(
     return list(zip(found, results, strict=True))
 
 
-def factors(
-    weights: Sequence[Tensor],
-    pivots: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    report: Report,
-) -> list[Factors]:
-    """q [N, r], r [r, K] and the fp64 diagonal [r] of each CPU matrix from its pivots."""
-    assert CORE is not None
-    results = [
-        _empty(weight, len(chosen), dtype)
-        for weight, chosen, dtype in zip(weights, pivots, dtypes, strict=True)
-    ]
-    CORE.pivot_factors(
-        [_matrix(weight) for weight in weights],
-        [chosen.tolist() for chosen in pivots],
-        [_addresses(one) for one in results],
-        torch.get_num_threads(),
-        report,
-    )
-    return results
-
-
 def _search(
     weights: Sequence[Tensor],
     limits: Sequence[int],

@@ -160,8 +160,8 @@ def rebuild_pivoted_qr(
 ) -> PivotedQR:
     """The factors that ``pivoted_qr`` gave for ``weight``, from its stored pivots alone.
 
-    The same code makes the factors in both places, so on the machine that stored the pivots the
-    bits are the same.
+    A search for as many pivots makes the factors in both places, so on the machine that stored the
+    pivots the bits are the same. Pivots that it does not find again are taken as they are.
 
     Parameters
     ----------
@@ -223,15 +223,6 @@ def _factors(
         for i, (again, factors) in zip(native, found, strict=True):
             if again is not None and torch.equal(again.columns, pivots[i]):
                 made[i] = factors
-    given = [i for i in native if i not in made]
-    if given:
-        results = cpu_core.factors(
-            [weights[i] for i in given],
-            [pivots[i] for i in given],
-            [dtypes[i] for i in given],
-            after(len(made), report),
-        )
-        made.update(zip(given, results, strict=True))
     for i, weight in enumerate(weights):
         if i not in made:
             made[i] = factors_from_pivots(weight, pivots[i], dtypes[i])

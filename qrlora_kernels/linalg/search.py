@@ -79,38 +79,48 @@ def choose_pivots(
     native = [
         i for i, (_, weight) in enumerate(named) if i not in found and cpu_core.handles(weight)
     ]
-    if native and options.tau is None:
-        results = cpu_core.factorise(
-            [named[i][1] for i in native],
-            [limits[i] for i in native],
-            [dtypes[i] for i in native],
-            after(len(found), report),
-        )
-        for i, (pivots, made) in zip(native, results, strict=True):
-            name, weight = named[i]
-            found[i] = _searched(name, pivots)
-            # Factors are those of a search for as many pivots, which a deficient matrix may have
-            # too few of.
-            wanted, size = (cpu_core.keeps_residual(weight, n) for n in (limits[i], len(found[i].columns)))
-            if wanted == size:
-                factors[i] = made
-    elif native:
-        weights = [named[i][1] for i in native]
-        searched = cpu_core.search(
-            weights,
-            [limits[i] for i in native],
-            options.stop_rule(),
-            options.tau,
-            options.max_rank or max(min(weight.shape) for weight in weights),
-            after(len(found), report),
-        )
-        for i, pivots in zip(native, searched, strict=True):
-            found[i] = _searched(named[i][0], pivots)
+    searched = _search_native(
+        [named[i][1] for i in native],
+        [limits[i] for i in native],
+        [dtypes[i] for i in native],
+        options,
+        after(len(found), report),
+    )
+    for i, (pivots, made) in zip(native, searched, strict=True):
+        name, weight = named[i]
+        found[i] = _searched(name, pivots)
+        if made is not None and _are_final(weight, limits[i], len(found[i].columns)):
+            factors[i] = made
     for i, (name, weight) in enumerate(named):
         if i not in found:
             found[i] = _searched(name, _search_torch(weight, options))
             report(len(found))
     return [_cut(found[i], weight, options, factors.get(i)) for i, (_, weight) in enumerate(named)]
+
+
+def _search_native(
+    weights: Sequence[Tensor],
+    limits: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    options: RankOptions,
+    report: Report,
+) -> Sequence[tuple[Pivots | None, Factors | None]]:
+    """Pivots on the CPU core, and the factors where no rule cuts the rank."""
+    if not weights:
+        return []
+    if options.tau is None:
+        return cpu_core.factorise(weights, limits, dtypes, report)
+    most = options.max_rank or max(min(weight.shape) for weight in weights)
+    found = cpu_core.search(weights, limits, options.stop_rule(), options.tau, most, report)
+    return [(pivots, None) for pivots in found]
+
+
+def _are_final(weight: Tensor, limit: int, rank: int) -> bool:
+    """The factors of a search for ``limit`` pivots are those of a search for the ``rank`` it found.
+
+    A deficient matrix may have so few that they would be found in another way.
+    """
+    return cpu_core.keeps_residual(weight, limit) == cpu_core.keeps_residual(weight, rank)
 
 
 def _searched(name: str, pivots: Pivots | None) -> Pivots:

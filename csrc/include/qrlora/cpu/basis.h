@@ -59,19 +59,18 @@ void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& c, double
 class Basis {
   public:
     Basis(int64_t rows, int64_t capacity, int threads);
-    // panel -= Q (Qᵀ panel); the coefficients Qᵀ panel stay in coefficients().
+    // panel -= Q (Qᵀ panel)
     void project_out(Panel& panel);
     // Appends `panel` · inverse(L)ᵀ, with `project` made orthogonal to the basis, and orthonormal
     // once more, where L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
     void append(Panel& panel, std::vector<double> lower, bool project);
-    // Appends columns that are orthonormal already.
-    void append_orthonormal(const Panel& panel);
-    const Panel& coefficients() const { return coefficients_; }
     const Panel& panel() const { return q_; }
     int64_t size() const { return size_; }
     void clear() { size_ = 0; }
 
   private:
+    void append_orthonormal(const Panel& panel);
+
     Panel q_, coefficients_, gram_, inverse_, scaled_;
     int64_t size_ = 0;
     int threads_;

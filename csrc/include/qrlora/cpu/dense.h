@@ -40,9 +40,6 @@ struct DenseKernels {
     // Rows [row, row + rows) of the given columns, converted, to out[rows, ld].
     void (*gather)(const MatrixView& w, int64_t row, int64_t rows, const int64_t* columns,
                    int64_t count, double* out, int64_t ld);
-    // Modified Gram-Schmidt in place of x [rows, count <= TILE_N], whose rows are padded with zeros
-    // to TILE_N; r [count, count] gets the upper triangle, its diagonal positive.
-    void (*orthonormalise)(double* x, int64_t rows, int64_t count, int64_t ld, double* r);
     // acc[m, ld] = qᵀ w[:, first:last] for q [w.rows, m] row-major, m a multiple of TILE_M and ld a
     // multiple of TILE_N and >= last - first; columns past `last` get 0.
     void (*project_f32)(const MatrixView& w, const float* q, int64_t m, int64_t first, int64_t last,

@@ -1,4 +1,4 @@
-// Column-pivoted QR on the CPU: search of the greedy pivots, and factors from given pivots.
+// Column-pivoted QR on the CPU: search of the greedy pivots, and the factors that come with it.
 #pragma once
 
 #include <cstdint>
@@ -63,9 +63,5 @@ constexpr double EXPLICIT_LIMIT = 0.2;
 // same work.
 Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
                      const Interrupted& interrupted, const FactorOutputs* out = nullptr);
-
-// False if interrupted.
-bool factors_from_pivots(const MatrixView& w, const std::vector<int64_t>& pivots,
-                         const FactorOutputs& out, int threads, const Interrupted& interrupted);
 
 }  // namespace qrlora
