@@ -19,6 +19,8 @@ constexpr double kEps64 = DBL_EPSILON;
 constexpr double kTie = 1e-13;
 constexpr double kDependent = 64 * kEps64;
 constexpr double kBlockDrop = 1e-4;
+// Rounding of a norm² in a Gram, which stays when others are taken out of it.
+constexpr double kGramError = 16 * kEps64;
 constexpr double kNone = -HUGE_VAL;
 
 constexpr int64_t kPartRows = 1024;  // rows that one block sums up; a second stage adds the parts
@@ -48,6 +50,7 @@ struct Batch {
     PerMatrix<int64_t> candidates;
     PerMatrix<int> accepted;             // positions among the candidates, in pivot order
     PerMatrix<double> left2;             // residual norms² of the candidates after this round
+    PerMatrix<double> known2;            // and as their Gram had them
     PerMatrix<double> partial;           // products of parts
     Panel basis;                         // Q [rows, capacity]
     Panel panel, scaled;                 // [rows, kCandidates]

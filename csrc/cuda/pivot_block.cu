@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(kThreads) choose_pivots_kernel(const Batch b) 
     const double largest2 = reduce<kThreads>(own.left2, values, Larger());
     if (threadIdx.x < s.candidates) {
         b.left2.of(matrix)[threadIdx.x] = own.left2;
+        b.known2.of(matrix)[threadIdx.x] = own.start2;
         // Candidates none of which is independent will never be.
         if (!kGiven && step == 0 && verdict == Verdict::stop) b.alive.of(matrix)[own.column] = 0;
     }

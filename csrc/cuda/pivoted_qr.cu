@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kCandidates) settle_kernel(const Batch b) {
         const int64_t column = b.candidates.of(matrix)[threadIdx.x];
         const double left2 = b.left2.of(matrix)[threadIdx.x];
         set_exact(b, matrix, column, Larger()(left2, 0.0));
+        b.slack.of(matrix)[column] += kGramError * b.known2.of(matrix)[threadIdx.x];
         b.alive.of(matrix)[column] = independent(b, matrix, column, left2);
     }
     if (threadIdx.x == 0) s.filled += s.accepted;
@@ -128,6 +129,7 @@ Batch carve(const PivotBatch& p, int64_t& bytes) {
     b.candidates = carver.each<int64_t>(n, c);
     b.accepted = carver.each<int>(n, c);
     b.left2 = carver.each<double>(n, c);
+    b.known2 = carver.each<double>(n, c);
     b.partial = carver.each<double>(n, b.parts * (product > p.columns ? product : p.columns));
     b.basis = carver.panel(n, p.rows, p.capacity);
     for (Panel* one : {&b.panel, &b.scaled}) *one = carver.panel(n, p.rows, c);

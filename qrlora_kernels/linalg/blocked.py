@@ -33,6 +33,8 @@ EPS64 = torch.finfo(torch.float64).eps
 TIE = 1e-13
 # A column whose residual is below this many roundings of its noise is dependent on the pivots.
 DEPENDENT = 64 * EPS64
+# Rounding of a norm² in a Gram, relative to it, which stays when others are taken out of it.
+GRAM_ERROR = 16 * EPS64
 # Inside a block a norm² may fall to this part of its start before fp64 cancellation matters.
 BLOCK_DROP = 1e-4
 
@@ -185,6 +187,7 @@ def _candidates(state: _State, block: int) -> tuple[Tensor, float, int]:
 class _Search:
     accepted: list[int]
     norms2: list[float]
+    known2: Array  # norms² of the candidates, and what the accepted ones left of them
     left2: Array
     factor: Array  # [c, accepted] of the pivoted Cholesky
     outcome: str
@@ -212,7 +215,7 @@ def _pivot_block(
     start = gram.diagonal().copy()
     left = np.where(alive, start, -np.inf)
     factor = np.empty((size, min(room, size)))
-    found = _Search([], [], left, factor, "more")
+    found = _Search([], [], start, left, factor, "more")
     for step in range(min(room, size)):
         best = left.max()
         at = int(np.argmax(left >= best * (1 - TIE)))  # columns ascend: the lowest index wins
@@ -270,6 +273,7 @@ def _take(state: _State, chosen: Tensor, residual: Tensor, search: _Search) -> N
     state.slack += 2 * lowered.sqrt() * error + error**2 + 4 * EPS64 * state.norm2
     left2 = torch.from_numpy(np.maximum(search.left2, 0.0)).to(chosen.device)
     _set_exact(state, chosen, left2)
+    state.slack[chosen] += GRAM_ERROR * torch.from_numpy(search.known2).to(chosen.device)
     state.alive[chosen] = left2 > DEPENDENT**2 * state.noise2[chosen]
     state.alive[taken] = False
 
