@@ -1,4 +1,5 @@
 // Pivoted QR of a list of matrices: which thread takes which matrix, Ctrl-C and progress.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include <chrono>
 #include <exception>
 #include <numeric>
+#include <optional>
 #include <thread>
 
 #include "qrlora/bindings.h"
@@ -99,47 +101,51 @@ std::vector<MatrixView> as_views(const std::vector<MatrixArgs>& args) {
     return views;
 }
 
-using PivotTuple =
-    std::tuple<std::vector<int64_t>, std::vector<double>, std::vector<double>, bool, bool>;
-
-// (q, r, dtype, diagonal) of a matrix, given as addresses
-using OutputArgs = std::tuple<uintptr_t, uintptr_t, int64_t, uintptr_t>;
-
-FactorOutputs as_outputs(const OutputArgs& args) {
-    const auto& [q, r, dtype, diagonal] = args;
-    return {reinterpret_cast<void*>(q), reinterpret_cast<void*>(r), static_cast<DType>(dtype),
-            reinterpret_cast<double*>(diagonal)};
+// Bytes that keep their memory where it is.
+py::array_t<unsigned char> as_array(AlignedBuffer<unsigned char> buffer, int64_t bytes) {
+    auto* owned = new AlignedBuffer<unsigned char>(std::move(buffer));
+    const py::capsule owner(owned,
+                            [](void* p) { delete static_cast<AlignedBuffer<unsigned char>*>(p); });
+    return py::array_t<unsigned char>(bytes, owned->data(), owner);
 }
 
-// (columns, norms, bounds, deficient, finite) of each matrix; `limits` holds the most pivots of
-// each. With `outputs`, for searches without a rule, factors are filled as well.
-std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
-                                     const std::vector<int64_t>& limits, int64_t rule, double tau,
-                                     int64_t max_rank, int64_t block,
-                                     const std::vector<OutputArgs>& outputs, int threads,
-                                     py::function report) {
+// (q, r, diagonal), or None
+py::object as_tuple(std::optional<PivotFactors> factors, const MatrixView& w, DType dtype) {
+    if (!factors) return py::none();
+    const int64_t unit = bytes_of(dtype) * factors->diagonal.size();
+    return py::make_tuple(as_array(std::move(factors->q), w.rows * unit),
+                          as_array(std::move(factors->r), w.columns * unit),
+                          std::move(factors->diagonal));
+}
+
+// (columns, norms, bounds, deficient, finite, factors) of each matrix; `limits` holds the most
+// pivots of each, `dtypes` those of its factors, if they are wanted.
+py::list pivot_search(const std::vector<MatrixArgs>& matrices, const std::vector<int64_t>& limits,
+                      int64_t rule, double tau, int64_t max_rank, int64_t block,
+                      const std::optional<std::vector<int64_t>>& dtypes, int threads,
+                      py::function report) {
     const std::vector<MatrixView> views = as_views(matrices);
+    const auto dtype = [&](int64_t i) -> std::optional<DType> {
+        if (!dtypes) return std::nullopt;
+        return static_cast<DType>((*dtypes)[i]);
+    };
     std::vector<Pivots> found(views.size());
     Watch watch(std::move(report));
     {
         py::gil_scoped_release nogil;
         for_each_matrix(views, threads, watch, [&](int64_t i, int count) {
-            const PivotOptions options{limits[i], static_cast<RankRule>(rule), tau, max_rank,
-                                       block};
-            const auto interrupted = [&] { return watch.interrupted(); };
-            if (outputs.empty()) {
-                found[i] = search_pivots(views[i], options, count, interrupted);
-            } else {
-                const FactorOutputs out = as_outputs(outputs[i]);
-                found[i] = search_pivots(views[i], options, count, interrupted, &out);
-            }
+            const PivotOptions options{limits[i], static_cast<RankRule>(rule), tau, max_rank, block,
+                                       dtype(i)};
+            found[i] = search_pivots(views[i], options, count, [&] { return watch.interrupted(); });
         });
     }
     watch.rethrow();
-    std::vector<PivotTuple> result;
-    for (Pivots& p : found) {
-        result.emplace_back(std::move(p.columns), std::move(p.norms), std::move(p.bounds),
-                            p.deficient, p.finite);
+    py::list result;
+    for (size_t i = 0; i < found.size(); ++i) {
+        Pivots& p = found[i];
+        result.append(py::make_tuple(
+            std::move(p.columns), std::move(p.norms), std::move(p.bounds), p.deficient, p.finite,
+            as_tuple(std::move(p.factors), views[i], dtype(i).value_or(DType::f64))));
     }
     return result;
 }
@@ -149,7 +155,7 @@ std::vector<PivotTuple> pivot_search(const std::vector<MatrixArgs>& matrices,
 void bind_linalg(py::module_& m) {
     m.attr("EXPLICIT_LIMIT") = EXPLICIT_LIMIT;
     m.def("pivot_search", &pivot_search, py::arg("matrices"), py::arg("limits"), py::arg("rule"),
-          py::arg("tau"), py::arg("max_rank"), py::arg("block"), py::arg("outputs"),
+          py::arg("tau"), py::arg("max_rank"), py::arg("block"), py::arg("dtypes"),
           py::arg("threads"), py::arg("report"), "Greedy column pivots of a list of CPU matrices");
 }
 

@@ -40,10 +40,10 @@ void Search::take_block() {
     const int64_t count = static_cast<int64_t>(accepted_.size());
     gather_accepted();
     // An explicit residual is orthogonal to what was taken before, as far as it has not shrunk.
-    if (explicit_ && !out_) basis_.clear();
+    if (explicit_ && !found_.factors) basis_.clear();
     basis_.append(accepted_panel_, lower_, !explicit_ || shrunk());
     enter_growth(count);
-    if (out_) count_new_rows();
+    if (found_.factors) add_rows();
     if (explicit_) {
         update_explicit(accepted_panel_);
     } else if (fp32_pass_) {
@@ -86,7 +86,7 @@ void Search::lower_bounds(const Panel& added) {
             dense_kernels().project_f64(w_, q, height, first, last, rows, ld);
         }
         for (int64_t j = first; j < last; ++j) lower_bound(j, rows + j - first, ld, unit);
-        if (!out_) return;
+        if (!found_.factors) return;
         for (int64_t s = 0; s < count; ++s) {
             for (int64_t j = first; j < last; ++j) {
                 if (s < new_rows_[j]) store_r(s, j, rows[s * ld + j - first]);
@@ -94,7 +94,7 @@ void Search::lower_bounds(const Panel& added) {
         }
     });
     // The norms are fp64 where the pass is fp32.
-    for (int64_t s = 0; out_ && s < count; ++s) store_diagonal(s, block_norm(s));
+    for (int64_t s = 0; found_.factors && s < count; ++s) store_diagonal(s, block_norm(s));
 }
 
 // How much larger the new pivots were when the search began.

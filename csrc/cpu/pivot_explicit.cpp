@@ -36,6 +36,8 @@ bool Search::wants_explicit() const {
 }
 
 void Search::make_explicit() {
+    // A search for as many pivots as a rule will leave keeps the residual from the beginning.
+    if (options_.rule != RankRule::none) found_.factors.reset();
     std::vector<int64_t> all(w_.rows);
     std::iota(all.begin(), all.end(), int64_t(0));
     matrix_.gather(flipped(w_), all.data(), w_.rows, threads_);
@@ -89,7 +91,7 @@ void Search::update_explicit(const Panel& added) {
                                  transposed_.ld, matrix_.row(first), matrix_.ld, -1.0});
         const int64_t end = std::min(last, columns);
         for (int64_t i = first; i < end; ++i) lower_bound(kept_[i], coefficients_.row(i), 1, unit);
-        if (out_) store_rows(first, end);
+        if (found_.factors) store_rows(first, end);
     });
 }
 

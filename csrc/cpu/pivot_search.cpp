@@ -15,7 +15,8 @@ namespace qrlora {
 // Columns that the basis can hold: an explicit search needs one block beyond where it begins.
 int64_t Search::capacity(const MatrixView& w, const PivotOptions& options) {
     const auto whole = static_cast<double>(std::min(w.rows, w.columns));
-    if (options.limit <= EXPLICIT_LIMIT * whole) return options.limit;
+    const bool with_factors = options.factors && options.rule == RankRule::none;
+    if (with_factors || options.limit <= EXPLICIT_LIMIT * whole) return options.limit;
     const double before = options.rule == RankRule::none ? 0.0 : EXPLICIT_FROM * whole;
     const auto most = static_cast<int64_t>(before) + 1 + options.block;
     return std::min(options.limit, most);
@@ -32,7 +33,7 @@ Pivots Search::run(const Interrupted& interrupted) {
         if (outcome == Outcome::below_tau || interrupted()) break;
         if (!fresh && bracketed()) break;
     }
-    if (out_) store_basis();
+    if (found_.factors) store_basis();
     found_.bounds.resize(w_.columns);
     for (int64_t j = 0; j < w_.columns; ++j) found_.bounds[j] = std::max(bound(j), 0.0);
     return std::move(found_);
@@ -79,7 +80,7 @@ Outcome Search::block(bool fresh) {
         const bool last = outcome == Outcome::below_tau ||
                           static_cast<int64_t>(found_.columns.size()) == options_.limit;
         // Bounds that nothing reads any more stay as they are.
-        if (!last || out_) take_block();
+        if (!last || found_.factors) take_block();
     } else {
         for (int64_t j : candidates_) alive_[j] = 0;
     }
@@ -198,8 +199,8 @@ bool Search::bracketed() const {
 }
 
 Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
-                     const Interrupted& interrupted, const FactorOutputs* out) {
-    return Search(w, options, threads, out).run(interrupted);
+                     const Interrupted& interrupted) {
+    return Search(w, options, threads).run(interrupted);
 }
 
 }  // namespace qrlora

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _RULES = {None: 0, "magnitude": 1, "energy": 2, "abs_sum": 3}
 BLOCK = 128
 
+Array = npt.NDArray[np.uint8]
 Report = Callable[[int], None]
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -30,9 +33,10 @@ def search(
     rule: str | None,
     tau: float,
     max_rank: int,
+    dtypes: Sequence[torch.dtype] | None,
     report: Report,
-) -> list[Pivots | None]:
-    """Pivots of each CPU matrix; None for one with NaN, Inf or overflow.
+) -> list[tuple[Pivots | None, Factors | None]]:
+    """Greedy pivots of each CPU matrix, None for one that is not finite, and their factors.
 
     Parameters
     ----------
@@ -41,10 +45,40 @@ def search(
     rule : str or None
         "magnitude" stops at its rank, "energy" and "abs_sum" where theirs is bracketed or known to
         reach ``max_rank``.
+    dtypes : sequence of torch.dtype or None
+        Those of the factors; None: no factors. There are none either where a rule did not stop
+        below :func:`keeps_residual`.
     report : callable
         Called with the number of matrices done; an exception from it ends the search.
     """
-    return _search(weights, limits, (_RULES[rule], tau, max_rank), [], report)
+    assert CORE is not None
+    found = CORE.pivot_search(
+        [_matrix(weight) for weight in weights],
+        list(limits),
+        _RULES[rule],
+        tau,
+        max_rank,
+        BLOCK,
+        None if dtypes is None else [_DTYPES[dtype] for dtype in dtypes],
+        torch.get_num_threads(),
+        report,
+    )
+    results: list[tuple[Pivots | None, Factors | None]] = []
+    for i, (columns, norms, bounds, deficient, finite, factors) in enumerate(found):
+        if not finite:
+            results.append((None, None))
+            continue
+        pivots = Pivots(
+            torch.tensor(columns, dtype=torch.int64),
+            torch.tensor(norms, dtype=torch.float64),
+            torch.tensor(bounds, dtype=torch.float64),
+            deficient,
+        )
+        made = None
+        if dtypes is not None and factors is not None and len(columns) > 0:
+            made = _factors(factors, weights[i], dtypes[i])
+        results.append((pivots, made))
+    return results
 
 
 def keeps_residual(weight: Tensor, limit: int) -> bool:
@@ -56,65 +90,15 @@ def keeps_residual(weight: Tensor, limit: int) -> bool:
     return bool(limit > CORE.EXPLICIT_LIMIT * min(weight.shape))
 
 
-def factorise(
-    weights: Sequence[Tensor],
-    limits: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    report: Report,
-) -> list[tuple[Pivots | None, Factors]]:
-    """Pivots as :func:`search` finds them without a rule, and their factors from the same work."""
-    results = [
-        _empty(weight, limit, dtype)
-        for weight, limit, dtype in zip(weights, limits, dtypes, strict=True)
-    ]
-    outputs = [_addresses(one) for one in results]
-    found = _search(weights, limits, (_RULES[None], 0.0, 1), outputs, report)
-    for i, (one, (q, r, diagonal)) in enumerate(zip(found, results, strict=True)):
-        if one is not None and (rank := len(one.columns)) < len(diagonal):
-            results[i] = (q[:, :rank].contiguous(), r[:rank].clone(), diagonal[:rank].clone())
-    return list(zip(found, results, strict=True))
-
-
-def _search(
-    weights: Sequence[Tensor],
-    limits: Sequence[int],
-    stop: tuple[int, float, int],
-    outputs: Sequence[tuple[int, int, int, int]],
-    report: Report,
-) -> list[Pivots | None]:
-    assert CORE is not None
-    found = CORE.pivot_search(
-        [_matrix(weight) for weight in weights],
-        list(limits),
-        *stop,
-        BLOCK,
-        outputs,
-        torch.get_num_threads(),
-        report,
-    )
-    return [
-        Pivots(
-            torch.tensor(columns, dtype=torch.int64),
-            torch.tensor(norms, dtype=torch.float64),
-            torch.tensor(bounds, dtype=torch.float64),
-            deficient,
-        )
-        if finite
-        else None
-        for columns, norms, bounds, deficient, finite in found
-    ]
-
-
-def _empty(weight: Tensor, count: int, dtype: torch.dtype) -> Factors:
+def _factors(made: tuple[Array, Array, list[float]], weight: Tensor, dtype: torch.dtype) -> Factors:
+    """The core's bytes as tensors q [N, r] and r [r, K], without a copy."""
+    q, r, diagonal = made
     rows, columns = weight.shape
-    q = torch.empty(rows, count, dtype=dtype)
-    r = torch.zeros(count, columns, dtype=dtype)
-    return q, r, torch.empty(count, dtype=torch.float64)
-
-
-def _addresses(factors: Factors) -> tuple[int, int, int, int]:
-    q, r, diagonal = factors
-    return q.data_ptr(), r.data_ptr(), _DTYPES[q.dtype], diagonal.data_ptr()
+    return (
+        torch.from_numpy(q).view(dtype).view(rows, len(diagonal)),
+        torch.from_numpy(r).view(dtype).view(len(diagonal), columns),
+        torch.tensor(diagonal, dtype=torch.float64),
+    )
 
 
 def _matrix(weight: Tensor) -> tuple[int, int, int, int, int, int]:

@@ -214,14 +214,17 @@ def _factors(
     made = dict(zip(on_gpu, results, strict=True))
     native = [i for i, w in enumerate(weights) if i not in made and cpu_core.handles(w)]
     if native:
-        found = cpu_core.factorise(
+        found = cpu_core.search(
             [weights[i] for i in native],
             [len(pivots[i]) for i in native],
+            None,
+            0.0,
+            1,
             [dtypes[i] for i in native],
             after(len(made), report),
         )
         for i, (again, factors) in zip(native, found, strict=True):
-            if again is not None and torch.equal(again.columns, pivots[i]):
+            if again is not None and factors and torch.equal(again.columns, pivots[i]):
                 made[i] = factors
     for i, weight in enumerate(weights):
         if i not in made:

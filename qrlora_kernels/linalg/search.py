@@ -89,7 +89,8 @@ def choose_pivots(
     for i, (pivots, made) in zip(native, searched, strict=True):
         name, weight = named[i]
         found[i] = _searched(name, pivots)
-        if made is not None and _are_final(weight, limits[i], len(found[i].columns)):
+        size = len(found[i].columns)
+        if made is not None and _are_final(weight, limits[i], size, options.stop_rule()):
             factors[i] = made
     for i, (name, weight) in enumerate(named):
         if i not in found:
@@ -105,22 +106,25 @@ def _search_native(
     options: RankOptions,
     report: Report,
 ) -> Sequence[tuple[Pivots | None, Factors | None]]:
-    """Pivots on the CPU core, and the factors where no rule cuts the rank."""
+    """Pivots on the CPU core, with the factors where the rank is the number of pivots."""
     if not weights:
         return []
-    if options.tau is None:
-        return cpu_core.factorise(weights, limits, dtypes, report)
+    rule, tau = options.stop_rule(), options.tau
     most = options.max_rank or max(min(weight.shape) for weight in weights)
-    found = cpu_core.search(weights, limits, options.stop_rule(), options.tau, most, report)
-    return [(pivots, None) for pivots in found]
+    cut_later = tau is not None and rule != "magnitude"
+    return cpu_core.search(
+        weights, limits, rule, tau or 0.0, most, None if cut_later else dtypes, report
+    )
 
 
-def _are_final(weight: Tensor, limit: int, rank: int) -> bool:
+def _are_final(weight: Tensor, limit: int, rank: int, rule: RankRule | None) -> bool:
     """The factors of a search for ``limit`` pivots are those of a search for the ``rank`` it found.
 
-    A deficient matrix may have so few that they would be found in another way.
+    A deficient matrix may have so few that they would be found in another way; with a rule the
+    search begins like one for few pivots, whatever its limit.
     """
-    return cpu_core.keeps_residual(weight, limit) == cpu_core.keeps_residual(weight, rank)
+    begun = rule is None and cpu_core.keeps_residual(weight, limit)
+    return begun == cpu_core.keeps_residual(weight, rank)
 
 
 def _searched(name: str, pivots: Pivots | None) -> Pivots:

@@ -1,6 +1,7 @@
 // Uninitialised, cache-line aligned memory that grows and is reused.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -31,6 +32,16 @@ class AlignedBuffer {
             data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
             if (!data_) throw std::bad_alloc();
             count_ = count;
+        }
+        return data_;
+    }
+    // At least `count` elements, of which the first `kept` stay what they are.
+    T* grow(int64_t count, int64_t kept) {
+        if (count > count_) {
+            AlignedBuffer larger;
+            larger.reserve(std::max(count, 2 * count_));
+            std::copy(data_, data_ + kept, larger.data_);
+            swap(larger);
         }
         return data_;
     }

@@ -32,14 +32,14 @@ enum class Outcome { more, refresh, below_tau };
 
 class Search {
   public:
-    // With `out`, which asks for no rule, q and r are written.
-    Search(const MatrixView& w, const PivotOptions& options, int threads, const FactorOutputs* out)
+    Search(const MatrixView& w, const PivotOptions& options, int threads)
         : w_(w),
           options_(options),
           threads_(threads),
-          out_(out),
-          basis_(w.rows, out ? options.limit : capacity(w, options), threads),
-          fp32_pass_(w.dtype != DType::f64) {}
+          basis_(w.rows, capacity(w, options), threads),
+          fp32_pass_(w.dtype != DType::f64) {
+        if (options.factors) found_.factors.emplace();
+    }
 
     Pivots run(const Interrupted& interrupted);
 
@@ -68,11 +68,11 @@ class Search {
     void meet_newcomers();
     void lower_gram();
     void update_explicit(const Panel& added);
-    void count_new_rows();
     void store_rows(int64_t first, int64_t last);
     void store_r(int64_t s, int64_t column, double value);
     void store_diagonal(int64_t s, double value);
     void store_basis();
+    void add_rows();
     bool shrunk() const;
     void gather_residual(const int64_t* columns, int64_t count);
 
@@ -89,7 +89,6 @@ class Search {
     const MatrixView& w_;
     const PivotOptions& options_;
     const int threads_;
-    const FactorOutputs* const out_;
     Basis basis_;
     bool fp32_pass_;
     // Per column: norm² at the start, estimate of the residual norm², bound of its error, squared
@@ -113,7 +112,7 @@ class Search {
     std::vector<double> lower_, growth_;
     std::vector<int64_t> new_rows_;
     double floor2_ = 0.0;  // magnitude rule: (tau |R_11|)²
-    Pivots found_;
+    Pivots found_;         // with factors as long as they are wanted
 };
 
 }  // namespace qrlora

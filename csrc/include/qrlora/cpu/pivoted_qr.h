@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "qrlora/cpu/dense.h"
@@ -17,8 +18,15 @@ struct PivotOptions {
     int64_t limit;  // most pivots to take
     RankRule rule;  // what may stop earlier; energy and abs_sum stop when their rank is bracketed
     double tau;
-    int64_t max_rank;  // a bracket whose lower end reaches this is enough
-    int64_t block;     // candidates at a time
+    int64_t max_rank;              // a bracket whose lower end reaches this is enough
+    int64_t block;                 // candidates at a time
+    std::optional<DType> factors;  // of q and r, if they are wanted
+};
+
+// q [rows, count] and r [count, columns], row-major in the dtype asked for, and the fp64 diagonal.
+struct PivotFactors {
+    AlignedBuffer<unsigned char> q, r;
+    std::vector<double> diagonal;
 };
 
 struct Pivots {
@@ -27,18 +35,17 @@ struct Pivots {
     std::vector<double> bounds;  // upper bounds of the residual norms² left, 0 at the pivots
     bool deficient = false;
     bool finite = true;  // false: NaN, Inf or overflow, and nothing was searched
+    // A function of the matrix and the number of pivots. Not there where a rule might have stopped
+    // and the search came to keep the residual matrix.
+    std::optional<PivotFactors> factors;
 };
 
 // Called after every block of pivots of a matrix; true asks to give up.
 using Interrupted = std::function<bool()>;
 
-// q [rows, count] and r [count, columns], row-major in `dtype`, and the fp64 diagonal [count].
-struct FactorOutputs {
-    void* q;
-    void* r;
-    DType dtype;
-    double* diagonal;
-};
+inline int64_t bytes_of(DType dtype) {
+    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 
 inline void store(void* out, DType dtype, int64_t at, double value) {
     switch (dtype) {
@@ -59,9 +66,7 @@ inline void store(void* out, DType dtype, int64_t at, double value) {
 
 // From this share of min(rows, columns) on, a search without a rule keeps the residual matrix.
 constexpr double EXPLICIT_LIMIT = 0.2;
-// Without a rule `out` may be given, r zeroed and with room for the limit: q and r come from the
-// same work.
 Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
-                     const Interrupted& interrupted, const FactorOutputs* out = nullptr);
+                     const Interrupted& interrupted);
 
 }  // namespace qrlora
