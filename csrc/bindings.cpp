@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
     qrlora::bind_amx(m);
     qrlora::bind_kron(m);
     qrlora::bind_low_rank(m);
+    qrlora::bind_low_rank_call(m);
 #ifdef QRLORA_WITH_CUDA
     qrlora::bind_cuda(m);
     qrlora::bind_cuda_linalg(m);

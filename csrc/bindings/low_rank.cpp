@@ -1,4 +1,5 @@
-// QR-LoRA and LoRA-XS on the module: a matrix comes as (address, row stride, column stride).
+// QR-LoRA and LoRA-XS on the module: a matrix comes as (address, row stride, column stride). The
+// calls that take tensors are in low_rank_call.cpp.
 #include "qrlora/cpu/low_rank.h"
 
 #include <pybind11/stl.h>
@@ -50,10 +51,7 @@ void forward(const Problem& problem, const Numbers& x, const Numbers& weight, co
     const LowRank d = low_rank(problem, weight, down, up, gate);
     const LowRankForward io{matrix(x), pointer(bias), pointer(y), pointer(h)};
     py::gil_scoped_release release;
-#ifdef QRLORA_WITH_AMX
-    if (d.dtype == DType::bf16) return amx::low_rank_forward(d, io);
-#endif
-    QRLORA_DISPATCH(low_rank_forward, d, io);
+    low_rank_forward(d, io);
 }
 
 void backward(const Problem& problem, const Numbers& dy, const Numbers& weight, const Numbers& down,
@@ -61,13 +59,24 @@ void backward(const Problem& problem, const Numbers& dy, const Numbers& weight, 
     const LowRank d = low_rank(problem, weight, down, up, gate);
     const LowRankBackward io{matrix(dy), pointer(h), pointer(dx), pointer(dgate)};
     py::gil_scoped_release release;
+    low_rank_backward(d, io);
+}
+
+}  // namespace
+
+void low_rank_forward(const LowRank& d, const LowRankForward& io) {
+#ifdef QRLORA_WITH_AMX
+    if (d.dtype == DType::bf16) return amx::low_rank_forward(d, io);
+#endif
+    QRLORA_DISPATCH(low_rank_forward, d, io);
+}
+
+void low_rank_backward(const LowRank& d, const LowRankBackward& io) {
 #ifdef QRLORA_WITH_AMX
     if (d.dtype == DType::bf16) return amx::low_rank_backward(d, io);
 #endif
     QRLORA_DISPATCH(low_rank_backward, d, io);
 }
-
-}  // namespace
 
 void bind_low_rank(py::module_& m) {
     m.def("low_rank_forward", &forward, "y and h; see qrlora/cpu/low_rank.h");

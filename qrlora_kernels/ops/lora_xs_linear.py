@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.chooser import pinned_backend
 from ..reference import lora_xs_linear_ref
+from . import direct
 from .common import (
     autocast,
     check_linear,
@@ -138,6 +139,9 @@ def lora_xs_linear(
     TypeError, ValueError
         If an operand's type, shape, dtype or device does not fit the others; the message names it.
     """
+    y = direct.low_rank(True, lora_xs_linear_bwd, backend, x, weight, bias, a, b, core, scaling)
+    if y is not None:
+        return y
     check_scaling(scaling)
     x, weight, bias, a, b = autocast(x, weight, bias, a, b)
     check_linear(x, weight, bias)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.chooser import pinned_backend
 from ..reference import qr_linear_ref
+from . import direct
 from .common import (
     autocast,
     check_linear,
@@ -138,6 +139,9 @@ def qr_linear(
     TypeError, ValueError
         If an operand's type, shape, dtype or device does not fit the others; the message names it.
     """
+    y = direct.low_rank(False, qr_linear_bwd, backend, x, weight, bias, q, r, lam, scaling)
+    if y is not None:
+        return y
     check_scaling(scaling)
     x, weight, bias, q, r = autocast(x, weight, bias, q, r)
     check_linear(x, weight, bias)

@@ -20,5 +20,6 @@ void bind_cuda_linalg(pybind11::module_& m);
 void bind_kron(pybind11::module_& m);
 void bind_linalg(pybind11::module_& m);
 void bind_low_rank(pybind11::module_& m);
+void bind_low_rank_call(pybind11::module_& m);
 
 }  // namespace qrlora

@@ -61,4 +61,8 @@ void low_rank_forward(const LowRank&, const LowRankForward&);
 void low_rank_backward(const LowRank&, const LowRankBackward&);
 }  // namespace amx
 
+// One of these, for the dtype and this machine; bf16 only where amx::available().
+void low_rank_forward(const LowRank&, const LowRankForward&);
+void low_rank_backward(const LowRank&, const LowRankBackward&);
+
 }  // namespace qrlora

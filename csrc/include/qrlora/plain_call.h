@@ -1,0 +1,47 @@
+// Tensors taken from Python as they are, for calls that a kernel can serve at once: plain eager mode,
+// plain CPU tensors. Whatever else comes is refused without an error, and Python's own path, with its
+// checks and messages, takes the call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+
+#include "qrlora/dlpack.h"
+#include "qrlora/dtype.h"
+
+namespace qrlora {
+
+// What Python hands over once; the objects live as long as the process.
+struct TorchHooks {
+    const dlpack::ExchangeAPI* api = nullptr;
+    PyTypeObject *tensor = nullptr, *parameter = nullptr;  // exactly these types are plain
+    PyObject* states = nullptr;        // functions; in plain eager mode each answers something false
+    PyObject* grad_enabled = nullptr;  // functions
+    PyObject* num_threads = nullptr;
+};
+extern TorchHooks torch_hooks;
+
+// The table in a capsule, or null where it is not one that can be read.
+const dlpack::ExchangeAPI* exchange_api(PyObject* capsule);
+
+// No backend forced by the environment, and none of the states.
+bool in_plain_mode();
+// What a function that Python handed over answers; an error counts as true.
+bool answers_true(PyObject* function);
+bool requires_grad(PyObject* tensor);
+int num_threads();
+
+// A plain CPU tensor of a dtype that kernels take.
+std::optional<dlpack::Tensor> read(PyObject* object);
+std::optional<DType> dtype_of(const dlpack::Tensor& t);
+bool is_contiguous(const dlpack::Tensor& t);
+
+constexpr int max_dims = 8;  // of the tensors that are made here
+
+// A new tensor like `like` (dtype, device) with its leading dimensions and `last`, or of [rows,
+// last]; null with a Python error.
+pybind11::object new_like(PyObject* like, const dlpack::Tensor& shape, int64_t last);
+pybind11::object new_matrix(PyObject* like, int64_t rows, int64_t last);
+
+}  // namespace qrlora
