@@ -115,27 +115,38 @@ struct Pass {
         });
     }
 
-    // dC = s hᵀ g. Tokens are summed in chunks and the chunks in order: a long sum is made of short
-    // ones, which keeps its error low.
+    // dC = s hᵀ g.
     void core_gradient(const T* h, const T* g, T* dcore) const {
-        constexpr int64_t chunk = 1024, rows = 64, block = 32;
-        over_columns(d.r, block, [&](int64_t first, int64_t last) {
+        over_columns(d.r, core_block, [&](int64_t first, int64_t last) {
             start_columns<T>(d.r, nullptr, first, last, dcore, d.r);
-            for (int64_t i0 = 0; i0 < d.r; i0 += rows) {
-                const int64_t count = std::min(rows, d.r - i0);
-                for (int64_t m0 = 0; m0 < d.m; m0 += chunk) {
-                    T part[rows * block] = {};
-                    add_rows<T>(count, {h + m0 * d.r + i0, 1, d.r}, {g + m0 * d.r + first, d.r, 1},
-                                std::min(chunk, d.m - m0), 0, last - first, part, block);
-                    for (int64_t i = 0; i < count; ++i)
-                        for (int64_t j = first; j < last; ++j)
-                            dcore[(i0 + i) * d.r + j] += part[i * block + j - first];
-                }
-                for (int64_t i = i0; i < i0 + count; ++i)
-                    for (int64_t j = first; j < last; ++j) dcore[i * d.r + j] *= scaling;
-            }
+            if (d.m <= chunk)
+                add_rows<T>(d.r, {h, 1, d.r}, {g, d.r, 1}, d.m, first, last, dcore, d.r);
+            else
+                add_chunks(h, g, first, last, dcore);
+            if (scaling == 1) return;
+            for (int64_t i = 0; i < d.r; ++i)
+                for (int64_t j = first; j < last; ++j) dcore[i * d.r + j] *= scaling;
         });
     }
+
+    // Columns [first, last) of dC += hᵀ g over many tokens, which are summed in chunks and the chunks
+    // in order: a long sum is made of short ones, which keeps its error low.
+    void add_chunks(const T* h, const T* g, int64_t first, int64_t last, T* dcore) const {
+        constexpr int64_t rows = 64;
+        for (int64_t i0 = 0; i0 < d.r; i0 += rows) {
+            const int64_t count = std::min(rows, d.r - i0);
+            for (int64_t m0 = 0; m0 < d.m; m0 += chunk) {
+                T part[rows * core_block] = {};
+                add_rows<T>(count, {h + m0 * d.r + i0, 1, d.r}, {g + m0 * d.r + first, d.r, 1},
+                            std::min(chunk, d.m - m0), 0, last - first, part, core_block);
+                for (int64_t i = 0; i < count; ++i)
+                    for (int64_t j = first; j < last; ++j)
+                        dcore[(i0 + i) * d.r + j] += part[i * core_block + j - first];
+            }
+        }
+    }
+
+    static constexpr int64_t chunk = 1024, core_block = 64;
 };
 
 template <typename T>
