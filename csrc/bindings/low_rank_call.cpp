@@ -1,12 +1,16 @@
 // QR-LoRA and LoRA-XS on the tensors themselves: the checks of a plain call, the choice of the
 // backend (looked up), the results and the kernel in one call from Python. Operands come in the
 // order of the public functions: (weight, q, r, lam) or (weight, a, b, core). Every function answers
-// None where Python's own path has to take the call.
+// None where Python's own path has to take the call, and a bool where the operands are fit and the
+// chooser prefers library products.
 #include <array>
 #include <new>
 #include <stdexcept>
 #include <unordered_map>
+#include <utility>
 #include <vector>
+
+#include <pybind11/stl.h>
 
 #include "qrlora/bindings.h"
 #include "qrlora/cpu/low_rank.h"
@@ -30,26 +34,38 @@ struct Choices {
             return hash ^ hash >> 32;
         }
     };
+    enum class Runs { here, library, elsewhere };
+    struct Answer {
+        Runs runs;
+        py::object choice;
+    };
     static constexpr size_t kept = 4096;
 
-    std::unordered_map<Key, py::object, Hash> known;
-    py::tuple operations;   // the two names, for a diagonal gate and for a core
-    py::object choose;      // (operation, x, m, n, k, r) -> Choice, or None: not these kernels
-    py::dict last;          // the chooser's {operation: Choice of the last call}
+    std::unordered_map<Key, Answer, Hash> known;
+    py::tuple operations;  // the two names, for a diagonal gate and for a core
+    py::object choose;     // (operation, x, m, n, k, r) -> (Choice, whether it is these kernels)
+    py::dict last;         // the chooser's {operation: Choice of the last call}
 
-    // Whether these kernels are chosen; then the choice is noted as the last one.
-    bool native(PyObject* x, const LowRank& d) {
-        PyObject* const operation = PyTuple_GET_ITEM(operations.ptr(), d.core ? 1 : 0);
+    // Who runs the problem; if it is not somebody else, the choice is noted as the last one.
+    Runs runs(PyObject* x, const LowRank& d) {
+        const py::handle operation = PyTuple_GET_ITEM(operations.ptr(), d.core ? 1 : 0);
         const Key key{d.core, static_cast<int64_t>(d.dtype), d.m, d.n, d.k, d.r};
         auto at = known.find(key);
         if (at == known.end()) {
+            const py::object answer = choose(operation, py::handle(x), d.m, d.n, d.k, d.r);
+            Answer found{Runs::elsewhere, py::none()};
+            if (!answer.is_none()) {
+                const auto [choice, native] = answer.cast<std::pair<py::object, bool>>();
+                found = {native ? Runs::here : Runs::library, choice};
+            }
             if (known.size() >= kept) known.clear();
-            at = known.emplace(key, choose(py::handle(operation), py::handle(x), d.m, d.n, d.k, d.r)).first;
+            at = known.emplace(key, std::move(found)).first;
         }
-        if (at->second.is_none()) return false;
-        if (PyDict_SetItem(last.ptr(), operation, at->second.ptr()) != 0)
+        const auto& [runs, choice] = at->second;
+        if (runs != Runs::elsewhere &&
+            PyDict_SetItem(last.ptr(), operation.ptr(), choice.ptr()) != 0)
             throw py::error_already_set();
-        return true;
+        return runs;
     }
 };
 Choices* choices = nullptr;  // never freed: the interpreter may be gone by then
@@ -116,7 +132,8 @@ void* data(const py::object& tensor) {
 
 // --- the calls ------------------------------------------------------------------------------------
 
-// (core, x, weight, bias, q | a, r | b, gate, scaling) -> y; (y, h) where autograd must record; None.
+// (core, x, weight, bias, q | a, r | b, gate, scaling) -> y; (y, h) where autograd must record; for
+// library products whether it must; None.
 py::object forward(PyObject* const* args) {
     const bool core = args[0] == Py_True;
     PyObject *x = args[1], *weight = args[2], *bias = args[3], *gate = args[6];
@@ -144,7 +161,9 @@ py::object forward(PyObject* const* args) {
         record = requires_grad(x) || requires_grad(gate) ||
                  (bias != Py_None && requires_grad(bias));
     }
-    if (!choices->native(x, d)) return py::none();
+    const auto runs = choices->runs(x, d);
+    if (runs == Choices::Runs::elsewhere) return py::none();
+    if (runs == Choices::Runs::library) return py::bool_(record);
     d.threads = num_threads();
     const py::object y = new_like(x, *given, d.n);
     io.y = data(y);
@@ -163,7 +182,7 @@ py::object forward(PyObject* const* args) {
 }
 
 // (core, dy, weight, q | a, r | b, gate, h, scaling, need_dx, need_dgate) -> (dx | None,
-// dgate | None); None.
+// dgate | None); False for library products; None.
 py::object backward(PyObject* const* args) {
     const bool core = args[0] == Py_True, need_dx = args[8] == Py_True;
     const bool need_dgate = args[9] == Py_True;
@@ -178,8 +197,11 @@ py::object backward(PyObject* const* args) {
         columns != d.n)
         return py::none();
     if (h->ndim != 2 || h->shape[0] != d.m || h->shape[1] != d.r || !is_contiguous(*h) ||
-        dtype_of(*h) != d.dtype || !choices->native(dy, d))
+        dtype_of(*h) != d.dtype)
         return py::none();
+    const auto runs = choices->runs(dy, d);
+    if (runs == Choices::Runs::elsewhere) return py::none();
+    if (runs == Choices::Runs::library) return py::bool_(false);
     d.threads = num_threads();
     io.h = h->data;
     py::object dx = py::none(), dgate = py::none();
@@ -251,8 +273,8 @@ constexpr PyCFunction fast() {
 }
 
 PyMethodDef methods[] = {
-    {"low_rank_forward_call", fast<forward, 8>(), METH_FASTCALL, "y, (y, h) or None"},
-    {"low_rank_backward_call", fast<backward, 10>(), METH_FASTCALL, "(dx, dG) or None"},
+    {"low_rank_forward_call", fast<forward, 8>(), METH_FASTCALL, "y, (y, h), a bool or None"},
+    {"low_rank_backward_call", fast<backward, 10>(), METH_FASTCALL, "(dx, dG), False or None"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

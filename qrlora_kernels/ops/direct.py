@@ -4,8 +4,9 @@ Around a small layer the checks, the choice of the backend and the pointers cost
 arithmetic. The native core does all of that at once (csrc/bindings/low_rank_call.cpp), reading the
 tensors through DLPack's C functions. It takes a call only where nothing can differ from what the
 operations do otherwise: plain tensors that fit each other, no mode, no transform, no backend asked
-for, and a problem that the chooser gives to the native kernels. Every other call goes on as if this
-file were not there, with its checks and messages.
+for. The native kernels then run in the same call; where the chooser prefers library products, their
+turn comes without further questions. Every other call goes on as if this file were not there, with
+its checks and messages.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from .. import native
 from ..backends import chooser
 from ..backends.problem import Choice, Problem
-from .common import flatten
+from .common import flatten, restore
+from .operator import Operator
 
 OPERATIONS = ("qr_linear", "lora_xs_linear")
 # Each answers something false in plain eager mode; the native core asks them at each call.
@@ -34,10 +36,16 @@ _STATES: tuple[Callable[[], Any], ...] = (
 )
 
 
-def _choose(operation: str, x: Tensor, m: int, n: int, k: int, r: int) -> Choice | None:
-    """The chooser's answer, where it is a backend whose step is the native low-rank call."""
+def _choose(
+    operation: str, x: Tensor, m: int, n: int, k: int, r: int
+) -> tuple[Choice, bool] | None:
+    """The chooser's answer, and whether that backend's step is the native call.
+
+    None for a backend that is neither that nor library products.
+    """
     choice = chooser.choose(Problem(operation, x.device, x.dtype, m, n, k, r))
-    return choice if choice.name in ("cpu", "amx") else None
+    is_native = choice.name in ("cpu", "amx")
+    return (choice, is_native) if is_native or choice.name == "composed" else None
 
 
 def _connect() -> bool:
@@ -56,33 +64,75 @@ def _connect() -> bool:
 AVAILABLE = _connect()
 
 
-def low_rank(
-    core: bool, bwd: Callable[..., Any], backend: str | None, *operands: Any
-) -> Tensor | None:
-    """y, or None where the operation has to go its own way.
+def _is_open(backend: str | None) -> bool:
+    """Whether the native core may be asked at all; what is left it finds out itself."""
+    return (
+        AVAILABLE
+        and not torch.compiler.is_compiling()
+        and chooser.pinned_backend(backend) is None
+        and forward_ad._current_level < 0
+    )
+
+
+class DirectCall:
+    """One of the two operations, taken by the native core where it can be.
 
     Parameters
     ----------
-    core : bool
-        Whether the gate is LoRA-XS's core [r, r]; otherwise QR-LoRA's λ [r].
-    bwd : callable
+    bwd : Operator
         The operation's backward, for gradients that are not plain.
-    backend : str or None
-        The argument of the public function.
-    *operands
-        x, weight, bias, the two factors, the gate and the scaling, unchecked.
     """
-    if not AVAILABLE or torch.compiler.is_compiling() or not _unforced(backend):
-        return None
-    done = native.CORE.low_rank_forward_call(core, *operands)
-    if type(done) is not tuple:
-        return done
-    x, weight, bias, first, second, gate, scaling = operands
-    return _record(x, bias, gate, done, (weight, first, second), core, scaling, bwd)
+
+    def __init__(self, bwd: Operator) -> None:
+        self.bwd = bwd
+        self.core = OPERATIONS.index(bwd.op) == 1  # the gate is C [r, r], not λ [r]
+
+    def __call__(self, backend: str | None, *operands: Any) -> Tensor | None:
+        """y, or None where the operation has to go its own way.
+
+        ``operands`` are x, weight, bias, the two factors, the gate and the scaling, unchecked.
+        """
+        if not _is_open(backend):
+            return None
+        done = native.CORE.low_rank_forward_call(self.core, *operands)  # type: ignore[union-attr]
+        if type(done) is tuple:
+            return self._recorded(operands, done)
+        if type(done) is not bool:
+            y: Tensor | None = done
+            return y
+        # Library products, and whether autograd must record them.
+        if not done:
+            return self._library_fwd(*operands)[0]
+        with torch.no_grad():
+            results = self._library_fwd(*operands)
+        return self._recorded(operands, results)
+
+    def _recorded(self, operands: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> Tensor:
+        x, weight, bias, first, second, gate, scaling = operands
+        y: Tensor = _record(x, bias, gate, results, (weight, first, second), scaling, self)
+        return y
+
+    def _library_fwd(self, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+        y, h = _library(f"{self.bwd.op}_fwd")(flatten(x), *operands)
+        return restore(y, x), h
+
+    def gradients(self, dy: Tensor, *operands: Any) -> tuple[Tensor | None, Tensor | None]:
+        """dx and the gate's gradient; ``operands`` are those of the backward, but for dy."""
+        done = None
+        if _is_open(None):
+            done = native.CORE.low_rank_backward_call(self.core, dy, *operands)  # type: ignore[union-attr]
+        if type(done) is tuple:
+            return done
+        rows, need_dx = flatten(dy), operands[-2]
+        if done is None:
+            dx, dgate = self.bwd(rows, *operands, None)
+        else:
+            dx, dgate = _library(f"{self.bwd.op}_bwd")(rows, *operands)
+        return dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx else None, dgate
 
 
-def _unforced(backend: str | None) -> bool:
-    return chooser.pinned_backend(backend) is None and forward_ad._current_level < 0
+def _library(step: str) -> Callable[..., Any]:
+    return getattr(chooser.load("composed"), step)  # type: ignore[no-any-return]
 
 
 class _Record(torch.autograd.Function):
@@ -94,15 +144,14 @@ class _Record(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         gate: Tensor,
-        done: tuple[Tensor, Tensor],
+        results: tuple[Tensor, Tensor],
         frozen: tuple[Tensor, Tensor, Tensor],
-        core: bool,
         scaling: float,
-        bwd: Callable[..., Any],
+        call: DirectCall,
     ) -> Tensor:
-        y, h = done
+        y, h = results
         ctx.save_for_backward(*frozen, gate, h)
-        ctx.call = core, scaling, bwd
+        ctx.call, ctx.scaling = call, scaling
         return y
 
     @staticmethod
@@ -112,25 +161,12 @@ class _Record(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    core, scaling, bwd = ctx.call
-    need_dx, need_dbias, need_dgate = ctx.needs_input_grad[:3]
+    need_dx, need_dbias, need_dgate, *_ = ctx.needs_input_grad
     dx = dgate = None
     if need_dx or need_dgate:
-        operands = (*ctx.saved_tensors, scaling, need_dx, need_dgate)
-        done = None
-        if not torch.compiler.is_compiling() and _unforced(None):
-            done = native.CORE.low_rank_backward_call(core, dy, *operands)
-        if done is None:
-            dx, dgate = bwd(flatten(dy), *operands, None)
-            dx = dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx else None
-        else:
-            dx, dgate = done
-    return (
-        dx,
-        flatten(dy).sum(0) if need_dbias else None,
-        dgate if need_dgate else None,
-        None, None, None, None, None,
-    )  # fmt: skip
+        dx, dgate = ctx.call.gradients(dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
+    dbias = flatten(dy).sum(0) if need_dbias else None
+    return dx, dbias, dgate if need_dgate else None, None, None, None, None
 
 
 _guarded_backward = once_differentiable(_backward)

@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.chooser import pinned_backend
 from ..reference import qr_linear_ref
-from . import direct
 from .common import (
     autocast,
     check_linear,
@@ -23,6 +22,7 @@ from .common import (
     run_plain,
     wants_gradient,
 )
+from .direct import DirectCall
 from .operator import Operator, placeholder
 
 
@@ -55,6 +55,7 @@ qr_linear_bwd = Operator(
     weight_at=1,
     trainable_at=4,
 )
+_direct = DirectCall(qr_linear_bwd)
 
 
 class QRLinearFunction(torch.autograd.Function):
@@ -139,7 +140,7 @@ def qr_linear(
     TypeError, ValueError
         If an operand's type, shape, dtype or device does not fit the others; the message names it.
     """
-    y = direct.low_rank(False, qr_linear_bwd, backend, x, weight, bias, q, r, lam, scaling)
+    y = _direct(backend, x, weight, bias, q, r, lam, scaling)
     if y is not None:
         return y
     check_scaling(scaling)
