@@ -114,7 +114,7 @@ inline void row_tile(Layout<T> a, const T* b, int64_t ldb, int64_t steps, T* c, 
     using V = typename Part<T, BYTES>::type;
     constexpr int64_t lanes = BYTES / sizeof(T);
     V sum[ROWS][VECTORS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sum[i][v] = V{};
@@ -122,14 +122,14 @@ inline void row_tile(Layout<T> a, const T* b, int64_t ldb, int64_t steps, T* c, 
         V line[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) std::memcpy(&line[v], b + p * ldb + v * lanes, BYTES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < ROWS; ++i) {
             const T scale = a.data[i * a.row + p * a.col];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) sum[i][v] += scale * line[v];
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
@@ -146,6 +146,15 @@ inline void row_tiles(int64_t m, Layout<T> a, const T* b, int64_t ldb, int64_t s
                       int64_t ldc) {
     int64_t i = 0;
     const auto from = [&] { return Layout<T>{a.data + i * a.row, a.row, a.col}; };
+    if constexpr (BYTES == 64 && VECTORS == 4) {
+        // B's lines often lie a multiple of 4 KB apart and do not stay in the L1 cache together: more
+        // rows at a time fetch them less often.
+        constexpr int64_t half = 2 * BYTES / sizeof(T);
+        for (; i + 8 <= m; i += 8) {
+            row_tile<T, BYTES, 8, 2>(from(), b, ldb, steps, c + i * ldc, ldc);
+            row_tile<T, BYTES, 8, 2>(from(), b + half, ldb, steps, c + i * ldc + half, ldc);
+        }
+    }
     for (; i + 4 <= m; i += 4)
         row_tile<T, BYTES, 4, VECTORS>(from(), b, ldb, steps, c + i * ldc, ldc);
     if (i + 2 <= m) {
