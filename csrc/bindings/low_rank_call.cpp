@@ -1,16 +1,16 @@
 // QR-LoRA and LoRA-XS on the tensors themselves: the checks of a plain call, the choice of the
 // backend (looked up), the results and the kernel in one call from Python. Operands come in the
-// order of the public functions: (weight, q, r, lam) or (weight, a, b, core). Every function answers
-// None where Python's own path has to take the call, and a bool where the operands are fit and the
-// chooser prefers library products.
+// order of the public functions: (weight, q, r, lam) or (weight, a, b, core). Every function
+// answers None where Python's own path has to take the call, and a bool where the operands are fit
+// and the chooser prefers library products.
+#include <pybind11/stl.h>
+
 #include <array>
 #include <new>
 #include <stdexcept>
 #include <unordered_map>
 #include <utility>
 #include <vector>
-
-#include <pybind11/stl.h>
 
 #include "qrlora/bindings.h"
 #include "qrlora/cpu/low_rank.h"
@@ -22,7 +22,8 @@ namespace qrlora {
 
 namespace {
 
-// --- the choice of the backend --------------------------------------------------------------------
+// --- the choice of the backend
+// --------------------------------------------------------------------
 
 // Python's chooser decides once per problem; here is what it answered.
 struct Choices {
@@ -70,7 +71,8 @@ struct Choices {
 };
 Choices* choices = nullptr;  // never freed: the interpreter may be gone by then
 
-// --- operands -------------------------------------------------------------------------------------
+// --- operands
+// -------------------------------------------------------------------------------------
 
 bool matrix(PyObject* object, DType dtype, int64_t rows, int64_t columns, Strided2d& out) {
     const auto t = read(object);
@@ -130,7 +132,8 @@ void* data(const py::object& tensor) {
     return t->data;
 }
 
-// --- the calls ------------------------------------------------------------------------------------
+// --- the calls
+// ------------------------------------------------------------------------------------
 
 // (core, x, weight, bias, q | a, r | b, gate, scaling) -> y; (y, h) where autograd must record; for
 // library products whether it must; None.
@@ -158,8 +161,8 @@ py::object forward(PyObject* const* args) {
     if (answers_true(torch_hooks.grad_enabled)) {
         for (PyObject* operand : frozen)
             if (requires_grad(operand)) return py::none();
-        record = requires_grad(x) || requires_grad(gate) ||
-                 (bias != Py_None && requires_grad(bias));
+        record =
+            requires_grad(x) || requires_grad(gate) || (bias != Py_None && requires_grad(bias));
     }
     const auto runs = choices->runs(x, d);
     if (runs == Choices::Runs::elsewhere) return py::none();

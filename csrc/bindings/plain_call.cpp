@@ -57,7 +57,8 @@ bool requires_grad(PyObject* tensor) {
 }
 
 int num_threads() {
-    const auto count = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(torch_hooks.num_threads));
+    const auto count =
+        py::reinterpret_steal<py::object>(PyObject_CallNoArgs(torch_hooks.num_threads));
     const long threads = count ? PyLong_AsLong(count.ptr()) : 1;
     if (PyErr_Occurred()) PyErr_Clear();
     return threads < 1 ? 1 : static_cast<int>(threads);
@@ -71,7 +72,8 @@ std::optional<dlpack::Tensor> read(PyObject* object) {
         PyErr_Clear();
         return {};
     }
-    if (t.device.type != dlpack::device_cpu || t.byte_offset != 0 || !dtype_of(t)) return {};
+    if (t.device.type != dlpack::device_cpu || t.byte_offset != 0) return {};
+    if (!t.data || !dtype_of(t)) return {};  // without data: empty, or a wrapper of something else
     return t;
 }
 

@@ -129,8 +129,8 @@ struct Pass {
         });
     }
 
-    // Columns [first, last) of dC += hᵀ g over many tokens, which are summed in chunks and the chunks
-    // in order: a long sum is made of short ones, which keeps its error low.
+    // Columns [first, last) of dC += hᵀ g over many tokens, which are summed in chunks and the
+    // chunks in order: a long sum is made of short ones, which keeps its error low.
     void add_chunks(const T* h, const T* g, int64_t first, int64_t last, T* dcore) const {
         constexpr int64_t rows = 64;
         for (int64_t i0 = 0; i0 < d.r; i0 += rows) {

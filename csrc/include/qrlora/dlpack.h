@@ -1,5 +1,5 @@
-// How a Python tensor is read without a call of its methods: the part of DLPack's C ABI that is used
-// here, of dlpack.h 1.3 (https://github.com/dmlc/dlpack, Copyright 2017 by its contributors,
+// How a Python tensor is read without a call of its methods: the part of DLPack's C ABI that is
+// used here, of dlpack.h 1.3 (https://github.com/dmlc/dlpack, Copyright 2017 by its contributors,
 // Apache-2.0). A framework offers the table of functions as a capsule on its tensor type, so no
 // header of the framework is needed and one build serves every version that keeps the major number.
 #pragma once
@@ -41,10 +41,11 @@ struct ExchangeHeader {
 
 struct ExchangeAPI {
     ExchangeHeader header;
-    void (*managed_tensor_allocator)();             // not used, nor are the next two
+    void (*managed_tensor_allocator)();  // not used, nor are the next two
     void (*managed_tensor_from_py_object_no_sync)();
     void (*managed_tensor_to_py_object_no_sync)();
-    int (*dltensor_from_py_object_no_sync)(void* object, Tensor* out);  // 0, or a Python error; or null
+    int (*dltensor_from_py_object_no_sync)(void* object,
+                                           Tensor* out);  // 0, or a Python error; or null
     void (*current_work_stream)();
 };
 

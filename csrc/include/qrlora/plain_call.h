@@ -1,6 +1,6 @@
-// Tensors taken from Python as they are, for calls that a kernel can serve at once: plain eager mode,
-// plain CPU tensors. Whatever else comes is refused without an error, and Python's own path, with its
-// checks and messages, takes the call.
+// Tensors taken from Python as they are, for calls that a kernel can serve at once: plain eager
+// mode, plain CPU tensors. Whatever else comes is refused without an error, and Python's own path,
+// with its checks and messages, takes the call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,7 +16,7 @@ namespace qrlora {
 struct TorchHooks {
     const dlpack::ExchangeAPI* api = nullptr;
     PyTypeObject *tensor = nullptr, *parameter = nullptr;  // exactly these types are plain
-    PyObject* states = nullptr;        // functions; in plain eager mode each answers something false
+    PyObject* states = nullptr;  // functions; in plain eager mode each answers something false
     PyObject* grad_enabled = nullptr;  // functions
     PyObject* num_threads = nullptr;
 };

@@ -147,8 +147,8 @@ inline void row_tiles(int64_t m, Layout<T> a, const T* b, int64_t ldb, int64_t s
     int64_t i = 0;
     const auto from = [&] { return Layout<T>{a.data + i * a.row, a.row, a.col}; };
     if constexpr (BYTES == 64 && VECTORS == 4) {
-        // B's lines often lie a multiple of 4 KB apart and do not stay in the L1 cache together: more
-        // rows at a time fetch them less often.
+        // B's lines often lie a multiple of 4 KB apart and do not stay in the L1 cache together:
+        // more rows at a time fetch them less often.
         constexpr int64_t half = 2 * BYTES / sizeof(T);
         for (; i + 8 <= m; i += 8) {
             row_tile<T, BYTES, 8, 2>(from(), b, ldb, steps, c + i * ldc, ldc);

@@ -1,0 +1,421 @@
+"""Plain CPU calls go through one native call on the tensors, every other call does not."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import OPERANDS, TRAINABLES
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qrlora_kernels import backends, native
+from qrlora_kernels.backends import amx, chooser
+from qrlora_kernels.ops import direct
+
+pytestmark = pytest.mark.skipif(not direct.AVAILABLE, reason=native.REASON)
+
+OPS = direct.OPERATIONS
+N, K, R = 24, 36, 3
+DTYPES = [torch.float32, torch.float64] + [torch.bfloat16] * amx.available()[0]
+in_each = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+of_each = pytest.mark.parametrize("op", OPS)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the native core answered, call by call: None where it refused."""
+    answers: list[Any] = []
+    for name in ("low_rank_forward_call", "low_rank_backward_call"):
+        original = getattr(native.CORE, name)
+
+        def spy(*arguments: Any, original: Callable[..., Any] = original) -> Any:
+            answers.append(original(*arguments))
+            return answers[-1]
+
+        monkeypatch.setattr(native.CORE, name, spy)
+    return answers
+
+
+@pytest.fixture
+def only_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other path fails."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the call went the long way")
+
+    monkeypatch.setattr("qrlora_kernels.ops.operator.run", fail)
+    for op in OPS:
+        monkeypatch.setattr(f"qrlora_kernels.ops.{op}.check_linear", fail)
+
+
+@contextlib.contextmanager
+def the_long_way() -> Iterator[None]:
+    before, direct.AVAILABLE = direct.AVAILABLE, False
+    try:
+        yield
+    finally:
+        direct.AVAILABLE = before
+
+
+# --- taken
+
+
+@in_each
+@of_each
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (1,)], ids=str)
+def test_plain_calls_are_taken(op, lead, dtype, only_direct):
+    """Forward and backward, for any leading dimensions, in both modes."""
+    operands = helpers.operands(op, lead, N, K, R, dtype)
+    y = helpers.call(op, operands)
+    got = helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
+    assert helpers.same_bits(got["y"], y)
+    assert y.shape == (*lead, N)
+    choice = backends.last_choice(op)
+    assert choice == backends.choose(
+        backends.Problem(op, y.device, dtype, max(1, y.numel() // N), N, K, R)
+    )
+    assert choice.name == ("amx" if dtype == torch.bfloat16 else "cpu")
+
+
+@of_each
+def test_library_products_are_taken(op, only_direct):
+    """From some number of tokens on they are chosen; the native core still answers the checks."""
+    operands = helpers.operands(op, (2, 100), N, K, R)
+    helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
+    assert backends.last_choice(op).name == "composed"
+
+
+@of_each
+def test_parameters_and_stored_layouts_are_taken(op, only_direct):
+    operands = helpers.operands(op, 7, N, K, R)
+    want = helpers.call(op, operands)
+    changes: list[dict[str, Any]] = [
+        {"weight": torch.nn.Parameter(operands["weight"], requires_grad=False)},
+        {TRAINABLES[op][0]: torch.nn.Parameter(operands[TRAINABLES[op][0]])},
+        {"weight": operands["weight"].t().contiguous().t()},
+        {"x": torch.cat([operands["x"], operands["x"]], 1)[:, :K]},
+        {"bias": None},
+    ]
+    for changed in changes:
+        y = helpers.call(op, operands | changed)
+        if "bias" not in changed:
+            torch.testing.assert_close(y.detach(), want, rtol=1e-5, atol=1e-5)
+
+
+@in_each
+@of_each
+@pytest.mark.parametrize("m", [1, 7, 48, 100])
+def test_same_bits_as_the_long_way(op, dtype, m):
+    for wide_gate in (True, False):
+        operands = helpers.operands(op, (m, 2), N, K, R, dtype)
+        if not wide_gate:
+            operands[TRAINABLES[op][0]] = operands[TRAINABLES[op][0]].to(dtype)
+        dy = helpers.gradient_like(op, operands)
+        got = helpers.outcome(helpers.call, op, operands, dy)
+        choice = backends.last_choice(op)
+        with the_long_way():
+            want = helpers.outcome(helpers.call, op, operands, dy)
+        assert backends.last_choice(op) == choice
+        assert all(helpers.same_bits(got[name], want[name]) for name in want)
+
+
+@of_each
+def test_every_element_is_written(op, only_direct):
+    operands = helpers.operands(op, 7, N, K, R)
+    with helpers.poisoned_memory():
+        got = helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
+    assert all(t.isfinite().all() for t in got.values())
+
+
+@of_each
+def test_more_problems_than_choices_are_kept(op, only_direct):
+    operands = helpers.operands(op, 1, 2, 2, 1)
+    for m in range(1, 5000):
+        helpers.call(op, operands | {"x": operands["x"].expand(m, 2)})
+    assert helpers.call(op, operands).shape == (1, 2)
+
+
+# --- refused
+
+
+class Wrapped(torch.Tensor):
+    """A subclass without a behaviour of its own."""
+
+
+class Seen(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@of_each
+@pytest.mark.parametrize("mode", [Seen, Dispatched, torch.no_grad])
+def test_modes_see_the_call(op, mode, seen):
+    operands = helpers.operands(op, 7, N, K, R)
+    want = helpers.call(op, operands)
+    del seen[:]
+    with mode():
+        y = helpers.call(op, operands)
+    assert helpers.same_bits(y, want)
+    (answer,) = seen
+    assert (answer is None) == (mode is not torch.no_grad)
+
+
+@of_each
+def test_a_dispatch_mode_sees_one_operator(op):
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        helpers.call(op, helpers.operands(op, 7, N, K, R))
+    assert f"qrlora.{op}_fwd.default" in names
+
+
+@of_each
+@pytest.mark.parametrize("name", ["x", "weight", "bias", 0, 1, 2])
+def test_subclasses_are_not_read(op, name, seen):
+    operands = helpers.operands(op, 7, N, K, R)
+    want = helpers.call(op, operands)
+    del seen[:]
+    name = OPERANDS[op][name] if isinstance(name, int) else name
+    y = helpers.call(op, operands | {name: operands[name].as_subclass(Wrapped)})
+    assert seen == [None]
+    assert helpers.same_bits(y.as_subclass(Tensor), want)
+
+
+@of_each
+def test_layouts_that_no_kernel_reads(op, seen):
+    """Columns apart in x, both dimensions apart in an operand, a bias that is not contiguous."""
+    operands = helpers.operands(op, (4, 2), N, K, R)
+    want = helpers.call(op, operands)
+    del seen[:]
+
+    def apart(t: Tensor) -> Tensor:
+        return torch.stack([t, -t], -1)[..., 0]
+
+    changes = [{name: apart(operands[name])} for name in ("x", "weight", "bias", *OPERANDS[op])]
+    changes.append({"x": operands["x"].transpose(0, 1).contiguous().transpose(0, 1)})
+    for changed in changes:
+        torch.testing.assert_close(helpers.call(op, operands | changed), want)
+    # A single column, or a core of one rank, has no second stride that could matter.
+    assert seen == [None] * len(changes)
+
+
+@of_each
+def test_other_states_are_not_taken(op, seen, monkeypatch):
+    """Autocast, torch.func, forward mode, tracing and every way to ask for a backend."""
+    operands = helpers.operands(op, 7, N, K, R)
+    x = operands["x"]
+
+    def by(x: Tensor, **options: Any) -> Tensor:
+        return helpers.call(op, operands | {"x": x}, **options)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert by(x).dtype == torch.bfloat16
+    torch.func.vmap(by)(x[None])
+    torch.jit.trace(by, x, check_trace=False)  # the check is a plain call
+    with forward_ad.dual_level():
+        by(forward_ad.make_dual(x, x))
+    by(x, backend="reference")
+    with backends.use_backend("reference"):
+        by(x)
+    monkeypatch.setenv("QRLORA_BACKEND", "reference")
+    by(x)
+    assert backends.last_choice(op) == backends.Choice("reference", "asked for")
+    assert all(answer is None for answer in seen)
+    monkeypatch.delenv("QRLORA_BACKEND")
+    by(x)
+    assert seen[-1] is not None
+
+
+@of_each
+def test_frozen_operands_that_ask_are_not_taken(op, seen):
+    operands = helpers.operands(op, 7, N, K, R)
+    names = ["weight", *(name for name in OPERANDS[op] if name not in TRAINABLES[op])]
+    for name in names:
+        asking = operands | {name: operands[name].clone().requires_grad_()}
+        assert helpers.call(op, asking).requires_grad
+        with torch.no_grad():
+            assert not helpers.call(op, asking).requires_grad
+    assert [answer is None for answer in seen] == [True, False] * len(names)
+
+
+@of_each
+def test_backward_looks_for_itself(op, seen):
+    """What holds in the forward need not hold when its backward runs."""
+    operands = helpers.operands(op, (2, 3), N, K, R)
+    dy = helpers.gradient_like(op, operands)
+    want = helpers.outcome(helpers.call, op, operands, dy)["x"]
+
+    def gradient(dy: Tensor) -> Tensor:
+        x = operands["x"].clone().requires_grad_()
+        y = helpers.call(op, operands | {"x": x})
+        del seen[:]
+        return torch.autograd.grad(y, x, dy)[0]
+
+    for other in (dy.as_subclass(Wrapped), torch.stack([dy, dy], -1)[..., 0]):
+        torch.testing.assert_close(gradient(other).as_subclass(Tensor), want)
+        assert seen == [None]
+    with backends.use_backend("reference"):
+        x = operands["x"].clone().requires_grad_()
+    y = helpers.call(op, operands | {"x": x})
+    with backends.use_backend("reference"):
+        y.backward(dy)
+    assert backends.last_choice(op).name == "reference"
+    torch.testing.assert_close(x.grad, want)
+
+
+@of_each
+def test_wrong_operands_get_the_same_errors(op):
+    good = helpers.operands(op, 7, N, K, R)
+    wrong: list[dict[str, Any]] = [{"scaling": s} for s in ("1", None, True, torch.tensor(1.0))]
+    for name in ("x", "weight", "bias", *OPERANDS[op]):
+        values = [good[name][:-1], good[name][..., None], good[name].double(), good[name].long()]
+        values += [good[name].to("meta"), good[name].to_sparse(), "tensor"]
+        wrong += [{name: value} for value in values if name != "x" or value is not values[0]]
+    for changed in wrong:
+        given = good | {k: v for k, v in changed.items() if k != "scaling"}
+        options = {k: v for k, v in changed.items() if k == "scaling"}
+        messages = []
+        for way in (contextlib.nullcontext, the_long_way):
+            with way(), pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                helpers.call(op, given, **options)
+            messages.append((caught.type, str(caught.value)))
+        assert messages[0] == messages[1]
+
+
+@of_each
+def test_no_tokens_and_no_data(op):
+    operands = helpers.operands(op, 0, N, K, R)
+    assert helpers.call(op, operands).shape == (0, N)
+    meta = {name: t.to("meta") for name, t in helpers.operands(op, 7, N, K, R).items()}
+    y = helpers.call(op, meta)
+    assert y.is_meta
+    assert y.shape == (7, N)
+
+
+# --- the exchange with torch
+
+
+class _Table(ctypes.Structure):
+    """DLPack's DLPackExchangeAPI."""
+
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("previous", ctypes.c_void_p),
+        ("functions", ctypes.c_void_p * 5),
+    ]
+
+
+def _set_torch(table: _Table | None, name: bytes = b"dlpack_exchange_api") -> bool:
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    capsule = object() if table is None else new(ctypes.addressof(table), name, None)
+    return native.CORE.set_torch(
+        capsule, Tensor, torch.nn.Parameter, direct._STATES, torch.is_grad_enabled,
+        torch.get_num_threads, OPS, direct._choose, chooser._last,
+    )  # fmt: skip
+
+
+def _own_table() -> _Table:
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address = get(Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+    return _Table.from_address(address)
+
+
+def test_unknown_tables_are_refused():
+    """No capsule, another name, an unknown major number, no function to read a tensor with."""
+    own = _own_table()
+    unknown = _Table(own.major + 1, 0, None, own.functions)
+    silent = _Table(own.major, own.minor, None, (ctypes.c_void_p * 5)())
+    assert not _set_torch(None)
+    assert not _set_torch(own, b"another")
+    assert not _set_torch(unknown)
+    assert not _set_torch(silent)
+
+
+def test_an_older_table_behind_an_unknown_one_is_found(only_direct):
+    own = _own_table()
+    newer = _Table(own.major + 1, 0, ctypes.addressof(own), own.functions)
+    assert _set_torch(newer)
+    helpers.call("qr_linear", helpers.operands("qr_linear", 7, N, K, R))
+
+
+@of_each
+def test_without_the_exchange_everything_works(op, monkeypatch, seen):
+    monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", None)
+    assert not direct._connect()
+    monkeypatch.setattr(direct, "AVAILABLE", False)
+    operands = helpers.operands(op, 7, N, K, R, torch.float64)
+    got = helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
+    torch.testing.assert_close(got["y"], helpers.exact(op, operands))
+    assert not seen
+
+
+@of_each
+def test_errors_of_the_chooser_pass_through(op, monkeypatch):
+    def fail(_: Any) -> None:
+        raise RuntimeError("no choice today")
+
+    monkeypatch.setattr(chooser, "choose", fail)
+    with pytest.raises(RuntimeError, match="no choice today"):
+        helpers.call(op, helpers.operands(op, 7, 31, 29, 5))
+    assert not sys.exc_info()[0]
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
+@of_each
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_nothing_leaks(op):
+    operands = helpers.operands(op, 16, 64, 64, 8)
+    refused = operands | {"x": operands["x"].as_subclass(Wrapped)}
+    gate = operands[TRAINABLES[op][0]]
+    dy = helpers.gradient_like(op, operands)
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            helpers.call(op, operands)
+        gate.requires_grad_()
+        for _ in range(count // 2):
+            torch.autograd.grad(helpers.call(op, operands), gate, dy)
+        gate.requires_grad_(False)
+        for _ in range(count // 2):
+            helpers.call(op, refused)
+
+    def counts() -> list[int]:
+        choice = backends.last_choice(op)
+        return [sys.getrefcount(t) for t in (*operands.values(), dy, choice, 0.25)]
+
+    calls(1000)
+    gc.collect()
+    before, resident, blocks = counts(), _resident_bytes(), sys.getallocatedblocks()
+    calls(20_000)  # 4 KB of y each
+    gc.collect()
+    assert counts() == before
+    assert sys.getallocatedblocks() - blocks < 5_000
+    assert _resident_bytes() - resident < 30e6
