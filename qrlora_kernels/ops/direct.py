@@ -51,16 +51,16 @@ def _choose(
 def _connect() -> bool:
     """Hand torch's functions to the native core; False where calls on tensors cannot be served."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if native.CORE is None or capsule is None:
+    if _core is None or capsule is None:
         return False
-    return bool(
-        native.CORE.set_torch(
-            capsule, Tensor, torch.nn.Parameter, _STATES, torch.is_grad_enabled,
-            torch.get_num_threads, OPERATIONS, _choose, chooser._last,
-        )
+    connected: bool = _core.set_torch(
+        capsule, Tensor, torch.nn.Parameter, _STATES, torch.is_grad_enabled,
+        torch.get_num_threads, OPERATIONS, _choose, chooser._last,
     )  # fmt: skip
+    return connected
 
 
+_core: Any = native.CORE
 AVAILABLE = _connect()
 
 
@@ -94,7 +94,7 @@ class DirectCall:
         """
         if not _is_open(backend):
             return None
-        done = native.CORE.low_rank_forward_call(self.core, *operands)  # type: ignore[union-attr]
+        done = _core.low_rank_forward_call(self.core, *operands)
         if type(done) is tuple:
             return self._recorded(operands, done)
         if type(done) is not bool:
@@ -120,7 +120,7 @@ class DirectCall:
         """dx and the gate's gradient; ``operands`` are those of the backward, but for dy."""
         done = None
         if _is_open(None):
-            done = native.CORE.low_rank_backward_call(self.core, dy, *operands)  # type: ignore[union-attr]
+            done = _core.low_rank_backward_call(self.core, dy, *operands)
         if type(done) is tuple:
             return done
         rows, need_dx = flatten(dy), operands[-2]
