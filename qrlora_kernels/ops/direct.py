@@ -132,7 +132,8 @@ class DirectCall:
 
 
 def _library(step: str) -> Callable[..., Any]:
-    return getattr(chooser.load("composed"), step)  # type: ignore[no-any-return]
+    function: Callable[..., Any] = getattr(chooser.load("composed"), step)
+    return function
 
 
 class _Record(torch.autograd.Function):
