@@ -117,9 +117,11 @@ struct Pass {
 
     // dC = s hᵀ g.
     void core_gradient(const T* h, const T* g, T* dcore) const {
-        over_columns(d.r, core_block, [&](int64_t first, int64_t last) {
+        const bool at_once = d.m <= chunk;
+        const int64_t block = at_once ? block_columns<T>(d, {g, d.r, 1}, d.r, threads) : core_block;
+        over_columns(d.r, block, [&](int64_t first, int64_t last) {
             start_columns<T>(d.r, nullptr, first, last, dcore, d.r);
-            if (d.m <= chunk)
+            if (at_once)
                 add_rows<T>(d.r, {h, 1, d.r}, {g, d.r, 1}, d.m, first, last, dcore, d.r);
             else
                 add_chunks(h, g, first, last, dcore);

@@ -108,9 +108,11 @@ inline void add_dots(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t
         dot_columns<T, 1>(m, a.data, a.row, b.data + j * b.col, b.col, depth, c + j, ldc);
 }
 
-// B's rows are contiguous, ldb apart: ROWS x VECTORS sums over `steps` of its rows, added to C.
+// B's rows are contiguous, ldb apart: ROWS x VECTORS sums over `steps` of its rows, added to C but
+// for the first `skip` columns.
 template <typename T, int BYTES, int ROWS, int VECTORS>
-inline void row_tile(Layout<T> a, const T* b, int64_t ldb, int64_t steps, T* c, int64_t ldc) {
+inline void row_tile(Layout<T> a, const T* b, int64_t ldb, int64_t steps, int64_t skip, T* c,
+                     int64_t ldc) {
     using V = typename Part<T, BYTES>::type;
     constexpr int64_t lanes = BYTES / sizeof(T);
     V sum[ROWS][VECTORS];
@@ -134,16 +136,23 @@ inline void row_tile(Layout<T> a, const T* b, int64_t ldb, int64_t steps, T* c, 
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             // A long sum is made of short ones, which keeps its error low.
-            V at;
-            std::memcpy(&at, c + i * ldc + v * lanes, BYTES);
-            at += sum[i][v];
-            std::memcpy(c + i * ldc + v * lanes, &at, BYTES);
+            T* to = c + i * ldc + v * lanes;
+            if (skip <= v * lanes) {
+                V at;
+                std::memcpy(&at, to, BYTES);
+                at += sum[i][v];
+                std::memcpy(to, &at, BYTES);
+            } else {
+                T part[lanes];
+                std::memcpy(part, &sum[i][v], BYTES);
+                for (int64_t t = skip - v * lanes; t < lanes; ++t) to[t] += part[t];
+            }
         }
 }
 
 template <typename T, int BYTES, int VECTORS>
-inline void row_tiles(int64_t m, Layout<T> a, const T* b, int64_t ldb, int64_t steps, T* c,
-                      int64_t ldc) {
+inline void row_tiles(int64_t m, Layout<T> a, const T* b, int64_t ldb, int64_t steps, int64_t skip,
+                      T* c, int64_t ldc) {
     int64_t i = 0;
     const auto from = [&] { return Layout<T>{a.data + i * a.row, a.row, a.col}; };
     if constexpr (BYTES == 64 && VECTORS == 4) {
@@ -151,17 +160,18 @@ inline void row_tiles(int64_t m, Layout<T> a, const T* b, int64_t ldb, int64_t s
         // more rows at a time fetch them less often.
         constexpr int64_t half = 2 * BYTES / sizeof(T);
         for (; i + 8 <= m; i += 8) {
-            row_tile<T, BYTES, 8, 2>(from(), b, ldb, steps, c + i * ldc, ldc);
-            row_tile<T, BYTES, 8, 2>(from(), b + half, ldb, steps, c + i * ldc + half, ldc);
+            T* to = c + i * ldc;
+            if (skip < half) row_tile<T, BYTES, 8, 2>(from(), b, ldb, steps, skip, to, ldc);
+            row_tile<T, BYTES, 8, 2>(from(), b + half, ldb, steps, skip - half, to + half, ldc);
         }
     }
     for (; i + 4 <= m; i += 4)
-        row_tile<T, BYTES, 4, VECTORS>(from(), b, ldb, steps, c + i * ldc, ldc);
+        row_tile<T, BYTES, 4, VECTORS>(from(), b, ldb, steps, skip, c + i * ldc, ldc);
     if (i + 2 <= m) {
-        row_tile<T, BYTES, 2, VECTORS>(from(), b, ldb, steps, c + i * ldc, ldc);
+        row_tile<T, BYTES, 2, VECTORS>(from(), b, ldb, steps, skip, c + i * ldc, ldc);
         i += 2;
     }
-    if (i < m) row_tile<T, BYTES, 1, VECTORS>(from(), b, ldb, steps, c + i * ldc, ldc);
+    if (i < m) row_tile<T, BYTES, 1, VECTORS>(from(), b, ldb, steps, skip, c + i * ldc, ldc);
 }
 
 template <typename T>
@@ -170,16 +180,29 @@ inline void add_rows(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t
     constexpr int SIZE = sizeof(T);
     constexpr int64_t lanes = Vec<T>::lanes;
     constexpr int VECTORS = QRLORA_VECTOR_BYTES == 64 ? 4 : 2;  // 4 rows of sums fill the registers
+    constexpr int64_t wide = VECTORS * lanes;
     for (int64_t p = 0; p < depth; p += 32) {
         const int64_t steps = std::min<int64_t>(32, depth - p);
         const Layout<T> left{a.data + p * a.col, a.row, a.col};
         const T* lines = b.data + p * b.row;
-        const auto tiles = [&](auto bytes, auto vectors, int64_t j) {
-            row_tiles<T, bytes(), vectors()>(m, left, lines + j, b.row, steps, c + j, ldc);
+        const auto tiles = [&](auto bytes, auto vectors, int64_t j, int64_t skip = 0) {
+            row_tiles<T, bytes(), vectors()>(m, left, lines + j, b.row, steps, skip, c + j, ldc);
         };
         int64_t j = first;
-        for (; j + VECTORS * lanes <= last; j += VECTORS * lanes)
+        for (; j + wide <= last; j += wide)
             tiles(constant<QRLORA_VECTOR_BYTES>, constant<VECTORS>, j);
+        if (j == last) continue;
+        if (last - first >= wide) {
+            // What is left over, in a tile that reaches back over columns which are done: cheaper
+            // than narrow tiles.
+            const int64_t rest = last - j;
+            if (rest <= wide / 2)
+                tiles(constant<QRLORA_VECTOR_BYTES>, constant<VECTORS / 2>, last - wide / 2,
+                      wide / 2 - rest);
+            else
+                tiles(constant<QRLORA_VECTOR_BYTES>, constant<VECTORS>, last - wide, wide - rest);
+            continue;
+        }
         for (; j + lanes <= last; j += lanes) tiles(constant<QRLORA_VECTOR_BYTES>, constant<1>, j);
         if constexpr (QRLORA_VECTOR_BYTES > 16)
             for (; j + 16 / SIZE <= last; j += 16 / SIZE) tiles(constant<16>, constant<1>, j);
