@@ -162,3 +162,21 @@ def test_gate_gradients_over_very_many_tokens(name: str) -> None:
     op = draw(name, 60_000, 32, 32, 16, torch.float32)
     op = replace(op, x=op.x.abs(), dy=op.dy.abs())
     check_error_rule(cpu, op)
+
+
+@needs_core
+@pytest.mark.parametrize("operand", ["x", "weight", "dy", "down"])
+def test_infinities_stay_infinities(operand: str) -> None:
+    """Vectors that reach back over what is summed already must not meet it again, not even by 0."""
+    m, n, k, r = 9, 70, 150, 20
+    x, dy, weight = torch.ones(m, k), torch.ones(m, n), torch.ones(n, k)
+    up, down, lam = torch.ones(n, r), torch.ones(r, k), torch.ones(r)
+    {"x": x, "weight": weight, "dy": dy, "down": down}[operand][:, 60] = float("inf")
+    y, h = cpu.qr_linear_fwd(x, weight, None, up, down, lam, 1.0)
+    dx, dlam = cpu.qr_linear_bwd(dy, weight, up, down, lam, h, 1.0)
+    want_h = x @ down.T
+    want_dx = dy @ weight + (dy @ up * lam) @ down
+    assert torch.equal(h, want_h)
+    assert torch.equal(y, x @ weight.T + (want_h * lam) @ up.T)
+    assert torch.equal(dx, want_dx)
+    assert torch.equal(dlam, (want_h * (dy @ up)).sum(0))

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <type_traits>
 #include <utility>
 
 #include "qrlora/cpu/vec.h"
@@ -48,6 +50,25 @@ inline T total(typename Part<T, BYTES>::type v) {
     }
 }
 
+// v with zeros in all but its last `count` lanes.
+template <typename T>
+inline typename Vec<T>::type last_lanes(typename Vec<T>::type v, int64_t count) {
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Bits Mask __attribute__((vector_size(QRLORA_VECTOR_BYTES)));
+    constexpr int64_t lanes = Vec<T>::lanes;
+    static constexpr auto bits = [] {
+        std::array<Bits, 2 * lanes> all{};
+        for (int64_t i = lanes; i < 2 * lanes; ++i) all[i] = -1;
+        return all;
+    }();
+    Mask mask, masked;
+    std::memcpy(&mask, bits.data() + count, sizeof mask);
+    std::memcpy(&masked, &v, sizeof v);
+    masked &= mask;
+    std::memcpy(&v, &masked, sizeof v);
+    return v;
+}
+
 // B's columns are contiguous, ldb apart, as are A's rows: ROWS x COLUMNS dot products at once.
 template <typename T, int ROWS, int COLUMNS>
 inline void dot_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* c,
@@ -58,28 +79,32 @@ inline void dot_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t d
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; ++j) sum[i][j] = typename Vec<T>::type{};
-    int64_t p = 0;
-    for (; p + lanes <= depth; p += lanes) {
+    const auto add = [&](int64_t p, const auto& part) {
         typename Vec<T>::type column[COLUMNS];
 #pragma GCC unroll 8
-        for (int j = 0; j < COLUMNS; ++j) column[j] = load(b + j * ldb + p);
+        for (int j = 0; j < COLUMNS; ++j) column[j] = part(load(b + j * ldb + p));
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) {
-            const auto row = load(a + i * lda + p);
+            const auto row = part(load(a + i * lda + p));
 #pragma GCC unroll 8
             for (int j = 0; j < COLUMNS; ++j) sum[i][j] += row * column[j];
         }
-    }
+    };
+    int64_t p = 0;
+    for (; p + lanes <= depth; p += lanes) add(p, [](auto v) { return v; });
+    const bool scalars = depth < lanes;
+    if (p < depth && !scalars)  // what is left over, in a load that reaches back
+        add(depth - lanes, [&](auto v) { return last_lanes<T>(v, depth - p); });
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < COLUMNS; ++j)
             c[i * ldc + j] += total<T, QRLORA_VECTOR_BYTES>(sum[i][j]);
-    if (p == depth) return;
+    if (!scalars) return;
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < COLUMNS; ++j) {
             T rest = 0;
-            for (int64_t t = p; t < depth; ++t) rest += a[i * lda + t] * b[j * ldb + t];
+            for (int64_t t = 0; t < depth; ++t) rest += a[i * lda + t] * b[j * ldb + t];
             c[i * ldc + j] += rest;
         }
 }
