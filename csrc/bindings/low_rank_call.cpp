@@ -23,7 +23,6 @@ namespace qrlora {
 namespace {
 
 // --- the choice of the backend
-// --------------------------------------------------------------------
 
 // Python's chooser decides once per problem; here is what it answered.
 struct Choices {
@@ -62,9 +61,9 @@ struct Choices {
             if (known.size() >= kept) known.clear();
             at = known.emplace(key, std::move(found)).first;
         }
-        const auto& [runs, choice] = at->second;
-        if (runs != Runs::elsewhere &&
-            PyDict_SetItem(last.ptr(), operation.ptr(), choice.ptr()) != 0)
+        const auto [runs, choice] = at->second;  // a copy: the next line may run other Python code
+        if (runs == Runs::elsewhere) return runs;
+        if (PyDict_SetItem(last.ptr(), operation.ptr(), choice.ptr()) != 0)
             throw py::error_already_set();
         return runs;
     }
@@ -72,7 +71,6 @@ struct Choices {
 Choices* choices = nullptr;  // never freed: the interpreter may be gone by then
 
 // --- operands
-// -------------------------------------------------------------------------------------
 
 bool matrix(PyObject* object, DType dtype, int64_t rows, int64_t columns, Strided2d& out) {
     const auto t = read(object);
@@ -133,7 +131,6 @@ void* data(const py::object& tensor) {
 }
 
 // --- the calls
-// ------------------------------------------------------------------------------------
 
 // (core, x, weight, bias, q | a, r | b, gate, scaling) -> y; (y, h) where autograd must record; for
 // library products whether it must; None.

@@ -1,0 +1,134 @@
+"""What the native calls need of torch, how they fail, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import TRAINABLES
+from torch import Tensor
+
+from qrlora_kernels import backends, native
+from qrlora_kernels.backends import chooser
+from qrlora_kernels.ops import direct
+
+pytestmark = pytest.mark.skipif(not direct.AVAILABLE, reason=native.REASON)
+
+OPS = direct.OPERATIONS
+N, K, R = 24, 36, 3
+of_each = pytest.mark.parametrize("op", OPS)
+
+
+class Wrapped(torch.Tensor):
+    """A subclass without a behaviour of its own."""
+
+
+class _Table(ctypes.Structure):
+    """DLPack's DLPackExchangeAPI."""
+
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("previous", ctypes.c_void_p),
+        ("functions", ctypes.c_void_p * 5),
+    ]
+
+
+def _set_torch(table: _Table | None, name: bytes = b"dlpack_exchange_api") -> bool:
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    capsule = object() if table is None else new(ctypes.addressof(table), name, None)
+    return native.CORE.set_torch(
+        capsule, Tensor, torch.nn.Parameter, direct._STATES, torch.is_grad_enabled,
+        torch.get_num_threads, OPS, direct._choose, chooser._last,
+    )  # fmt: skip
+
+
+def _own_table() -> _Table:
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    address = get(Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+    return _Table.from_address(address)
+
+
+def test_unknown_tables_are_refused():
+    """No capsule, another name, an unknown major number, no function to read a tensor with."""
+    own = _own_table()
+    unknown = _Table(own.major + 1, 0, None, own.functions)
+    silent = _Table(own.major, own.minor, None, (ctypes.c_void_p * 5)())
+    assert not _set_torch(None)
+    assert not _set_torch(own, b"another")
+    assert not _set_torch(unknown)
+    assert not _set_torch(silent)
+
+
+def test_an_older_table_behind_an_unknown_one_is_found():
+    own = _own_table()
+    newer = _Table(own.major + 1, 0, ctypes.addressof(own), own.functions)
+    assert _set_torch(newer)
+    operands = helpers.operands("qr_linear", 7, N, K, R)
+    assert direct._core.low_rank_forward_call(False, *operands.values(), 1.0).shape == (7, N)
+
+
+@of_each
+def test_without_the_exchange_everything_works(op, monkeypatch):
+    monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", None)
+    assert not direct._connect()
+    monkeypatch.setattr(direct, "AVAILABLE", False)
+    operands = helpers.operands(op, 7, N, K, R, torch.float64)
+    got = helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
+    torch.testing.assert_close(got["y"], helpers.exact(op, operands))
+
+
+@of_each
+def test_errors_of_the_chooser_pass_through(op, monkeypatch):
+    def fail(_: Any) -> None:
+        raise RuntimeError("no choice today")
+
+    monkeypatch.setattr(chooser, "choose", fail)
+    with pytest.raises(RuntimeError, match="no choice today"):
+        helpers.call(op, helpers.operands(op, 7, 31, 29, 5))
+    assert not sys.exc_info()[0]
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
+@of_each
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_nothing_leaks(op):
+    operands = helpers.operands(op, 16, 64, 64, 8)
+    refused = operands | {"x": operands["x"].as_subclass(Wrapped)}
+    gate = operands[TRAINABLES[op][0]]
+    dy = helpers.gradient_like(op, operands)
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            helpers.call(op, operands)
+        gate.requires_grad_()
+        for _ in range(count // 2):
+            torch.autograd.grad(helpers.call(op, operands), gate, dy)
+        gate.requires_grad_(False)
+        for _ in range(count // 2):
+            helpers.call(op, refused)
+
+    def counts() -> list[int]:
+        choice = backends.last_choice(op)
+        return [sys.getrefcount(t) for t in (*operands.values(), dy, choice, 0.25)]
+
+    calls(1000)
+    gc.collect()
+    before, resident, blocks = counts(), _resident_bytes(), sys.getallocatedblocks()
+    calls(20_000)  # 4 KB of y each
+    gc.collect()
+    assert counts() == before
+    assert sys.getallocatedblocks() - blocks < 5_000
+    assert _resident_bytes() - resident < 30e6
