@@ -8,32 +8,31 @@ from __future__ import annotations
 
 from .problem import Problem
 
-# fp32 and fp64: up to here one native call beats four library products (48 tokens of 384, 768 and
-# 1,024 features, r = 16 and 150, forward and backward: 0.82 to 1.17 of the best alternative where
-# library products take 0.90 to 1.16).
-FEW_TOKENS = 48
+# fp32 and fp64: up to here one native call beats four library products; a weight of the second size
+# is read at the pace of memory for some more (33 and 48 tokens of 768 and 1,024 features: 0.79 to
+# 1.11 of the best alternative where library products take 0.97 to 1.17; 384 features: up to 1.3).
+FEW_TOKENS = 32
+SOME_TOKENS, WEIGHT_OF_SOME = 48, 1 << 19
 # bf16: from both of these on, the library's larger blocks outweigh a fused accumulator (2048 x 1024
 # x 1024, forward and backward: 1.02 to 1.14 of the library products' time).
 MANY_TOKENS, WIDE = 2048, 1024
 # bf16, a weight that comes from memory at each call (4096 x 4096, 1 and 16 tokens: 1.2 and 1.5 of
 # the library products' time).
-LARGE_WEIGHT, LARGE_WEIGHT_TOKENS = 1 << 23, 32
+LARGE_WEIGHT = 1 << 23
 
 
 def passed_over(backend: str, problem: Problem) -> str | None:
     """Why ``backend`` is passed over for ``problem`` unless asked for; None if it is not."""
     low_rank = problem.op in ("qr_linear", "lora_xs_linear")
-    if backend == "cpu" and low_rank and problem.m > FEW_TOKENS:
-        return f"library products measure better from {FEW_TOKENS + 1} tokens"
+    few = SOME_TOKENS if problem.n * problem.k >= WEIGHT_OF_SOME else FEW_TOKENS
+    if backend == "cpu" and low_rank and problem.m > few:
+        return f"library products measure better from {few + 1} tokens"
     wide = min(problem.n, problem.k) >= WIDE
     if backend == "amx" and problem.op != "kron_linear" and problem.m >= MANY_TOKENS and wide:
         return f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features"
     large = problem.n * problem.k >= LARGE_WEIGHT
-    if backend == "amx" and low_rank and problem.m <= LARGE_WEIGHT_TOKENS and large:
-        return (
-            f"library products measure better for {LARGE_WEIGHT_TOKENS} tokens and less of a large "
-            "weight"
-        )
+    if backend == "amx" and low_rank and problem.m <= FEW_TOKENS and large:
+        return f"library products measure better for {FEW_TOKENS} tokens and less of a large weight"
     if backend in ("cuda", "triton"):
         if problem.device.type != "cuda":
             return "its kernels are for CUDA devices"
