@@ -161,7 +161,4 @@ inline void multiply_all(const Gemm& g, const Rows (&a)[2], const bf16* b, bool 
     }
 }
 
-// Products of at most 32 rows; see few_rows.cpp.
-void gemm_few_rows(const Gemm& g);
-
 }  // namespace qrlora::amx

@@ -3,7 +3,7 @@
 // panel, a panel being as many columns as half of the L2 cache holds.
 #include <algorithm>
 
-#include "block.h"
+#include "few_rows.h"
 
 namespace qrlora::amx {
 
@@ -101,7 +101,7 @@ void gemm(const Gemm& asked) {
     if (asked.m == 0 || asked.n == 0) return;
     Gemm g = asked;
     g.threads = useful_threads(asked);
-    if (g.m <= side) return gemm_few_rows(g);
+    if (g.m <= side) return columns_contiguous(g) ? gemm_by_columns(g) : gemm_by_rows(g);
     const Cut cut(g);
 #pragma omp parallel num_threads(g.threads)
     {

@@ -24,10 +24,14 @@ inline int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; 
 // Configures this thread's tiles, and gives the previous owner its configuration back.
 class TileScope {
   public:
-    TileScope() {
+    // Tiles 0..5 have `rows` rows, for sums and left operands; the others 16.
+    explicit TileScope(int64_t rows = 16) {
         _tile_storeconfig(&before_);
         Config mine;
-        for (int t = 0; t < 8; ++t) mine.bytes[t] = 64, mine.rows[t] = 16;
+        for (int t = 0; t < 8; ++t) {
+            mine.bytes[t] = 64;
+            mine.rows[t] = static_cast<uint8_t>(t < 6 ? rows : 16);
+        }
         _tile_loadconfig(&mine);
     }
     ~TileScope() { _tile_loadconfig(&before_); }
