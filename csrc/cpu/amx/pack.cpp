@@ -25,8 +25,22 @@ void pack_b_by_columns(const bf16* b, int64_t col, int64_t depth, int64_t column
         }
 }
 
+// A whole block: masks would take the execution port that the interleaving needs.
+void pack_b_whole(const bf16* b, int64_t row, int64_t depth, bf16* to) {
+    for (int64_t p = 0; p < depth; p += tile_depth, b += tile_depth * row, to += 1024)
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i) {
+            const bf16* even = b + 2 * i * row;
+            __m512i low, high;
+            pair_rows(_mm512_loadu_si512(even), _mm512_loadu_si512(even + row), low, high);
+            _mm512_store_si512(to + i * 32, low);
+            _mm512_store_si512(to + 512 + i * 32, high);
+        }
+}
+
 // Rows of B are contiguous in memory: two rows interleave to pairs.
 void pack_b_by_rows(const bf16* b, int64_t row, int64_t depth, int64_t columns, bf16* to) {
+    if (columns >= 32 && depth % tile_depth == 0) return pack_b_whole(b, row, depth, to);
     const __mmask32 mask = first32(columns);
     for (int64_t p = 0; p < depth; p += tile_depth, to += 1024)
         for (int64_t i = 0; i < 16; ++i) {
