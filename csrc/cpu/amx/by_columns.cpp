@@ -60,26 +60,20 @@ class Task : FewRows {
     // Columns [j, j + 32) of B: in place, but for what a tile would read over an end.
     template <bool two>
     void add_product(const Product& p, int64_t j, const bf16* right) {
-        const bool whole = g.n - j >= side;
-        const int64_t inside = whole ? p.depth / tile_depth * tile_depth : 0;
-        Ahead ahead;
-        if (whole && is_far(p, g.n))
-            ahead = {p.b.data + (j + side) * p.b.col, p.b.col, p.depth,
-                     std::min(side, g.n - j - side)};
+        const int64_t inside = g.n - j >= side ? p.depth / tile_depth * tile_depth : 0;
         const bf16* left = p.b.data + j * p.b.col;
-        add<two>({left, p.b.col}, inside, right, ahead);
+        add<two>({left, p.b.col}, inside, right);
         if (inside == p.depth) return;
         const int64_t rest = p.depth - inside, ld = round_up(rest, tile_depth);
         pack_a(left + inside, p.b.col, 1, rest, g.n - j, copies_, ld);
-        add<two>({copies_, ld}, rest, right + inside * tall * 16, ahead);
+        add<two>({copies_, ld}, rest, right + inside * tall * 16);
     }
 
     template <bool two>
-    static void add(Rows left, int64_t depth, const bf16* right, Ahead& ahead) {
+    static void add(Rows left, int64_t depth, const bf16* right) {
         const int64_t stride = left.ld * static_cast<int64_t>(sizeof(bf16));
         const bf16* below = left.data + 16 * left.ld;
         for (int64_t p = 0; p < depth; p += tile_depth, right += two ? 1024 : 512) {
-            ahead.lines(side);
             _tile_loadd(4, left.data + p, stride);
             _tile_loadd(6, right, 64);
             _tile_dpbf16ps(0, 4, 6);
