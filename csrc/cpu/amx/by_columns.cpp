@@ -1,5 +1,5 @@
-// C^T = B^T A^T for at most 32 rows of A: 32 columns of B, contiguous in memory, are the rows of the
-// left operand and stay where they are; A is brought into tile order once.
+// C^T = B^T A^T for at most 32 rows of A: 32 columns of B, contiguous in memory, are the rows of
+// the left operand and stay where they are; A is brought into tile order once.
 #include <algorithm>
 
 #include "few_rows.h"
@@ -16,9 +16,9 @@ class Task : FewRows {
   public:
     Task(const Gemm& gemm, Scratch& scratch) : FewRows(gemm) {
         const int64_t depth = padded_depth(g);
-        auto* bytes = static_cast<char*>(scratch.get(
-            2 * block_bytes +
-            ((tall * depth + tile_depth) * 16 + side * deepest(g)) * sizeof(bf16)));
+        auto* bytes = static_cast<char*>(
+            scratch.get(2 * block_bytes +
+                        ((tall * depth + tile_depth) * 16 + side * deepest(g)) * sizeof(bf16)));
         block_ = reinterpret_cast<float*>(bytes);
         turned_ = block_ + side * side;
         right_ = reinterpret_cast<bf16*>(turned_ + side * side);
@@ -45,15 +45,15 @@ class Task : FewRows {
     }
 
   private:
-    // The tiles of A^T. pack_b writes two tiles each time; where one is wanted, the next call writes
-    // over the other.
+    // The tiles of A^T. pack_b writes two tiles each time; where one is wanted, the next call
+    // writes over the other.
     void pack_right() {
         bf16* to = right_;
         for (int t = 0; t < g.count; ++t) {
             const Product& p = g.products[t];
             for (int64_t d = 0; d < p.depth; d += tile_depth, to += tall * 512)
-                pack_b(p.a.data + d * p.a.col, p.a.col, p.a.row,
-                       std::min(tile_depth, p.depth - d), g.m, to);
+                pack_b(p.a.data + d * p.a.col, p.a.col, p.a.row, std::min(tile_depth, p.depth - d),
+                       g.m, to);
         }
     }
 
@@ -106,8 +106,7 @@ class Task : FewRows {
 }  // namespace
 
 void gemm_by_columns(const Gemm& g) {
-    const int64_t chunk =
-        std::min<int64_t>(256, round_up((g.n + g.threads - 1) / g.threads, side));
+    const int64_t chunk = std::min<int64_t>(256, round_up((g.n + g.threads - 1) / g.threads, side));
 #pragma omp parallel num_threads(g.threads)
     {
         thread_local Scratch scratch;

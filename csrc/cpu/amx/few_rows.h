@@ -1,4 +1,5 @@
-// At most 32 rows of A. B is the larger operand by far, is read once, as it lies, and sets the pace.
+// At most 32 rows of A. B is the larger operand by far, is read once, as it lies, and sets the
+// pace.
 #pragma once
 
 #include "block.h"
