@@ -13,7 +13,7 @@ import torch
 from backend_contract import Contract, check_error_rule, compare_errors, draw
 
 from qrlora_kernels import native
-from qrlora_kernels.backends import amx, cpu
+from qrlora_kernels.backends import Problem, amx, choose, cpu
 
 needs_core = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
 
@@ -37,24 +37,25 @@ class TestAMX(Contract):
 
 
 @pytest.mark.parametrize(
-    ("backend", "name", "dtype"),
+    ("backend", "name", "dtype", "shape"),
     [
-        (cpu, "kron_linear", torch.float32),
-        (cpu, "kron_linear", torch.bfloat16),
-        (cpu, "qr_linear", torch.float32),
-        (cpu, "lora_xs_linear", torch.float64),
-        (amx, "qr_linear", torch.bfloat16),
-        (amx, "lora_xs_linear", torch.bfloat16),
-        (amx, "kron_linear", torch.bfloat16),
+        (cpu, "kron_linear", torch.float32, (300, 96, 160)),
+        (cpu, "kron_linear", torch.bfloat16, (300, 96, 160)),
+        (cpu, "qr_linear", torch.float32, (20, 768, 1030)),
+        (cpu, "lora_xs_linear", torch.float64, (20, 768, 1030)),
+        (amx, "qr_linear", torch.bfloat16, (300, 96, 160)),
+        (amx, "lora_xs_linear", torch.bfloat16, (300, 96, 160)),
+        (amx, "kron_linear", torch.bfloat16, (300, 96, 160)),
+        (amx, "qr_linear", torch.bfloat16, (20, 768, 4630)),
+        (amx, "lora_xs_linear", torch.bfloat16, (3, 4630, 768)),
     ],
 )
 def test_same_bits_for_every_number_of_threads(
-    backend: ModuleType, name: str, dtype: torch.dtype
+    backend: ModuleType, name: str, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
     ok, reason = backend.available()
     if not ok:
         pytest.skip(reason)
-    shape = (300, 96, 160) if name == "kron_linear" or backend is amx else (20, 768, 1030)
     op = draw(name, *shape, 16, dtype)
     before = torch.get_num_threads()
     results = []
@@ -123,6 +124,62 @@ def test_many_tokens_in_the_core_gradient() -> None:
         "lora_xs_linear", 2 * 8192 + 37, 48, 80, 16, torch.bfloat16, train_dtype=torch.float32
     )
     check_error_rule(amx, op)
+
+
+@needs_core
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+@pytest.mark.parametrize("name", ["qr_linear", "lora_xs_linear"])
+def test_few_tokens_on_tiles_in_every_size(name: str, layout: str) -> None:
+    """1 to 33 tokens: one tile of rows, two, and the first count that goes to the larger blocks."""
+    if not amx.available()[0]:
+        pytest.skip(amx.available()[1])
+    for n, k, r in ((33, 47, 3), (70, 101, 37), (96, 130, 16), (15, 200, 8)):
+        ops = [draw(name, m, n, k, r, torch.bfloat16, bias=m % 2 == 0) for m in range(1, 34)]
+        ops = [replace(op, weight=_laid_out(op.weight, layout)) for op in ops]
+        ops = [
+            replace(op, x=_laid_out(op.x, "strided"), dy=_laid_out(op.dy, "strided")) for op in ops
+        ]
+        check_error_rule(amx, *ops)
+
+
+@needs_core
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [
+        (40, 4200),  # more columns than the sums of one panel
+        (1100, 2100),  # more than is swept 64 rows at a time, by two threads too
+        (600, 333),
+    ],
+)
+def test_a_token_has_the_bits_that_it_has_alone(n: int, k: int, layout: str) -> None:
+    """Few tokens are summed in one order, whatever their number and the weight's layout."""
+    if not amx.available()[0]:
+        pytest.skip(amx.available()[1])
+    op = draw("qr_linear", 32, n, k, 21, torch.bfloat16)
+    check_error_rule(amx, op)
+    want = op.run(amx)
+    op = replace(op, weight=_laid_out(op.weight, layout))
+    for m in (1, 2, 5, 15, 16, 17, 31, 32):
+        got = replace(op, x=op.x[:m], dy=op.dy[:m]).run(amx)
+        assert torch.equal(got["y"], want["y"][:m]), m
+        assert torch.equal(got["dx"], want["dx"][:m]), m
+
+
+def _laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "columns":
+        return t.mT.contiguous().mT
+    return torch.cat([t, t], 1)[:, : t.shape[1]] if layout == "strided" else t
+
+
+@needs_core
+def test_few_tokens_in_bf16_go_to_the_tiles_unasked() -> None:
+    if not amx.available()[0]:
+        pytest.skip(amx.available()[1])
+    for m in (1, 32):
+        for side in (384, 4096):
+            problem = Problem("qr_linear", torch.device("cpu"), torch.bfloat16, m, side, side, 16)
+            assert choose(problem).name == "amx"
 
 
 @needs_core

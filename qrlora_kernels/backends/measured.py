@@ -16,9 +16,6 @@ SOME_TOKENS, WEIGHT_OF_SOME = 48, 1 << 19
 # bf16: from both of these on, the library's larger blocks outweigh a fused accumulator (2048 x 1024
 # x 1024, forward and backward: 1.02 to 1.14 of the library products' time).
 MANY_TOKENS, WIDE = 2048, 1024
-# bf16, a weight that comes from memory at each call (4096 x 4096, 1 and 16 tokens: 1.2 and 1.5 of
-# the library products' time).
-LARGE_WEIGHT = 1 << 23
 
 
 def passed_over(backend: str, problem: Problem) -> str | None:
@@ -30,9 +27,6 @@ def passed_over(backend: str, problem: Problem) -> str | None:
     wide = min(problem.n, problem.k) >= WIDE
     if backend == "amx" and problem.op != "kron_linear" and problem.m >= MANY_TOKENS and wide:
         return f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features"
-    large = problem.n * problem.k >= LARGE_WEIGHT
-    if backend == "amx" and low_rank and problem.m <= FEW_TOKENS and large:
-        return f"library products measure better for {FEW_TOKENS} tokens and less of a large weight"
     if backend in ("cuda", "triton"):
         if problem.device.type != "cuda":
             return "its kernels are for CUDA devices"
