@@ -153,17 +153,19 @@ def test_few_tokens_on_tiles_in_every_size(name: str, layout: str) -> None:
     ],
 )
 def test_a_token_has_the_bits_that_it_has_alone(n: int, k: int, layout: str) -> None:
-    """Few tokens are summed in one order, whatever their number and the weight's layout."""
+    """Few tokens are summed in one order, whatever their number and the operands' layout."""
     if not amx.available()[0]:
         pytest.skip(amx.available()[1])
     op = draw("qr_linear", 32, n, k, 21, torch.bfloat16)
     check_error_rule(amx, op)
     want = op.run(amx)
-    op = replace(op, weight=_laid_out(op.weight, layout))
-    for m in (1, 2, 5, 15, 16, 17, 31, 32):
-        got = replace(op, x=op.x[:m], dy=op.dy[:m]).run(amx)
-        assert torch.equal(got["y"], want["y"][:m]), m
-        assert torch.equal(got["dx"], want["dx"][:m]), m
+    factors = {name: _laid_out(t, layout) for name, t in op.frozen.items() if t is not None}
+    for weight, frozen in ((layout, op.frozen), ("rows", factors), (layout, factors)):
+        laid_out = replace(op, weight=_laid_out(op.weight, weight), frozen=frozen)
+        for m in (1, 2, 5, 15, 16, 17, 31, 32):
+            got = replace(laid_out, x=op.x[:m], dy=op.dy[:m]).run(amx)
+            assert torch.equal(got["y"], want["y"][:m]), m
+            assert torch.equal(got["dx"], want["dx"][:m]), m
 
 
 def _laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:

@@ -57,15 +57,17 @@ class Task : FewRows {
         }
     }
 
-    // Columns [j, j + 32) of B: in place, but for what a tile would read over an end.
+    // Columns [j, j + 32) of B: in place where they are contiguous, but for what a tile would read
+    // over an end.
     template <bool two>
     void add_product(const Product& p, int64_t j, const bf16* right) {
-        const int64_t inside = g.n - j >= side ? p.depth / tile_depth * tile_depth : 0;
+        const bool in_place = p.b.row == 1 && g.n - j >= side;
+        const int64_t inside = in_place ? p.depth / tile_depth * tile_depth : 0;
         const bf16* left = p.b.data + j * p.b.col;
         add<two>({left, p.b.col}, inside, right);
         if (inside == p.depth) return;
         const int64_t rest = p.depth - inside, ld = round_up(rest, tile_depth);
-        pack_a(left + inside, p.b.col, 1, rest, g.n - j, copies_, ld);
+        pack_a(left + inside, p.b.col, p.b.row, rest, g.n - j, copies_, ld);
         add<two>({copies_, ld}, rest, right + inside * tall * 16);
     }
 

@@ -15,13 +15,13 @@ struct FewRows {
         : g(gemm), tall(gemm.m > 16 ? 2 : 1), rows(std::min<int64_t>(gemm.m, 16)) {}
 };
 
+// The deepest product is the weight's and decides how B is read; the other may lie either way.
 inline bool columns_contiguous(const Gemm& g) {
-    for (int t = 0; t < g.count; ++t)
-        if (g.products[t].b.row != 1) return false;
-    return true;
+    const bool second = g.count == 2 && g.products[1].depth > g.products[0].depth;
+    return g.products[second].b.row == 1;
 }
 
-// Columns of every B are contiguous: C^T = B^T A^T with B in place as the left operand.
+// Columns of B are contiguous: C^T = B^T A^T with B in place as the left operand.
 void gemm_by_columns(const Gemm& g);
 
 // Rows are: B in pairs of rows as the right operand, C in the L2 cache.
