@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "qrlora/cpu/amx.h"
+#include "block.h"
 #include "qrlora/cpu/buffer.h"
 
 namespace qrlora::amx {
@@ -28,49 +28,61 @@ Gemm product(const LowRank& d, int64_t m, int64_t n, Product first, void* c) {
     return g;
 }
 
-float gate_at(const LowRank& d, int64_t i) {
-    return d.gate_dtype == DType::f32 ? static_cast<const float*>(d.gate)[i]
-                                      : to_float(static_cast<const bf16*>(d.gate)[i]);
+// write(i, mask, s G) for 16 elements of the gate at a time.
+template <typename Write>
+void over_gate(const LowRank& d, int64_t size, const Write& write) {
+    const __m512 s = _mm512_set1_ps(static_cast<float>(d.scaling));
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 mask = first16(size - i);
+        const __m512 gate = d.gate_dtype == DType::f32
+                                ? _mm512_maskz_loadu_ps(mask, static_cast<const float*>(d.gate) + i)
+                                : load_bf16(mask, static_cast<const bf16*>(d.gate) + i);
+        write(i, mask, _mm512_mul_ps(s, gate));
+    }
 }
 
 // What one call needs between its products.
-struct Scratch {
+struct Buffers {
     AlignedBuffer<bf16> inner, mid, core;
     AlignedBuffer<float> scale, part;
 };
 
 // mid [m, r] = s (rows B) G and inner = rows B; `turned`: Gᵀ, where G is a core.
 void into_rank(const LowRank& d, Matrix rows, Matrix b, int64_t depth, bool turned, bf16* inner,
-               bf16* mid, Scratch& scratch) {
-    const auto s = static_cast<float>(d.scaling);
+               bf16* mid, Buffers& scratch) {
     Gemm g = product(d, d.m, d.r, {rows, b, depth}, inner);
     if (!d.core) {
         float* scale = scratch.scale.reserve(d.r);
-        for (int64_t i = 0; i < d.r; ++i) scale[i] = s * gate_at(d, i);
+        over_gate(d, d.r, [&](int64_t i, __mmask16 mask, __m512 v) {
+            _mm512_mask_storeu_ps(scale + i, mask, v);
+        });
         g.column_scale = scale;
         g.scaled = mid;  // from the unrounded product
         return gemm(g);
     }
     gemm(g);
     bf16* core = scratch.core.reserve(d.r * d.r);
-    for (int64_t i = 0; i < d.r * d.r; ++i) core[i] = to_bf16(s * gate_at(d, i));
+    over_gate(d, d.r * d.r,
+              [&](int64_t i, __mmask16 mask, __m512 v) { store_bf16(core + i, mask, v); });
     const Matrix gate{core, turned ? 1 : d.r, turned ? d.r : 1};
     gemm(product(d, d.m, d.r, {{inner, d.r, 1}, gate, d.r}, mid));
 }
 
 // dG = s Σ_m h ∘ g, or s hᵀ g, in fp32.
-void gate_gradient(const LowRank& d, const bf16* h, const bf16* g, float* out, Scratch& scratch) {
+void gate_gradient(const LowRank& d, const bf16* h, const bf16* g, float* out, Buffers& scratch) {
     const auto s = static_cast<float>(d.scaling);
     if (!d.core) return column_dots(d.m, d.r, h, d.r, g, d.r, s, out);
     const int64_t size = d.r * d.r;
-    std::fill(out, out + size, 0.0f);
-    float* part = scratch.part.reserve(size);
-    for (int64_t i = 0; i < d.m; i += tokens_at_once) {
+    const auto chunk = [&](int64_t i, float* to) {
         const int64_t tokens = std::min(tokens_at_once, d.m - i);
-        Gemm sum =
-            product(d, d.r, d.r, {{h + i * d.r, 1, d.r}, {g + i * d.r, d.r, 1}, tokens}, part);
+        Gemm sum = product(d, d.r, d.r, {{h + i * d.r, 1, d.r}, {g + i * d.r, d.r, 1}, tokens}, to);
         sum.fp32_out = true;
         gemm(sum);
+    };
+    chunk(0, out);
+    for (int64_t i = tokens_at_once; i < d.m; i += tokens_at_once) {
+        float* part = scratch.part.reserve(size);
+        chunk(i, part);
         for (int64_t j = 0; j < size; ++j) out[j] += part[j];
     }
     for (int64_t j = 0; j < size; ++j) out[j] *= s;
@@ -79,8 +91,8 @@ void gate_gradient(const LowRank& d, const bf16* h, const bf16* g, float* out, S
 }  // namespace
 
 void low_rank_forward(const LowRank& d, const LowRankForward& io) {
-    Scratch large;
-    Scratch& scratch = qrlora::scratch(large, d.m * d.r);
+    Buffers large;
+    Buffers& scratch = qrlora::scratch(large, d.m * d.r);
     bf16* mid = scratch.mid.reserve(d.m * d.r);
     const Matrix x = matrix(io.x);
     into_rank(d, x, transposed(d.down), d.k, false, static_cast<bf16*>(io.h), mid, scratch);
@@ -91,8 +103,8 @@ void low_rank_forward(const LowRank& d, const LowRankForward& io) {
 }
 
 void low_rank_backward(const LowRank& d, const LowRankBackward& io) {
-    Scratch large;
-    Scratch& scratch = qrlora::scratch(large, d.m * d.r);
+    Buffers large;
+    Buffers& scratch = qrlora::scratch(large, d.m * d.r);
     bf16 *inner = scratch.inner.reserve(d.m * d.r), *mid = scratch.mid.reserve(d.m * d.r);
     const Matrix dy = matrix(io.dy);
     into_rank(d, dy, matrix(d.up), d.n, true, inner, mid, scratch);
