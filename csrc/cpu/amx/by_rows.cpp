@@ -1,6 +1,6 @@
-// C = A B for at most 32 rows of A where rows of B are contiguous: 32 or 64 rows at a time are
-// swept from end to end, two and two made pairs in the L1 cache, while C waits in the L2 cache and
-// the tiles of A stay in their registers.
+// C = A B for few rows of A where rows of B are contiguous: 32 or 64 rows of B at a time are swept
+// from end to end, two and two made pairs in the L1 cache, while C waits in the cache and the tiles
+// of A stay in their registers.
 #include <algorithm>
 
 #include "few_rows.h"
@@ -9,21 +9,26 @@ namespace qrlora::amx {
 
 namespace {
 
-constexpr int64_t widest = 4096;  // columns of a panel: 32 rows of C in fp32 are 512 KiB
-// A sweep of 64 rows halves the traffic of C, but the processor fetches no more than 32 streams
-// ahead: only where B is in the L2 cache.
-constexpr int64_t cached = 1 << 21;
+// Bytes of B that the L2 cache can hold. Then a sweep is 64 rows deep, which halves the traffic of
+// C, and no wider than C fits the L1 cache; else it follows long stretches of memory, and no more
+// rows than the processor fetches ahead by itself.
+constexpr int64_t cached = 5 << 19;
 constexpr int64_t deepest = 2 * tile_depth;
+constexpr int64_t narrow = 1 << 13, wide = 1 << 17;  // elements of C
+
+bool is_cached(const Gemm& g) {
+    return g.n * padded_depth(g) * static_cast<int64_t>(sizeof(bf16)) <= cached;
+}
 
 class Task : FewRows {
   public:
     Task(const Gemm& gemm, int64_t panel, Scratch& scratch) : FewRows(gemm) {
         const int64_t sums = panel * tall * rows, left = padded_depth(g) * tall * rows;
         auto* bytes = static_cast<char*>(
-            scratch.get(block_bytes + sums * sizeof(float) +
+            scratch.get(few * side * sizeof(float) + sums * sizeof(float) +
                         (side * deepest + left + side * tile_depth) * sizeof(bf16)));
-        block_ = reinterpret_cast<float*>(bytes);
-        sums_ = block_ + side * side;
+        blocks_ = reinterpret_cast<float*>(bytes);
+        sums_ = blocks_ + few * side;
         pairs_ = reinterpret_cast<bf16*>(sums_ + sums);
         left_ = pairs_ + side * deepest;
         pack_left();
@@ -31,27 +36,27 @@ class Task : FewRows {
 
     void run(int64_t first, int64_t last) {
         const int64_t block = side * tall * rows;
+        const int64_t sweep = tall <= 2 && is_cached(g) ? deepest : tile_depth;
         std::memset(sums_, 0, tiles(last - first, side) * block * sizeof(float));
         const bf16* left = left_;
         for (int t = 0; t < g.count; ++t) {
             const Product& p = g.products[t];
-            const int64_t bytes = p.depth * (last - first) * static_cast<int64_t>(sizeof(bf16));
-            const int64_t sweep = bytes <= cached ? deepest : tile_depth;
             for (int64_t d = 0; d < p.depth; d += sweep) {
                 const bool deep = sweep == deepest && p.depth - d > tile_depth;
-                if (tall == 2)
-                    deep ? add<true, true>(p, left, d, first, last)
-                         : add<false, true>(p, left, d, first, last);
+                if (tall == 1)
+                    deep ? add<2, 1>(p, left, d, first, last) : add<1, 1>(p, left, d, first, last);
+                else if (tall == 2)
+                    deep ? add<2, 2>(p, left, d, first, last) : add<1, 2>(p, left, d, first, last);
                 else
-                    deep ? add<true, false>(p, left, d, first, last)
-                         : add<false, false>(p, left, d, first, last);
+                    tall == 3 ? add<1, 3>(p, left, d, first, last)
+                              : add<1, 4>(p, left, d, first, last);
                 left += (deep ? 2 : 1) * tall * rows * tile_depth;
             }
         }
         const float* sums = sums_;
         for (int64_t j = first; j < last; j += side, sums += block) {
             collect(sums);
-            finish(g, block_, 0, j);
+            finish_blocks(blocks_, j);
         }
     }
 
@@ -63,63 +68,94 @@ class Task : FewRows {
         for (int t = 0; t < g.count; ++t) {
             const Product& p = g.products[t];
             for (int64_t d = 0; d < p.depth; d += tile_depth, to += tall * rows * tile_depth)
-                pack_a(p.a.data + d * p.a.col, p.a.row, p.a.col, std::min(tile_depth, p.depth - d),
-                       g.m, to, tile_depth);
+                for (int64_t i = 0; i < g.m; i += side)
+                    pack_a(p.a.data + i * p.a.row + d * p.a.col, p.a.row, p.a.col,
+                           std::min(tile_depth, p.depth - d), g.m - i, to + i * tile_depth,
+                           tile_depth);
         }
     }
 
-    // Adds rows [d, d + 32) of B, or [d, d + 64) if `deep`, to columns [first, last) of the sums. A
-    // has `two` tiles of rows: 2 and 3 for the first 32 rows of B, 4 and 5 for the others.
-    template <bool deep, bool two>
+    // Adds rows [d, d + 32 DEEP) of B to columns [first, last) of the sums. Tiles 2 to 5 hold A:
+    // TALL tiles of rows for each 32 rows of B.
+    template <int DEEP, int TALL>
     void add(const Product& p, const bf16* left, int64_t d, int64_t first, int64_t last) {
-        const int64_t depth = std::min(deep ? deepest : tile_depth, p.depth - d);
-        const int64_t tile = rows * tile_depth, half = tall * rows * 16;
+        const int64_t depth = std::min(DEEP * tile_depth, p.depth - d), tile = rows * tile_depth;
         _tile_loadd(2, left, 64);
-        if constexpr (two) _tile_loadd(3, left + tile, 64);
-        if constexpr (deep) _tile_loadd(4, left + tall * tile, 64);
-        if constexpr (deep && two) _tile_loadd(5, left + 3 * tile, 64);
+        if constexpr (DEEP * TALL > 1) _tile_loadd(3, left + tile, 64);
+        if constexpr (DEEP * TALL > 2) _tile_loadd(4, left + 2 * tile, 64);
+        if constexpr (DEEP * TALL > 3) _tile_loadd(5, left + 3 * tile, 64);
+        const int64_t half = TALL * rows * 16;
         const bf16* from = p.b.data + d * p.b.row + first * p.b.col;
         float* sums = sums_;
         for (int64_t j = first; j < last; j += side, from += side * p.b.col, sums += 2 * half) {
             pack_b(from, p.b.row, p.b.col, depth, g.n - j, pairs_);
-            add_half<deep, two>(pairs_, sums);
-            add_half<deep, two>(pairs_ + 512, sums + half);
+            if constexpr (TALL > 2) {
+                add_tall<TALL>(pairs_, sums);
+                add_tall<TALL>(pairs_ + 512, sums + half);
+            } else {
+                add_low<DEEP, TALL>(pairs_, sums);
+                add_low<DEEP, TALL>(pairs_ + 512, sums + half);
+            }
         }
     }
 
-    // The sums of 16 columns.
-    template <bool deep, bool two>
-    void add_half(const bf16* pairs, float* sums) const {
+    // The sums of 16 columns, for up to 32 rows of A.
+    template <int DEEP, int TALL>
+    void add_low(const bf16* pairs, float* sums) const {
         float* below = sums + rows * 16;
         _tile_loadd(0, sums, 64);
-        if constexpr (two) _tile_loadd(1, below, 64);
+        if constexpr (TALL == 2) _tile_loadd(1, below, 64);
         _tile_loadd(6, pairs, 64);
         _tile_dpbf16ps(0, 2, 6);
-        if constexpr (two) _tile_dpbf16ps(1, 3, 6);
-        if constexpr (deep) {
+        if constexpr (TALL == 2) _tile_dpbf16ps(1, 3, 6);
+        if constexpr (DEEP == 2) {
             _tile_loadd(7, pairs + side * tile_depth, 64);
-            _tile_dpbf16ps(0, 4, 7);
-            if constexpr (two) _tile_dpbf16ps(1, 5, 7);
+            if constexpr (TALL == 1) _tile_dpbf16ps(0, 3, 7);
+            if constexpr (TALL == 2) {
+                _tile_dpbf16ps(0, 4, 7);
+                _tile_dpbf16ps(1, 5, 7);
+            }
         }
         _tile_stored(0, sums, 64);
-        if constexpr (two) _tile_stored(1, below, 64);
+        if constexpr (TALL == 2) _tile_stored(1, below, 64);
     }
 
-    // The sums of 32 columns as a block.
+    // The same for more rows.
+    template <int TALL>
+    static void add_tall(const bf16* pairs, float* sums) {
+        _tile_loadd(6, pairs, 64);
+        _tile_loadd(0, sums, 64);
+        _tile_dpbf16ps(0, 2, 6);
+        _tile_stored(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        _tile_dpbf16ps(1, 3, 6);
+        _tile_stored(1, sums + 256, 64);
+        _tile_loadd(7, sums + 512, 64);
+        _tile_dpbf16ps(7, 4, 6);
+        _tile_stored(7, sums + 512, 64);
+        if constexpr (TALL == 4) {
+            _tile_loadd(0, sums + 768, 64);
+            _tile_dpbf16ps(0, 5, 6);
+            _tile_stored(0, sums + 768, 64);
+        }
+    }
+
+    // The sums of 32 columns as blocks.
     void collect(const float* sums) {
         for (int64_t j = 0; j < side; j += 16)
             for (int64_t i = 0; i < tall * rows; ++i, sums += 16)
-                _mm512_store_ps(block_ + i * side + j, _mm512_load_ps(sums));
+                _mm512_store_ps(blocks_ + i * side + j, _mm512_load_ps(sums));
     }
 
-    float *block_, *sums_;
+    float *blocks_, *sums_;
     bf16 *pairs_, *left_;
 };
 
 }  // namespace
 
 void gemm_by_rows(const Gemm& g) {
-    const int64_t panels = round_up(tiles(g.n, widest), g.threads);
+    const int64_t columns = (is_cached(g) ? narrow : wide) / round_up(g.m, 16);
+    const int64_t panels = round_up(tiles(g.n, columns), g.threads);
     const int64_t panel = round_up(tiles(g.n, panels), side);
 #pragma omp parallel num_threads(g.threads)
     {

@@ -101,7 +101,7 @@ void gemm(const Gemm& asked) {
     if (asked.m == 0 || asked.n == 0) return;
     Gemm g = asked;
     g.threads = useful_threads(asked);
-    if (g.m <= side) return columns_contiguous(g) ? gemm_by_columns(g) : gemm_by_rows(g);
+    if (is_few(g)) return columns_contiguous(g) ? gemm_by_columns(g) : gemm_by_rows(g);
     const Cut cut(g);
 #pragma omp parallel num_threads(g.threads)
     {
