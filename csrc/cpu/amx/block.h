@@ -22,9 +22,8 @@ struct Rows {
     int64_t ld;  // elements
 };
 
-// Adds A [32, depth] B [depth, 32] to tiles 0..3; without `wide` only the left half, without `tall`
-// only the upper.
-template <bool wide, bool tall = true>
+// Adds A [32, depth] B [depth, 32] to tiles 0..3; without `wide` only the left half.
+template <bool wide>
 inline void multiply(Rows a, const bf16* b, int64_t depth) {
     const int64_t stride = a.ld * static_cast<int64_t>(sizeof(bf16));
     const bf16* below = a.data + 16 * a.ld;
@@ -36,11 +35,9 @@ inline void multiply(Rows a, const bf16* b, int64_t depth) {
             _tile_loadd(7, b + 512, 64);
             _tile_dpbf16ps(1, 4, 7);
         }
-        if constexpr (tall) {
-            _tile_loadd(5, below + p, stride);
-            _tile_dpbf16ps(2, 5, 6);
-            if constexpr (wide) _tile_dpbf16ps(3, 5, 7);
-        }
+        _tile_loadd(5, below + p, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (wide) _tile_dpbf16ps(3, 5, 7);
     }
 }
 
@@ -128,24 +125,11 @@ inline void zero_block() {
     _tile_zero(3);
 }
 
-template <bool tall = true>
-inline void load_block(const float* block) {
-    _tile_loadd(0, block, side * 4);
-    _tile_loadd(1, block + 16, side * 4);
-    if constexpr (tall) {
-        _tile_loadd(2, block + 16 * side, side * 4);
-        _tile_loadd(3, block + 16 * side + 16, side * 4);
-    }
-}
-
-template <bool tall = true>
 inline void store_block(float* block) {
     _tile_stored(0, block, side * 4);
     _tile_stored(1, block + 16, side * 4);
-    if constexpr (tall) {
-        _tile_stored(2, block + 16 * side, side * 4);
-        _tile_stored(3, block + 16 * side + 16, side * 4);
-    }
+    _tile_stored(2, block + 16 * side, side * 4);
+    _tile_stored(3, block + 16 * side + 16, side * 4);
 }
 
 // Tiles 0..3 = the sum of the products; the right half is not computed unless `wide`.
