@@ -16,6 +16,10 @@ SOME_TOKENS, WEIGHT_OF_SOME = 48, 1 << 19
 # bf16: from both of these on, the library's larger blocks outweigh a fused accumulator (2048 x 1024
 # x 1024, forward and backward: 1.02 to 1.14 of the library products' time).
 MANY_TOKENS, WIDE = 2048, 1024
+# bf16: up to the first count a weight is streamed as it lies, from the second on packing it pays.
+# Between them library products are ahead for a weight of at least so many elements (65 tokens: amx
+# takes 1.09 of their time at 2048 x 2048, 1.12 to 1.46 at 4096 x 4096; 96: 1.02, 0.80 to 1.13).
+STREAMED, PACKED, LARGE_WEIGHT = 64, 96, 1 << 22
 
 
 def passed_over(backend: str, problem: Problem) -> str | None:
@@ -27,6 +31,9 @@ def passed_over(backend: str, problem: Problem) -> str | None:
     wide = min(problem.n, problem.k) >= WIDE
     if backend == "amx" and problem.op != "kron_linear" and problem.m >= MANY_TOKENS and wide:
         return f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features"
+    large = problem.n * problem.k >= LARGE_WEIGHT
+    if backend == "amx" and low_rank and STREAMED < problem.m < PACKED and large:
+        return f"library products measure better from {STREAMED + 1} tokens of a large weight"
     if backend in ("cuda", "triton"):
         if problem.device.type != "cuda":
             return "its kernels are for CUDA devices"
