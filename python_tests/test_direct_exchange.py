@@ -57,6 +57,11 @@ def _own_table() -> _Table:
     return _Table.from_address(address)
 
 
+def test_a_torch_without_one_of_the_states_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_STATES", (*direct._STATES, None))
+    assert not direct._connect()
+
+
 def test_unknown_tables_are_refused():
     """No capsule, another name, an unknown major number, no function to read a tensor with."""
     own = _own_table()

@@ -26,13 +26,17 @@ from .common import flatten, restore
 from .operator import Operator
 
 OPERATIONS = ("qr_linear", "lora_xs_linear")
-# Each answers something false in plain eager mode; the native core asks them at each call.
-_STATES: tuple[Callable[[], Any], ...] = (
-    torch._C._is_any_autocast_enabled,
-    torch._C._are_functorch_transforms_active,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._get_tracing_state,
+# Each answers something false in plain eager mode; the native core asks them at each call. They are
+# private: a torch without one of them does without this path.
+_STATES: tuple[Callable[[], Any] | None, ...] = tuple(
+    getattr(torch._C, name, None)
+    for name in (
+        "_is_any_autocast_enabled",
+        "_are_functorch_transforms_active",
+        "_len_torch_dispatch_stack",
+        "_len_torch_function_stack",
+        "_get_tracing_state",
+    )
 )
 
 
@@ -51,7 +55,7 @@ def _choose(
 def _connect() -> bool:
     """Hand torch's functions to the native core; False where calls on tensors cannot be served."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if _core is None or capsule is None:
+    if _core is None or capsule is None or None in _STATES:
         return False
     connected: bool = _core.set_torch(
         capsule, Tensor, torch.nn.Parameter, _STATES, torch.is_grad_enabled,
