@@ -18,7 +18,7 @@ from ..rows import OK, OTHER, RED, SKIPPED, Row, with_ratios
 from ..timing import Task
 from .common import Options, timed_rows
 
-SETTLE = 0.03  # so long OpenBLAS, in which scipy computes, keeps its threads spinning
+SETTLE = 0.15  # so long OpenBLAS, in which scipy computes, keeps its threads spinning
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2, "fp16": 5e-3, "fp64": 1e-9}
 
 
