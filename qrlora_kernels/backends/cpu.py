@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..reference import accumulation_dtype
-from .composed import add_base, kron_terms
+from .composed import add_base
 from .low_rank import (
     DTYPES,
     lora_xs_linear_bwd,
@@ -80,18 +80,13 @@ def kron_update(
     tiles: bool = False,
 ) -> Tensor:
     """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x [M, N] on x [M, K]; ``tiles``: on the AMX tile unit, in bf16."""
-    (n, r), k = a.shape, b.shape[0]
     xs = _rows(x)
-    left, right = kron_terms(
-        a, b, a0, b0, scaling, x.dtype if tiles else accumulation_dtype(x.dtype)
-    )
-    update = xs.new_empty(x.shape[0], n * r)
-    left_cat, right_cat = torch.cat(left, 1), torch.cat(right)
+    update = xs.new_empty(x.shape[0], a.numel())
+    held, factors = _factors(a, b, a0, b0, scaling)
     native.core().kron_forward(
-        x.shape[0], n, r, k, len(left), DTYPES[xs.dtype],
-        xs.data_ptr(), xs.stride(0), left_cat.data_ptr(), right_cat.data_ptr(),
-        update.data_ptr(), tiles, torch.get_num_threads(),
-    )  # fmt: skip
+        _shape(xs, a, b), (xs.data_ptr(), xs.stride(0)), factors, update.data_ptr(), tiles
+    )
+    del held
     return update.to(x.dtype)
 
 
@@ -129,29 +124,42 @@ def kron_gradients(
     """The update's share of dx, and dA and dB whole."""
     if not (need_dx or need_da or need_db):
         return None, None, None
-    (n, r), k = a.shape, b.shape[0]
     wide = accumulation_dtype(x.dtype)
     xs, dys = _rows(x), _rows(dy)
     # Without dx the start does not matter: dA and dB are those of the whole product.
     start = (a0, b0) if need_dx else (None, None)
-    left, right = kron_terms(a, b, *start, scaling, x.dtype if tiles else wide)
-    left_t = torch.cat([t.mT for t in left]).contiguous()
-    right_t = torch.cat([t.mT for t in right]).contiguous()
-    right_0 = right[0].contiguous()
+    held, factors = _factors(a, b, *start, scaling)
     dx = xs.new_empty(x.shape) if need_dx else None
-    da = xs.new_empty(n, r, dtype=wide) if need_da else None
-    db = xs.new_empty(k, r, dtype=wide) if need_db else None
+    da = xs.new_empty(a.shape, dtype=wide) if need_da else None
+    db = xs.new_empty(b.shape, dtype=wide) if need_db else None
     native.core().kron_backward(
-        x.shape[0], n, r, k, len(left), DTYPES[xs.dtype],
-        dys.data_ptr(), dys.stride(0), xs.data_ptr(), xs.stride(0),
-        left_t.data_ptr(), right_0.data_ptr(), right_t.data_ptr(), scaling,
-        pointer(dx), pointer(da), pointer(db), tiles, torch.get_num_threads(),
+        _shape(xs, a, b), (dys.data_ptr(), dys.stride(0)), (xs.data_ptr(), xs.stride(0)), factors,
+        pointer(dx), pointer(da), pointer(db), tiles,
     )  # fmt: skip
+    del held
     return (
         None if dx is None else dx.to(x.dtype),
         None if da is None else da.to(a.dtype),
         None if db is None else db.to(b.dtype),
     )
+
+
+# --- operands as the native core takes them -----------------------------------------------------
+
+
+def _shape(x: Tensor, a: Tensor, b: Tensor) -> tuple[int, ...]:
+    return x.shape[0], *a.shape, b.shape[0], DTYPES[x.dtype], torch.get_num_threads()
+
+
+def _factors(
+    a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float
+) -> tuple[list[Tensor], tuple[int, int, int, int, int, float]]:
+    """The tensors to hold until the kernel returns, and their addresses, type and s."""
+    given = [a, b] if a0 is None or b0 is None else [a, b, a0, b0]
+    held = [_rows(t).contiguous() for t in given]
+    first, second, *start = (t.data_ptr() for t in held)
+    at_a0, at_b0 = start or (0, 0)
+    return held, (first, second, at_a0, at_b0, DTYPES[held[0].dtype], scaling)
 
 
 def _rows(t: Tensor) -> Tensor:

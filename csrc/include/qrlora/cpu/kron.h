@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "qrlora/cpu/buffer.h"
 #include "qrlora/dtype.h"
 
 namespace qrlora {
@@ -17,6 +18,25 @@ struct KronShape {
     int64_t terms;
     int threads;
 };
+
+// The factors as they are: a, a0 [n, r] and b, b0 [k, r], contiguous, of one type that is not fp16;
+// a0 and b0 are read where there are two terms.
+struct KronFactors {
+    const void *a, *b, *a0, *b0;
+    DType dtype;
+    double scaling;  // s
+};
+
+// What the kernels read instead:
+//   forward   left [n, terms r] of the L_t, right [terms k, r] of the R_t
+//   backward  left [terms r, n] of the L_t^T, right [terms r, k] of the R_t^T, right_0 [k, r] = R_0
+struct KronOperands {
+    AlignedBuffer<unsigned char> left, right, right_0;
+};
+enum class KronStep { forward, backward };
+
+// In the type `as`, computed in fp32 for bf16.
+KronOperands kron_operands(const KronShape&, const KronFactors&, DType as, KronStep step);
 
 // Tokens are summed in chunks whose number depends on the shape alone, and the chunks in order, so
 // that gradients have the same bits for every number of threads and every schedule.
