@@ -19,9 +19,9 @@ def _spectrum(n: int) -> Tensor:
     return left * torch.logspace(0, -12, n, dtype=torch.float64) @ right
 
 
-def _near_duplicates(n: int) -> Tensor:
+def _near_duplicates(n: int, distance: float) -> Tensor:
     matrix = gaussian(n, n, 3)
-    matrix[:, n // 2 :] = matrix[:, : n // 2] + 1e-4 * gaussian(n, n // 2, 4)
+    matrix[:, n // 2 :] = matrix[:, : n // 2] + distance * gaussian(n, n // 2, 4)
     return matrix
 
 
@@ -43,7 +43,8 @@ def matrices(n: int = 320) -> dict[str, Tensor]:
         "gaussian": gaussian(n, n),
         "heavy_tailed": gaussian(n, n, 7) / gaussian(n, n, 8).abs() ** 1.5,
         "geometric_spectrum": _spectrum(n),
-        "near_duplicates": _near_duplicates(n),
+        "near_duplicates": _near_duplicates(n, 1e-4),
+        "nearer_duplicates": _near_duplicates(n, 1e-8),
         "zero_column": _zero_column(n),
         "twelve_decades": _scaled(n),
         "rank_100": gaussian(n, 100, 9) @ gaussian(100, n, 10),

@@ -128,6 +128,16 @@ def test_ties_go_to_the_lowest_column(path: str) -> None:
     assert int(pivoted_qr(doubled, rank=30).pivots.max()) < 40
 
 
+def test_what_rounding_hides_for_a_while_is_no_deficiency(path: str) -> None:
+    """Columns 1e-8 from others: once these are pivots, the Gram knows nothing of what is left."""
+    weight = gaussian(96, 64)
+    weight[:, 56:] = weight[:, :8] + 1e-8 * gaussian(96, 8, 1)
+    found = pivoted_qr(weight)
+    assert found.rank == 64
+    assert not found.deficient
+    assert_greedy(found.pivots, weight)
+
+
 def test_full_rank_by_default(path: str) -> None:
     weight = gaussian(60, 90)
     found = pivoted_qr(weight)

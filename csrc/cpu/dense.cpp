@@ -2,8 +2,6 @@
 #include "qrlora/cpu/dense.h"
 
 #include <algorithm>
-#include <cmath>
-#include <type_traits>
 
 namespace qrlora::QRLORA_ISA {
 namespace {

@@ -55,7 +55,8 @@ void Search::take_block() {
         const int64_t j = candidates_[i];
         set_exact(j, std::max(left2_[i], 0.0));
         slack_[j] += error2_[i];
-        alive_[j] = independent(j, left2_[i]);
+        // What rounding may have hidden is computed again before it counts as nothing.
+        alive_[j] = independent(j, left2_[i] + error2_[i]);
     }
     if (explicit_) lower_gram();
 }

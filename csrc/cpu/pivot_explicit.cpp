@@ -32,7 +32,7 @@ void transpose(const Panel& from, int64_t columns, Panel& to) {
 bool Search::wants_explicit() const {
     const double whole = static_cast<double>(std::min(w_.rows, w_.columns));
     if (options_.limit <= EXPLICIT_LIMIT * whole) return false;
-    return options_.rule == RankRule::none || basis_.size() >= EXPLICIT_FROM * whole;
+    return options_.rule == RankRule::none || basis_.size() >= EXPLICIT_LIMIT * whole;
 }
 
 void Search::make_explicit() {

@@ -14,6 +14,7 @@ void Search::add_rows() {
     const int64_t row = w_.columns * bytes_of(*options_.factors);
     const int64_t before = block_start() * row, after = before + count * row;
     PivotFactors& factors = *found_.factors;
+    if (options_.rule == RankRule::none) factors.r.reserve(options_.limit * row);
     unsigned char* r = factors.r.grow(after, before);
     std::fill(r + before, r + after, 0);
     factors.diagonal.resize(block_start() + count);
@@ -35,6 +36,7 @@ void Search::store_diagonal(int64_t s, double value) {
 void Search::store_basis() {
     constexpr int64_t chunk = 64;
     const int64_t size = basis_.size();
+    found_.factors->r.fit(w_.columns * size * bytes_of(*options_.factors));
     unsigned char* q = found_.factors->q.reserve(w_.rows * size * bytes_of(*options_.factors));
     parallel_for(threads_, (w_.rows + chunk - 1) / chunk, [&](int64_t part) {
         for (int64_t i = part * chunk; i < std::min((part + 1) * chunk, w_.rows); ++i) {

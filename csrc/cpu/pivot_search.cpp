@@ -2,7 +2,8 @@
 // and written once more in plain torch operations, in qrlora_kernels/linalg/blocked.py.
 //
 // Where many pivots are needed, recomputing the candidates' residuals from an ever larger basis
-// costs more than updating all of them: from EXPLICIT_FROM on the residual matrix is kept, in fp64.
+// costs more than updating all of them: from EXPLICIT_LIMIT on the residual matrix is kept, in
+// fp64.
 #include "qrlora/cpu/pivot_search.h"
 
 #include <algorithm>
@@ -17,7 +18,7 @@ int64_t Search::capacity(const MatrixView& w, const PivotOptions& options) {
     const auto whole = static_cast<double>(std::min(w.rows, w.columns));
     const bool with_factors = options.factors && options.rule == RankRule::none;
     if (with_factors || options.limit <= EXPLICIT_LIMIT * whole) return options.limit;
-    const double before = options.rule == RankRule::none ? 0.0 : EXPLICIT_FROM * whole;
+    const double before = options.rule == RankRule::none ? 0.0 : EXPLICIT_LIMIT * whole;
     const auto most = static_cast<int64_t>(before) + 1 + options.block;
     return std::min(options.limit, most);
 }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) lower_bounds_kernel(const Batch b) {
     b.slack.of(matrix)[column] += 2 * sqrt(lowered) * error + error * error + 4 * kEps64 * norm2;
 }
 
-// The candidates' norms are known exactly, and the basis has grown.
+// The candidates' norms are known to the rounding of their Gram, and the basis has grown.
 __global__ void __launch_bounds__(kCandidates) settle_kernel(const Batch b) {
     const int64_t matrix = blockIdx.x;
     PivotState& s = b.p.states[matrix];
@@ -34,9 +34,11 @@ __global__ void __launch_bounds__(kCandidates) settle_kernel(const Batch b) {
     if (!b.p.factors && threadIdx.x < s.candidates) {
         const int64_t column = b.candidates.of(matrix)[threadIdx.x];
         const double left2 = b.left2.of(matrix)[threadIdx.x];
+        const double error2 = kGramError * b.known2.of(matrix)[threadIdx.x];
         set_exact(b, matrix, column, Larger()(left2, 0.0));
-        b.slack.of(matrix)[column] += kGramError * b.known2.of(matrix)[threadIdx.x];
-        b.alive.of(matrix)[column] = independent(b, matrix, column, left2);
+        b.slack.of(matrix)[column] += error2;
+        // What rounding may have hidden is computed again before it counts as nothing.
+        b.alive.of(matrix)[column] = independent(b, matrix, column, left2 + error2);
     }
     if (threadIdx.x == 0) s.filled += s.accepted;
 }

@@ -271,10 +271,12 @@ def _take(state: _State, chosen: Tensor, residual: Tensor, search: _Search) -> N
     error = unit * state.start2.sqrt()
     state.norm2 = (state.norm2 - lowered).clamp_(min=0)
     state.slack += 2 * lowered.sqrt() * error + error**2 + 4 * EPS64 * state.norm2
-    left2 = torch.from_numpy(np.maximum(search.left2, 0.0)).to(chosen.device)
-    _set_exact(state, chosen, left2)
-    state.slack[chosen] += GRAM_ERROR * torch.from_numpy(search.known2).to(chosen.device)
-    state.alive[chosen] = left2 > DEPENDENT**2 * state.noise2[chosen]
+    left2 = torch.from_numpy(search.left2).to(chosen.device)
+    error2 = GRAM_ERROR * torch.from_numpy(search.known2).to(chosen.device)
+    _set_exact(state, chosen, left2.clamp(min=0))
+    state.slack[chosen] += error2
+    # What rounding may have hidden is computed again before it counts as nothing.
+    state.alive[chosen] = left2 + error2 > DEPENDENT**2 * state.noise2[chosen]
     state.alive[taken] = False
 
 

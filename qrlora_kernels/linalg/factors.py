@@ -1,4 +1,4 @@
-"""From pivots to factors: the last step of the pivoted QR and, alone, the reload of an adapter."""
+"""From pivots to factors, where no search of the native core has them already."""
 
 from __future__ import annotations
 

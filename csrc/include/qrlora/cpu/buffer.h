@@ -37,13 +37,12 @@ class AlignedBuffer {
     }
     // At least `count` elements, of which the first `kept` stay what they are.
     T* grow(int64_t count, int64_t kept) {
-        if (count > count_) {
-            AlignedBuffer larger;
-            larger.reserve(std::max(count, 2 * count_));
-            std::copy(data_, data_ + kept, larger.data_);
-            swap(larger);
-        }
+        if (count > count_) move_to(std::max(count, 2 * count_), kept);
         return data_;
+    }
+    // Just `count` elements, all of them kept.
+    void fit(int64_t count) {
+        if (count < count_) move_to(count, count);
     }
     void swap(AlignedBuffer& other) noexcept {
         std::swap(data_, other.data_);
@@ -53,6 +52,13 @@ class AlignedBuffer {
     const T* data() const { return data_; }
 
   private:
+    void move_to(int64_t count, int64_t kept) {
+        AlignedBuffer other;
+        other.reserve(count);
+        std::copy(data_, data_ + kept, other.data_);
+        swap(other);
+    }
+
     T* data_ = nullptr;
     int64_t count_ = 0;
 };

@@ -1,5 +1,5 @@
 // Dense building blocks of the pivoted QR. CMakeLists.txt compiles cpu/dense.cpp once per
-// instruction set; dense_kernels() in cpu/pivoted_qr.cpp picks one copy at run time.
+// instruction set; dense_kernels() in cpu/basis.cpp picks one copy at run time.
 #pragma once
 
 #include <cstdint>

@@ -15,8 +15,6 @@ constexpr double EPS32 = std::numeric_limits<float>::epsilon();
 constexpr double EPS64 = std::numeric_limits<double>::epsilon();
 constexpr double TIE = 1e-13;
 constexpr double DEPENDENT = 64 * EPS64;
-// Share of min(rows, columns) at which a search that a rule may stop keeps the residual matrix.
-constexpr double EXPLICIT_FROM = 0.2;
 // Rounding of a norm² in a Gram. What is left of one after others were taken out of it may be off
 // by CHOOSE of itself for a choice in this block, and by CARRY to be used in the next one.
 constexpr double GRAM_ERROR = 16 * EPS64;

@@ -64,7 +64,8 @@ inline void store(void* out, DType dtype, int64_t at, double value) {
     }
 }
 
-// From this share of min(rows, columns) on, a search without a rule keeps the residual matrix.
+// A search for more than this share of min(rows, columns) keeps the residual matrix: from the
+// start, or, where a rule may end it earlier, from that many pivots on.
 constexpr double EXPLICIT_LIMIT = 0.2;
 Pivots search_pivots(const MatrixView& w, const PivotOptions& options, int threads,
                      const Interrupted& interrupted);
