@@ -136,10 +136,34 @@ def test_every_element_is_written(op, only_direct):
 
 @of_each
 def test_more_problems_than_choices_are_kept(op, only_direct):
+    """What was chosen is forgotten and chosen again, with the same answer."""
     operands = helpers.operands(op, 1, 2, 2, 1)
+    first, choice = helpers.call(op, operands), backends.last_choice(op)
     for m in range(1, 5000):
-        helpers.call(op, operands | {"x": operands["x"].expand(m, 2)})
-    assert helpers.call(op, operands).shape == (1, 2)
+        y = helpers.call(op, operands | {"x": operands["x"].expand(m, 2)})
+        torch.testing.assert_close(y, first.expand(m, 2))
+    assert helpers.same_bits(helpers.call(op, operands), first)
+    assert backends.last_choice(op) == choice
+
+
+@of_each
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (100,), (2, 100)], ids=str)
+def test_results_may_be_written_in_place(op, lead, only_direct):
+    """As those of F.linear: a residual sum and an activation in place, before the backward."""
+    operands = helpers.operands(op, lead, N, K, R)
+    dy = helpers.gradient_like(op, operands)
+
+    def out_of_place(op: str, operands: dict[str, Any]) -> Tensor:
+        return torch.relu(helpers.call(op, operands) + dy)
+
+    def in_place(op: str, operands: dict[str, Any]) -> Tensor:
+        y = helpers.call(op, operands)
+        y += dy
+        return torch.relu_(y)
+
+    got = helpers.outcome(in_place, op, operands, dy)
+    want = helpers.outcome(out_of_place, op, operands, dy)
+    assert all(helpers.same_bits(got[name], want[name]) for name in want)
 
 
 # --- refused

@@ -225,6 +225,25 @@ def test_torch_func(op):
     assert "torch.func" in backends.last_choice(op).reason
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("tokens", [5, 400])
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_by_the_batch(op, tokens):
+    """``is_grads_batched`` and vmap over ``torch.autograd.grad``, as for Jacobians, run kernels."""
+    operands = helpers.operands(op, tokens, *SIZES[1:], torch.float64)
+    leaves = _leaves(op, operands)
+    y = helpers.call(op, operands)
+    dys = torch.randn(3, *y.shape, dtype=y.dtype)
+
+    def gradients(dy: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, dy, retain_graph=True, **options)
+
+    want = [torch.stack(each) for each in zip(*map(gradients, dys), strict=True)]
+    for got in (gradients(dys, is_grads_batched=True), torch.func.vmap(gradients)(dys)):
+        for one, other in zip(got, want, strict=True):
+            _close(one, other, 1e-9)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode(op):
     """A native kernel knows no tangents: the plain expression has to run, or they vanish."""

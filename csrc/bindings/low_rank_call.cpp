@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "qrlora/bindings.h"
+#include "qrlora/cpu/buffer.h"
 #include "qrlora/cpu/low_rank.h"
 #include "qrlora/plain_call.h"
 
@@ -173,10 +174,9 @@ py::object forward(PyObject* const* args) {
         run(d, [&] { low_rank_forward(d, io); });
         return py::make_tuple(y, h);
     }
-    thread_local std::vector<char> scratch;  // h, which nobody asks for
-    const size_t bytes = d.m * d.r * (d.dtype == DType::f64 ? 8 : d.dtype == DType::f32 ? 4 : 2);
-    if (scratch.size() < bytes) scratch.resize(bytes);
-    io.h = scratch.data();
+    AlignedBuffer<unsigned char> large;  // h, which nobody asks for
+    const int64_t bytes = d.m * d.r * (d.dtype == DType::f64 ? 8 : d.dtype == DType::f32 ? 4 : 2);
+    io.h = scratch(large, bytes).reserve(bytes);
     run(d, [&] { low_rank_forward(d, io); });
     return y;
 }

@@ -1,5 +1,6 @@
 #include "qrlora/plain_call.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 

@@ -104,21 +104,23 @@ class DirectCall:
         if type(done) is not bool:
             y: Tensor | None = done
             return y
-        # Library products, and whether autograd must record them.
-        if not done:
-            return self._library_fwd(*operands)[0]
+        return self._library_products(operands, record=done)
+
+    def _library_products(self, operands: tuple[Any, ...], record: bool) -> Tensor:
+        x, *rest = operands
+        rows = flatten(x)
+        fwd = _library(f"{self.bwd.op}_fwd")
+        if not record:
+            return restore(fwd(rows, *rest)[0], x)
         with torch.no_grad():
-            results = self._library_fwd(*operands)
-        return self._recorded(operands, results)
+            results = fwd(rows, *rest)
+        # The view is taken of what was recorded: one made within may not be written in place.
+        return restore(self._recorded((rows, *rest), results), x)
 
     def _recorded(self, operands: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> Tensor:
         x, weight, bias, first, second, gate, scaling = operands
         y: Tensor = _record(x, bias, gate, results, (weight, first, second), scaling, self)
         return y
-
-    def _library_fwd(self, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-        y, h = _library(f"{self.bwd.op}_fwd")(flatten(x), *operands)
-        return restore(y, x), h
 
     def gradients(self, dy: Tensor, *operands: Any) -> tuple[Tensor | None, Tensor | None]:
         """dx and the gate's gradient; ``operands`` are those of the backward, but for dy."""

@@ -22,9 +22,9 @@ class Operator:
     stands in a placeholder for each result nobody asked for: operators return tensors only.
 
     Calling this object in eager mode runs the implementation at once. Tracing (``torch.compile``,
-    ``torch.jit.trace``, fake tensors, dispatch modes, tensor subclasses) goes through the
-    dispatcher and sees one operator; that detour costs about 15 µs a call, more than a small layer
-    itself.
+    ``torch.jit.trace``, fake tensors, dispatch modes, tensor subclasses, batches of gradients) goes
+    through the dispatcher and sees one operator; that detour costs about 15 µs a call, more than a
+    small layer itself.
 
     Parameters
     ----------
@@ -82,7 +82,13 @@ def _is_traced(tensor: Tensor) -> bool:
     """Whether someone other than the backends must see this call as one operator."""
     plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
     watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    return not plain or watched
+    return not plain or watched or _is_batched(tensor)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether vmap stands behind a tensor: a gradient of ``torch.autograd.grad`` may be one."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def placeholder(like: Tensor) -> Tensor:
