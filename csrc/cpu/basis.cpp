@@ -38,33 +38,55 @@ void Panel::gather(const MatrixView& w, const int64_t* chosen, int64_t count, in
     });
 }
 
-void multiply_tn(const Panel& a, int64_t a_columns, const Panel& b, Panel& out, int threads,
-                 bool upper) {
-    out.reset(a_columns, b.columns);
-    const int64_t m = round_up(a_columns, TILE_M);
-    const int64_t across = round_up(b.columns, TILE_N) / TILE_N;
-    // Split the rows of the result too when its columns alone do not occupy every thread.
-    const int64_t parts = std::clamp<int64_t>(2 * threads / across, 1, m / TILE_M);
-    const int64_t height = round_up((m + parts - 1) / parts, TILE_M);
-    parallel_for(threads, across * parts, [&](int64_t i) {
-        const int64_t n = i % across * TILE_N, first = i / across * height;
-        int64_t last = std::min(first + height, m);
-        if (upper) last = std::min(last, n + TILE_N);
+namespace {
+
+// The product in tiles of its result, height x TILE_N of them or height x all columns.
+void multiply(void (*gemm)(const Gemm<double>&), bool transposed, const Gemm<double>& g,
+              int64_t height, bool whole_rows, int threads, bool upper = false) {
+    const int64_t width = whole_rows ? g.n : TILE_N;
+    const int64_t across = (g.n + width - 1) / width, down = (g.m + height - 1) / height;
+    parallel_for(threads, across * down, [&](int64_t i) {
+        const int64_t n = i % across * width, first = i / across * height;
+        int64_t last = std::min(first + height, g.m);
+        if (upper) last = std::min(last, n + width);
         if (last <= first) return;
-        dense_kernels().gemm_tn({last - first, TILE_N, a.rows, a.row(0) + first, a.ld, b.row(0) + n,
-                                 b.ld, out.row(first) + n, out.ld, 1.0});
+        gemm({last - first, width, g.steps, g.a + (transposed ? first : first * g.lda), g.lda,
+              g.b + n, g.ldb, g.c + first * g.ldc + n, g.ldc, g.alpha, g.assign});
     });
 }
 
-void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& c, double alpha,
-                 int threads) {
-    constexpr int64_t height = 128;
-    const int64_t rows = round_up(c.rows, TILE_M);
-    parallel_for(threads, (rows + height - 1) / height, [&](int64_t i) {
-        const int64_t first = i * height;
-        dense_kernels().gemm_nn({std::min(height, rows - first), round_up(c.columns, TILE_N), steps,
-                                 a.row(first), a.ld, b.row(0), b.ld, c.row(first), c.ld, alpha});
-    });
+// Height of tiles of TILE_N columns: rows are split where columns alone do not occupy every thread.
+int64_t height_of_tiles(int64_t m, int64_t n, int threads) {
+    const int64_t parts = std::clamp<int64_t>(2 * threads * TILE_N / n, 1, m / TILE_M);
+    return round_up((m + parts - 1) / parts, TILE_M);
+}
+
+constexpr int64_t HEIGHT = 128;  // of tiles of all columns
+
+}  // namespace
+
+void multiply_tn(const Panel& a, int64_t a_columns, const Panel& b, Panel& out, int threads,
+                 bool upper) {
+    out.shape(a_columns, b.columns);
+    const int64_t m = round_up(a_columns, TILE_M), n = round_up(b.columns, TILE_N);
+    multiply(dense_kernels().gemm_tn, true,
+             {m, n, a.rows, a.row(0), a.ld, b.row(0), b.ld, out.row(0), out.ld, 1.0, true},
+             height_of_tiles(m, n, threads), false, threads, upper);
+}
+
+void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& out, int threads) {
+    out.shape(a.rows, b.columns);
+    multiply(dense_kernels().gemm_nn, false,
+             {round_up(out.rows, TILE_M), round_up(out.columns, TILE_N), steps, a.row(0), a.ld,
+              b.row(0), b.ld, out.row(0), out.ld, 1.0, true},
+             HEIGHT, true, threads);
+}
+
+void subtract_nn(const Panel& a, int64_t steps, const Panel& b, Panel& from, int threads) {
+    multiply(dense_kernels().gemm_nn, false,
+             {round_up(from.rows, TILE_M), round_up(from.columns, TILE_N), steps, a.row(0), a.ld,
+              b.row(0), b.ld, from.row(0), from.ld, -1.0},
+             HEIGHT, true, threads);
 }
 
 void cholesky(std::vector<double>& gram, int64_t count) {
@@ -113,20 +135,29 @@ double condition2(const std::vector<double>& lower, const Panel& inverse) {
 }  // namespace
 
 Basis::Basis(int64_t rows, int64_t capacity, int threads) : threads_(threads) {
-    q_.reset(rows, capacity);
+    transposed_.shape(capacity, rows);
+    clear();
 }
 
 void Basis::project_out(Panel& panel) {
-    if (size_ == 0) return;
-    multiply_tn(q_, size_, panel, coefficients_, threads_);
-    multiply_nn(q_, size_, coefficients_, panel, -1.0, threads_);
+    if (size() == 0) return;
+    const Panel& qt = transposed_;
+    coefficients_.shape(size(), panel.columns);
+    const int64_t m = round_up(size(), TILE_M), n = round_up(panel.columns, TILE_N);
+    multiply(dense_kernels().gemm_nn, false,
+             {m, n, qt.columns, qt.row(0), qt.ld, panel.row(0), panel.ld, coefficients_.row(0),
+              coefficients_.ld, 1.0, true},
+             height_of_tiles(m, n, threads_), false, threads_);
+    multiply(dense_kernels().gemm_tn, true,
+             {round_up(panel.rows, TILE_M), n, size(), qt.row(0), qt.ld, coefficients_.row(0),
+              coefficients_.ld, panel.row(0), panel.ld, -1.0},
+             HEIGHT, true, threads_);
 }
 
 void Basis::append(Panel& panel, std::vector<double> lower, bool project) {
     const int64_t count = panel.columns;
     invert_transposed(lower, count, inverse_);
-    scaled_.reset(panel.rows, count);
-    multiply_nn(panel, count, inverse_, scaled_, 1.0, threads_);
+    multiply_nn(panel, count, inverse_, scaled_, threads_);
     if (!project && condition2(lower, inverse_) < ONCE_CONDITION2) {
         std::swap(panel, scaled_);
         return append_orthonormal(panel);
@@ -139,16 +170,22 @@ void Basis::append(Panel& panel, std::vector<double> lower, bool project) {
     }
     cholesky(lower, count);
     invert_transposed(lower, count, inverse_);
-    panel.reset(panel.rows, count);
-    multiply_nn(scaled_, count, inverse_, panel, 1.0, threads_);
+    multiply_nn(scaled_, count, inverse_, panel, threads_);
     append_orthonormal(panel);
 }
 
 void Basis::append_orthonormal(const Panel& panel) {
+    Panel& qt = transposed_;
+    const int64_t first = size();
     for (int64_t i = 0; i < panel.rows; ++i) {
-        std::copy(panel.row(i), panel.row(i) + panel.columns, q_.row(i) + size_);
+        for (int64_t j = 0; j < panel.columns; ++j) qt.row(first + j)[i] = panel.row(i)[j];
     }
-    size_ += panel.columns;
+    for (int64_t j = 0; j < panel.columns; ++j) {
+        std::fill(qt.row(first + j) + qt.columns, qt.row(first + j + 1), 0.0);
+    }
+    qt.rows += panel.columns;
+    // Products read whole tiles.
+    std::fill(qt.row(qt.rows), qt.row(round_up(qt.rows, TILE_M)), 0.0);
 }
 
 }  // namespace qrlora

@@ -23,14 +23,17 @@ struct Vector {
 
 // Sixteen vector registers hold 4 rows of sums and the operands, thirty-two hold 8.
 constexpr int MICRO_ROWS = VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int64_t MICRO_VECTORS = 2;
+// One tile of these instead of two, the second of which would wait for its loads.
+constexpr int64_t WIDEST = VECTOR_BYTES == 64 ? 3 : MICRO_VECTORS;
 template <class T>
-constexpr int64_t MICRO_COLUMNS = 2 * Vector<T>::lanes;
+constexpr int64_t MICRO_COLUMNS = MICRO_VECTORS * Vector<T>::lanes;
 
-// MICRO_ROWS x WIDTH vectors of c += alpha * a b, the sum over all steps in order. One of a's
+// MICRO_ROWS x WIDTH vectors of c (+)= alpha * a b, the sum over all steps in order. One of a's
 // strides is 1: that of its rows (a transposed factor) or that of the steps.
 template <class T, bool TRANSPOSED, int WIDTH>
 inline void micro_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t steps, T alpha,
-                       T* c, int64_t ldc) {
+                       T* c, int64_t ldc, bool assign) {
     using V = typename Vector<T>::type;
     static_assert(TILE_N % MICRO_COLUMNS<T> == 0 && TILE_M % MICRO_ROWS == 0, "whole tiles");
     V sum[MICRO_ROWS][WIDTH] = {};
@@ -40,7 +43,15 @@ inline void micro_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t
             __builtin_prefetch(c + i * ldc + j * Vector<T>::lanes, 1);
         }
     }
+    // In a long product, the rows of the next tile are on their way while this one is computed.
+    const bool ahead = !TRANSPOSED && steps == STEP_BLOCK;
     for (int64_t s = 0; s < steps; ++s) {
+        if (ahead && s % Vector<T>::lanes == 0) {
+#pragma GCC unroll 8
+            for (int i = 0; i < MICRO_ROWS; ++i) {
+                __builtin_prefetch(a + (i + MICRO_ROWS) * lda + s);
+            }
+        }
         const V* line = reinterpret_cast<const V*>(b + s * ldb);
         V right[WIDTH];
         for (int j = 0; j < WIDTH; ++j) right[j] = line[j];
@@ -53,7 +64,8 @@ inline void micro_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t
 #pragma GCC unroll 8
     for (int i = 0; i < MICRO_ROWS; ++i) {
         V* line = reinterpret_cast<V*>(c + i * ldc);
-        for (int j = 0; j < WIDTH; ++j) line[j] += alpha * sum[i][j];
+        for (int j = 0; j < WIDTH; ++j)
+            line[j] = assign ? alpha * sum[i][j] : line[j] + alpha * sum[i][j];
     }
 }
 
@@ -61,13 +73,17 @@ template <class T, bool TRANSPOSED>
 void gemm(const Gemm<T>& g) {
     for (int64_t first = 0; first < g.steps; first += STEP_BLOCK) {
         const int64_t steps = std::min(STEP_BLOCK, g.steps - first);
-        for (int64_t n = 0; n < g.n; n += MICRO_COLUMNS<T>) {
-            const auto tile = g.n - n >= MICRO_COLUMNS<T> ? micro_tile<T, TRANSPOSED, 2>
-                                                          : micro_tile<T, TRANSPOSED, 1>;
+        int64_t vectors = 0;
+        for (int64_t n = 0; n < g.n; n += vectors * Vector<T>::lanes) {
+            const int64_t left = (g.n - n) / Vector<T>::lanes;
+            vectors = left == WIDEST ? WIDEST : std::min(left, MICRO_VECTORS);
+            const auto tile = vectors == WIDEST          ? micro_tile<T, TRANSPOSED, WIDEST>
+                              : vectors == MICRO_VECTORS ? micro_tile<T, TRANSPOSED, MICRO_VECTORS>
+                                                         : micro_tile<T, TRANSPOSED, 1>;
             for (int64_t m = 0; m < g.m; m += MICRO_ROWS) {
                 const T* a = TRANSPOSED ? g.a + first * g.lda + m : g.a + m * g.lda + first;
                 tile(a, g.lda, g.b + first * g.ldb + n, g.ldb, steps, g.alpha, g.c + m * g.ldc + n,
-                     g.ldc);
+                     g.ldc, g.assign && first == 0);
             }
         }
     }
@@ -157,7 +173,6 @@ void convert_block(const MatrixView& w, const S* data, int64_t row, int64_t rows
 template <class T>
 void project(const MatrixView& w, const T* q, int64_t m, int64_t first, int64_t last, T* acc,
              int64_t ld) {
-    std::fill(acc, acc + m * ld, T(0));
     const int64_t columns = last - first;
     constexpr int64_t strip = MICRO_COLUMNS<T>;
     thread_local AlignedBuffer<T> buffer;
@@ -167,8 +182,8 @@ void project(const MatrixView& w, const T* q, int64_t m, int64_t first, int64_t 
             const int64_t rows = std::min(STEP_BLOCK, w.rows - row);
             convert_block(w, data, row, rows, first, columns, block, strip);
             for (int64_t n = 0; n < columns; n += strip) {
-                gemm<T, true>(
-                    {m, strip, rows, q + row * m, m, block + rows * n, strip, acc + n, ld, T(1)});
+                gemm<T, true>({m, strip, rows, q + row * m, m, block + rows * n, strip, acc + n, ld,
+                               T(1), row == 0});
             }
         }
     });

@@ -19,14 +19,6 @@ MatrixView flipped(const MatrixView& w) {
     return {w.data, w.dtype, w.columns, w.rows, w.column_stride, w.row_stride};
 }
 
-void transpose(const Panel& from, int64_t columns, Panel& to) {
-    to.shape(columns, from.rows);
-    for (int64_t i = 0; i < from.rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) to.row(j)[i] = from.row(i)[j];
-    }
-    to.clear_padding();
-}
-
 }  // namespace
 
 bool Search::wants_explicit() const {
@@ -51,10 +43,11 @@ void Search::make_explicit() {
     error2_.resize(options_.block);
     chosen_.assign(w_.columns, 0);
     if (basis_.size() > 0) {
-        coefficients_.reset(matrix_.rows, basis_.size());
-        multiply_nn(matrix_, w_.rows, basis_.panel(), coefficients_, 1.0, threads_);
-        transpose(basis_.panel(), basis_.size(), transposed_);
-        multiply_nn(coefficients_, basis_.size(), transposed_, matrix_, -1.0, threads_);
+        const Panel& qt = basis_.transposed();
+        Panel q;
+        q.gather(flipped(qt.view()), all.data(), qt.rows, threads_);
+        multiply_nn(matrix_, w_.rows, q, coefficients_, threads_);
+        subtract_nn(coefficients_, qt.rows, qt, matrix_, threads_);
     }
 }
 
@@ -75,20 +68,20 @@ bool Search::shrunk() const {
 void Search::update_explicit(const Panel& added) {
     const int64_t count = added.columns, columns = matrix_.rows;
     const double unit = 8 * EPS64 * std::sqrt(static_cast<double>(count));
-    transpose(added, count, transposed_);
+    const Panel& qt = basis_.transposed();
+    const double* added_t = qt.row(basis_.size() - count);
     coefficients_.shape(columns, count);
     const int64_t padded = round_up(columns, TILE_M);
     const int64_t chunk =
         std::clamp<int64_t>(round_up(columns / (4 * threads_), TILE_M), 2 * TILE_M, CHUNK);
     parallel_for(threads_, (padded + chunk - 1) / chunk, [&](int64_t tile) {
         const int64_t first = tile * chunk, last = std::min(first + chunk, padded);
-        std::fill(coefficients_.row(first), coefficients_.row(last), 0.0);
         dense_kernels().gemm_nn({last - first, round_up(count, LANES), w_.rows, matrix_.row(first),
                                  matrix_.ld, added.row(0), added.ld, coefficients_.row(first),
-                                 coefficients_.ld, 1.0});
+                                 coefficients_.ld, 1.0, true});
         dense_kernels().gemm_nn({last - first, round_up(w_.rows, TILE_N), count,
-                                 coefficients_.row(first), coefficients_.ld, transposed_.row(0),
-                                 transposed_.ld, matrix_.row(first), matrix_.ld, -1.0});
+                                 coefficients_.row(first), coefficients_.ld, added_t, qt.ld,
+                                 matrix_.row(first), matrix_.ld, -1.0});
         const int64_t end = std::min(last, columns);
         for (int64_t i = first; i < end; ++i) lower_bound(kept_[i], coefficients_.row(i), 1, unit);
         if (found_.factors) store_rows(first, end);

@@ -38,10 +38,15 @@ void Search::store_basis() {
     const int64_t size = basis_.size();
     found_.factors->r.fit(w_.columns * size * bytes_of(*options_.factors));
     unsigned char* q = found_.factors->q.reserve(w_.rows * size * bytes_of(*options_.factors));
+    const Panel& qt = basis_.transposed();
     parallel_for(threads_, (w_.rows + chunk - 1) / chunk, [&](int64_t part) {
-        for (int64_t i = part * chunk; i < std::min((part + 1) * chunk, w_.rows); ++i) {
-            const double* row = basis_.panel().row(i);
-            for (int64_t j = 0; j < size; ++j) store(q, *options_.factors, i * size + j, row[j]);
+        const int64_t first = part * chunk, last = std::min(first + chunk, w_.rows);
+        for (int64_t left = 0; left < size; left += LANES) {
+            const int64_t right = std::min(left + LANES, size);
+            for (int64_t i = first; i < last; ++i) {
+                for (int64_t j = left; j < right; ++j)
+                    store(q, *options_.factors, i * size + j, qt.row(j)[i]);
+            }
         }
     });
 }

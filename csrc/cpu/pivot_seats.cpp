@@ -65,13 +65,13 @@ void Search::meet_newcomers() {
     const int64_t fresh = static_cast<int64_t>(newcomers_.size());
     if (fresh == 0) return;
     residual_.gather(residual_columns(), newcomers_.data(), fresh, threads_);
-    products_.reset(count, fresh);
+    products_.shape(count, fresh);
     const int64_t padded = round_up(count, TILE_M);
     parallel_for(threads_, (padded + SEATS - 1) / SEATS, [&](int64_t part) {
         const int64_t first = part * SEATS;
         dense_kernels().gemm_nn({std::min(SEATS, padded - first), round_up(fresh, LANES), w_.rows,
                                  matrix_.row(first), matrix_.ld, residual_.row(0), residual_.ld,
-                                 products_.row(first), products_.ld, 1.0});
+                                 products_.row(first), products_.ld, 1.0, true});
     });
     for (int64_t n = 0; n < fresh; ++n) {
         const int64_t seat = newcomers_[n];

@@ -52,9 +52,9 @@ class Panel {
 // out[a.columns, b.columns] = aᵀ b; with `upper`, only tiles that reach the upper triangle.
 void multiply_tn(const Panel& a, int64_t a_columns, const Panel& b, Panel& out, int threads,
                  bool upper = false);
-// c += alpha * a b for a [c.rows, steps].
-void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& c, double alpha,
-                 int threads);
+// out[a.rows, b.columns] = a b, and from -= a b, for a [rows, steps].
+void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& out, int threads);
+void subtract_nn(const Panel& a, int64_t steps, const Panel& b, Panel& from, int threads);
 
 class Basis {
   public:
@@ -64,15 +64,15 @@ class Basis {
     // Appends `panel` · inverse(L)ᵀ, with `project` made orthogonal to the basis, and orthonormal
     // once more, where L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
     void append(Panel& panel, std::vector<double> lower, bool project);
-    const Panel& panel() const { return q_; }
-    int64_t size() const { return size_; }
-    void clear() { size_ = 0; }
+    const Panel& transposed() const { return transposed_; }  // Qᵀ [size, rows]
+    int64_t size() const { return transposed_.rows; }
+    void clear() { transposed_.rows = 0; }
 
   private:
     void append_orthonormal(const Panel& panel);
 
-    Panel q_, coefficients_, gram_, inverse_, scaled_;
-    int64_t size_ = 0;
+    Panel transposed_;  // a block is appended at its end, and read where it lies
+    Panel coefficients_, gram_, inverse_, scaled_;
     int threads_;
 };
 

@@ -1,6 +1,8 @@
 // Uninitialised, cache-line aligned memory that grows and is reused.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -8,6 +10,20 @@
 #include <utility>
 
 namespace qrlora {
+
+// Uninitialised memory for free(). Large pages are asked for where it is much: a column of a matrix
+// kept by rows is otherwise a page of its own for every element.
+inline void* allocate(size_t size) {
+    constexpr size_t line = 64, large_page = size_t(1) << 21, much = 4 * large_page;
+    const size_t unit = size >= much ? large_page : line;
+    const size_t bytes = (size + unit - 1) / unit * unit;
+    void* data = std::aligned_alloc(unit, bytes);
+    if (!data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (unit == large_page) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    return data;
+}
 
 template <class T>
 class AlignedBuffer {
@@ -28,9 +44,7 @@ class AlignedBuffer {
             std::free(data_);
             data_ = nullptr;
             count_ = 0;
-            const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-            data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-            if (!data_) throw std::bad_alloc();
+            data_ = static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
             count_ = count;
         }
         return data_;

@@ -18,8 +18,9 @@ constexpr int64_t LANES = 8;
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// c[m, n] += alpha * sum over s of a(m, s) b(s, n), all row-major: a is stored [steps, m] by the
-// transposed form and [m, steps] by the plain one. The order of the sum depends on steps alone.
+// c[m, n] += alpha * sum over s of a(m, s) b(s, n), or c = with `assign`, all row-major: a is
+// stored [steps, m] by the transposed form and [m, steps] by the plain one. The order of the sum
+// depends on steps alone.
 template <class T>
 struct Gemm {
     int64_t m, n, steps;
@@ -30,6 +31,7 @@ struct Gemm {
     T* c;
     int64_t ldc;
     T alpha;
+    bool assign = false;
 };
 
 struct DenseKernels {

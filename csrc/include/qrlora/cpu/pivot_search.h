@@ -104,7 +104,7 @@ class Search {
     // The residual of the columns kept_, transposed, and where in it a column is. The candidates
     // sit in front; `known_` tells which of them the Gram knows already.
     bool explicit_ = false;
-    Panel matrix_, coefficients_, transposed_;
+    Panel matrix_, coefficients_;
     std::vector<int64_t> kept_, place_, newcomers_;
     std::vector<char> chosen_, known_;
     std::vector<double> lower_, growth_;
