@@ -49,7 +49,10 @@ class Loss:
 
 
 def contests(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """(ours, the best rival) of every case with a rival of the same family, rank and clock."""
+    """(ours, the best rival) of every case with a rival of the same family, rank and clock.
+
+    A variant that ran the same backend as ours did is the same code, and no rival.
+    """
     for group in by_case(rows):
         deciding = [
             r
@@ -66,6 +69,7 @@ def contests(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
                 for r in deciding
                 if (r.adapter, r.r, r.clock) == (ours.adapter, ours.r, ours.clock)
                 and not r.variant.startswith(OURS)
+                and not (r.backend and r.backend == ours.backend)
             ]
             if rivals:
                 yield ours, min(rivals, key=lambda r: r.value or 0.0)

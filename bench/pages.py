@@ -31,8 +31,9 @@ pytest bench --benchmark-only          # pytest-benchmark's view, which saves an
 
 How to read it. A cell gives the median, the range from the 20 % to the 80 % quantile, and the
 ratio to the **floor**: the same work with the layer frozen (for the start: one product QᵀW). All
-variants of a table ran interleaved in one process, after warm-up, in two runs. Where an alternative
-is ahead, [the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say why.
+variants of a table ran interleaved in one process, after warm-up, in two runs; of a round that was
+slow for all of them every sample is divided by how slow it was. Where an alternative is ahead,
+[the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say why.
 
 - **gate**: "green" means that outputs and all gradients were compared with fp64 before anything was
   timed, and are at most twice as far from it as the plain PyTorch expression in the same dtype.

@@ -29,7 +29,7 @@ def grid_table(rows: list[Row]) -> str:
     return (
         "A cell is ours / best alternative, each over the frozen layer of the same row, and in "
         f"brackets ours over the best alternative, bold above {CLOSE}. Alternatives: eager, addmm, "
-        "and this package's library products without its kernels.\n\n"
+        "and, where ours ran a kernel, this package's library products without it.\n\n"
         f"{markdown(lines)}\n\n"
         f"At most {CLOSE} of the best alternative in {close} of {len(ratios)}; behind it beyond "
         f"noise in {behind}."

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .registry import Effort
 
 Step = Callable[[Any], Any]
 Task = dict[str, Step]  # phases in order; each is handed what the one before returned
+Round = dict[str, list[list[float]]]  # samples by task, seconds by phase
 
 _FLUSH_BYTES = 256 << 20
 _VISIT_SECONDS = 0.002  # short calls are repeated for this long in each turn
@@ -24,11 +26,15 @@ _WARM_BELOW = 0.02  # a longer call finds its operands out of cache anyway
 _WARM_ENOUGH = 0.1  # nor does it gain by a third call before it is timed
 _NARROW = 1.05  # nor by a third in the same run, where two are this close
 _ONCE_ABOVE = 1.0  # and one of seconds is run once per run only
+_ENOUGH_TASKS = 4  # to tell a slow round from a slow task
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: median over both runs, 20 % and 80 % quantiles, and each run's median."""
+    """Milliseconds: median over both runs, 20 % and 80 % quantiles, and each run's median.
+
+    Of samples from which the machine's drift between rounds is taken out, see :func:`measure`.
+    """
 
     value: float
     q20: float
@@ -86,6 +92,9 @@ def measure(
 ) -> dict[str, dict[str, Timing]]:
     """Time each task's phases, and their sum as ``both`` where there are several.
 
+    With four tasks and more, a round that was slow for all of them counts as a usual one: its
+    samples are divided by the median of what they are over their tasks' medians.
+
     Parameters
     ----------
     tasks : dict of Task
@@ -105,28 +114,57 @@ def measure(
     clock = clock or WallClock(device)
     flush = _flusher(device) if cold else lambda: None
     repeats = {name: _warm_up(task, clock, warmed) for name, task in tasks.items()}
-    runs: list[dict[str, list[list[float]]]] = []
+    runs: list[list[Round]] = []
     with _quiet():
         for _ in range(2):
-            samples: dict[str, list[list[float]]] = {name: [] for name in tasks}
+            rounds: list[Round] = []
             before = 0.0
             for done, names in _rounds(list(tasks), effort):
                 tick((done - before) / 2)
                 before = done
+                rounds.append({})
                 for name in names:
                     task = tasks[name]
-                    if _known_well(samples[name], repeats[name]):
+                    if _known_well(_samples(rounds, name), repeats[name]):
                         continue
                     time.sleep(settle)
                     if not cold and repeats[name] > 1:
                         clock.sample(task, flush)
                     count = max(repeats[name], 1)
-                    samples[name] += [clock.sample(task, flush) for _ in range(count)]
+                    rounds[-1][name] = [clock.sample(task, flush) for _ in range(count)]
             tick((1.0 - before) / 2)
-            runs.append(samples)
+            runs.append(rounds)
+    runs = _levelled(runs)
     return {
-        name: _summarise(list(task), [run[name] for run in runs]) for name, task in tasks.items()
+        name: _summarise(list(task), [_samples(run, name) for run in runs])
+        for name, task in tasks.items()
     }
+
+
+def _samples(rounds: list[Round], name: str) -> list[list[float]]:
+    return [sample for one in rounds for sample in one.get(name, [])]
+
+
+def _levelled(runs: list[list[Round]]) -> list[list[Round]]:
+    """The samples of each round divided by how much slower than usual it was for all its tasks.
+
+    What else runs on a machine slows it down for seconds, longer than a round and shorter than
+    the whole, and would leave a task's median to the rounds in which it happened to be quick.
+    """
+    everything = [one for rounds in runs for one in rounds]
+    names = {name for one in everything for name in one}
+    usual = {name: median(map(sum, _samples(everything, name))) for name in names}
+
+    def slowness(one: Round) -> float:
+        if len(one) < _ENOUGH_TASKS:
+            return 1.0
+        return median(median(map(sum, own)) / usual[name] for name, own in one.items())
+
+    def level(one: Round) -> Round:
+        slower = slowness(one)
+        return {name: [[t / slower for t in s] for s in own] for name, own in one.items()}
+
+    return [[level(one) for one in rounds] for rounds in runs]
 
 
 def _rounds(names: list[str], effort: Effort) -> Iterator[tuple[float, list[str]]]:
@@ -196,9 +234,9 @@ def _summarise(phases: list[str], runs: list[list[list[float]]]) -> dict[str, Ti
 def timing(first: list[float], second: list[float]) -> Timing:
     """Sum up the samples of two runs, in seconds."""
     pooled = torch.tensor(first + second, dtype=torch.float64) * 1e3
-    q20, median, q80 = pooled.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    q20, middle, q80 = pooled.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     each = [float(torch.tensor(run, dtype=torch.float64).median()) * 1e3 for run in (first, second)]
-    return Timing(median, q20, q80, *each)
+    return Timing(middle, q20, q80, *each)
 
 
 def graph_task(task: Task) -> Task:

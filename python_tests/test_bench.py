@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,36 @@ def test_variants_are_interleaved_in_two_runs() -> None:
     assert "ba" in turns.lstrip("a")
     one = found["a"]["both"]
     assert one.q20 <= one.value <= one.q80
+
+
+def test_a_slow_machine_slows_no_single_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other round takes three times as long; "a" has a bad moment in all that are quick."""
+    costs = {"a": 1e-3, "b": 2e-3, "c": 3e-3, "d": 4e-3}
+    machine = {"slowness": 1.0}
+
+    def rounds(names: list[str], effort: Effort) -> Iterator[tuple[float, list[str]]]:
+        for number in range(effort.max_rounds):
+            machine["slowness"] = 3.0 if number % 2 else 1.0
+            yield number / effort.max_rounds, names
+
+    class Clock(timing.WallClock):
+        def sample(self, task: timing.Task, _: Any) -> list[float]:
+            name, slowness = task["forward"](None), machine["slowness"]
+            return [costs[name] * (2.0 if name == "a" and slowness == 1.0 else slowness)]
+
+    def run(names: str) -> dict[str, timing.Timing]:
+        tasks: dict[str, timing.Task] = {n: {"forward": lambda _, n=n: n} for n in names}
+        found = timing.measure(tasks, Effort(1.0, 4, 8), "cpu", Clock("cpu"))
+        return {name: one["forward"] for name, one in found.items()}
+
+    monkeypatch.setattr(timing, "_rounds", rounds)
+    found = run("abcd")
+    for name in "bcd":
+        assert found[name].value / found["b"].value == pytest.approx(costs[name] / costs["b"])
+        assert found[name].q80 == pytest.approx(found[name].q20)
+    assert found["a"].q80 == pytest.approx(2 * found["a"].q20)
+    two = run("bc")["b"]
+    assert two.q80 == pytest.approx(3 * two.q20)  # which of two was slow, nobody can tell
 
 
 def test_both_is_forward_and_backward_of_the_same_call() -> None:

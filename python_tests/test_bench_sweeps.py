@@ -70,6 +70,12 @@ def test_only_the_same_work_is_a_rival(change: dict[str, Any]) -> None:
     assert not losses.losses([recorded("qrlora_kernels", 2.0), other])
 
 
+def test_the_same_code_is_no_rival() -> None:
+    ours = recorded("qrlora_kernels", 2.0, backend="composed")
+    assert not losses.losses([ours, recorded("composed", 1.0, backend="composed")])
+    assert losses.losses([ours, recorded("composed", 1.0, backend="cpu")])
+
+
 # --- timing
 
 
