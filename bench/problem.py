@@ -86,11 +86,9 @@ class LayerProblem:
         return torch.promote_types(self.dtype, torch.float32)
 
     def linear(self) -> nn.Linear:
-        """A frozen layer with its own copy of the weight."""
-        with torch.device(self.device):
-            layer = nn.Linear(self.case.k, self.case.n, dtype=self.dtype)
-        layer.weight.data.copy_(self.weight)
-        layer.bias.data.copy_(self.bias)
+        """A frozen layer on the problem's weight: where a copy lies in memory changes its speed."""
+        layer = nn.Linear(self.case.k, self.case.n, device="meta", dtype=self.dtype)
+        layer.weight, layer.bias = nn.Parameter(self.weight), nn.Parameter(self.bias)
         return layer.requires_grad_(False)
 
     def operands(self, adapter: str) -> dict[str, Tensor]:

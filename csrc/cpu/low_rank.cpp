@@ -38,12 +38,13 @@ int64_t block_columns(const LowRank& d, Layout<T> b, int64_t columns, int thread
     return std::max<int64_t>(16, std::min(cached, (share + 15) / 16 * 16));
 }
 
-// Calls body(first, last) for blocks of the columns, shared among the threads of the team.
+// Calls body(first, last) for blocks of rows or columns, shared among the threads of the team,
+// which do not wait for each other at its end.
 template <typename Body>
-void over_columns(int64_t columns, int64_t block, const Body& body) {
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < (columns + block - 1) / block; ++b)
-        body(b * block, std::min(columns, (b + 1) * block));
+void over_blocks(int64_t count, int64_t block, const Body& body) {
+#pragma omp for schedule(static) nowait
+    for (int64_t b = 0; b < (count + block - 1) / block; ++b)
+        body(b * block, std::min(count, (b + 1) * block));
 }
 
 template <typename T>
@@ -72,7 +73,7 @@ struct Pass {
 
     // inner [m, r] = rows B, and with a diagonal gate mid = s inner ∘ λ.
     void into_rank(Layout<T> rows, Layout<T> b, int64_t depth, T* inner, T* mid) const {
-        over_columns(d.r, block_columns(d, b, d.r, threads), [&](int64_t first, int64_t last) {
+        over_blocks(d.r, block_columns(d, b, d.r, threads), [&](int64_t first, int64_t last) {
             start_columns<T>(d.m, nullptr, first, last, inner, d.r);
             add_product(d.m, rows, b, depth, first, last, inner, d.r);
             if (d.core) return;
@@ -84,7 +85,7 @@ struct Pass {
 
     // mid [m, r] = s inner G, for a core G.
     void through_core(const T* inner, Layout<T> core, T* mid) const {
-        over_columns(d.r, block_columns(d, core, d.r, threads), [&](int64_t first, int64_t last) {
+        over_blocks(d.r, block_columns(d, core, d.r, threads), [&](int64_t first, int64_t last) {
             start_columns<T>(d.m, nullptr, first, last, mid, d.r);
             add_product(d.m, {inner, d.r, 1}, core, d.r, first, last, mid, d.r);
             for (int64_t i = 0; i < d.m; ++i)
@@ -95,17 +96,17 @@ struct Pass {
     // out [m, columns] = bias + rows B + mid B'.
     void out_of_rank(Layout<T> rows, Layout<T> b, int64_t depth, const T* mid, Layout<T> up,
                      const T* bias, int64_t columns, T* out) const {
-        over_columns(columns, block_columns(d, b, columns, threads),
-                     [&](int64_t first, int64_t last) {
-                         start_columns(d.m, bias, first, last, out, columns);
-                         add_product(d.m, rows, b, depth, first, last, out, columns);
-                         add_product(d.m, {mid, d.r, 1}, up, d.r, first, last, out, columns);
-                     });
+        over_blocks(columns, block_columns(d, b, columns, threads),
+                    [&](int64_t first, int64_t last) {
+                        start_columns(d.m, bias, first, last, out, columns);
+                        add_product(d.m, rows, b, depth, first, last, out, columns);
+                        add_product(d.m, {mid, d.r, 1}, up, d.r, first, last, out, columns);
+                    });
     }
 
     // dλ = s Σ_m h ∘ g.
     void diagonal_gradient(const T* h, const T* g, T* dlam) const {
-        over_columns(d.r, 64, [&](int64_t first, int64_t last) {
+        over_blocks(d.r, 64, [&](int64_t first, int64_t last) {
             double sum[64] = {};
             for (int64_t i = 0; i < d.m; ++i)
                 for (int64_t j = first; j < last; ++j)
@@ -115,35 +116,36 @@ struct Pass {
         });
     }
 
-    // dC = s hᵀ g.
+    // dC = s hᵀ g, by its rows: threads that share a row of it write to the same cache lines.
     void core_gradient(const T* h, const T* g, T* dcore) const {
         const bool at_once = d.m <= chunk;
-        const int64_t block = at_once ? block_columns<T>(d, {g, d.r, 1}, d.r, threads) : core_block;
-        over_columns(d.r, block, [&](int64_t first, int64_t last) {
-            start_columns<T>(d.r, nullptr, first, last, dcore, d.r);
-            if (at_once)
-                add_rows<T>(d.r, {h, 1, d.r}, {g, d.r, 1}, d.m, first, last, dcore, d.r);
-            else
-                add_chunks(h, g, first, last, dcore);
-            if (scaling == 1) return;
-            for (int64_t i = 0; i < d.r; ++i)
-                for (int64_t j = first; j < last; ++j) dcore[i * d.r + j] *= scaling;
-        });
+        over_blocks(d.r, at_once ? (d.r + threads - 1) / threads : core_block,
+                    [&](int64_t first, int64_t last) {
+                        const int64_t rows = last - first;
+                        T* out = dcore + first * d.r;
+                        std::fill(out, out + rows * d.r, T(0));
+                        if (at_once)
+                            add_rows<T>(rows, {h + first, 1, d.r}, {g, d.r, 1}, d.m, 0, d.r, out,
+                                        d.r);
+                        else
+                            add_chunks(h + first, g, rows, out);
+                        if (scaling == 1) return;
+                        for (int64_t i = 0; i < rows * d.r; ++i) out[i] *= scaling;
+                    });
     }
 
-    // Columns [first, last) of dC += hᵀ g over many tokens, which are summed in chunks and the
-    // chunks in order: a long sum is made of short ones, which keeps its error low.
-    void add_chunks(const T* h, const T* g, int64_t first, int64_t last, T* dcore) const {
-        constexpr int64_t rows = 64;
-        for (int64_t i0 = 0; i0 < d.r; i0 += rows) {
-            const int64_t count = std::min(rows, d.r - i0);
+    // Rows of dC += hᵀ g over many tokens, which are summed in chunks and the chunks in order: a
+    // long sum is made of short ones, which keeps its error low.
+    void add_chunks(const T* h, const T* g, int64_t rows, T* out) const {
+        for (int64_t j0 = 0; j0 < d.r; j0 += core_block) {
+            const int64_t columns = std::min(core_block, d.r - j0);
             for (int64_t m0 = 0; m0 < d.m; m0 += chunk) {
-                T part[rows * core_block] = {};
-                add_rows<T>(count, {h + m0 * d.r + i0, 1, d.r}, {g + m0 * d.r + first, d.r, 1},
-                            std::min(chunk, d.m - m0), 0, last - first, part, core_block);
-                for (int64_t i = 0; i < count; ++i)
-                    for (int64_t j = first; j < last; ++j)
-                        dcore[(i0 + i) * d.r + j] += part[i * core_block + j - first];
+                T part[core_block * core_block] = {};
+                add_rows<T>(rows, {h + m0 * d.r, 1, d.r}, {g + m0 * d.r + j0, d.r, 1},
+                            std::min(chunk, d.m - m0), 0, columns, part, core_block);
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int64_t j = 0; j < columns; ++j)
+                        out[i * d.r + j0 + j] += part[i * core_block + j];
             }
         }
     }
@@ -160,7 +162,11 @@ void forward(const LowRank& d, const LowRankForward& io) {
 #pragma omp parallel num_threads(pass.threads)
     {
         pass.into_rank(x, transposed<T>(d.down), d.k, h, mid);
-        if (d.core) pass.through_core(h, {pass.gate, d.r, 1}, mid);
+#pragma omp barrier
+        if (d.core) {
+            pass.through_core(h, {pass.gate, d.r, 1}, mid);
+#pragma omp barrier
+        }
         pass.out_of_rank(x, transposed<T>(d.weight), d.k, mid, transposed<T>(d.up),
                          static_cast<const T*>(io.bias), d.n, static_cast<T*>(io.y));
     }
@@ -175,12 +181,16 @@ void backward(const LowRank& d, const LowRankBackward& io) {
 #pragma omp parallel num_threads(pass.threads)
     {
         pass.into_rank(dy, layout<T>(d.up), d.n, g, mid);
+#pragma omp barrier
         if (io.dgate && d.core)
             pass.core_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
         else if (io.dgate)
             pass.diagonal_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
         if (io.dx) {
-            if (d.core) pass.through_core(g, {pass.gate, 1, d.r}, mid);
+            if (d.core) {
+                pass.through_core(g, {pass.gate, 1, d.r}, mid);
+#pragma omp barrier
+            }
             pass.out_of_rank(dy, layout<T>(d.weight), d.n, mid, layout<T>(d.down),
                              static_cast<const T*>(nullptr), d.k, static_cast<T*>(io.dx));
         }
