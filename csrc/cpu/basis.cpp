@@ -50,15 +50,33 @@ void multiply(void (*gemm)(const Gemm<double>&), bool transposed, const Gemm<dou
         int64_t last = std::min(first + height, g.m);
         if (upper) last = std::min(last, n + width);
         if (last <= first) return;
-        gemm({last - first, width, g.steps, g.a + (transposed ? first : first * g.lda), g.lda,
-              g.b + n, g.ldb, g.c + first * g.ldc + n, g.ldc, g.alpha, g.assign});
+        gemm({last - first, std::min(width, g.n - n), g.steps,
+              g.a + (transposed ? first : first * g.lda), g.lda, g.b + n, g.ldb,
+              g.c + first * g.ldc + n, g.ldc, g.alpha, g.assign});
     });
 }
 
+// c (+)= alpha * a b, or aᵀ b, in whole tiles of a result of m rows.
+Gemm<double> product(const Panel& a, int64_t m, int64_t steps, const Panel& b, Panel& c,
+                     double alpha, bool assign) {
+    return {round_up(m, TILE_M),
+            round_up(b.columns, LANES),
+            steps,
+            a.row(0),
+            a.ld,
+            b.row(0),
+            b.ld,
+            c.row(0),
+            c.ld,
+            alpha,
+            assign};
+}
+
 // Height of tiles of TILE_N columns: rows are split where columns alone do not occupy every thread.
-int64_t height_of_tiles(int64_t m, int64_t n, int threads) {
-    const int64_t parts = std::clamp<int64_t>(2 * threads * TILE_N / n, 1, m / TILE_M);
-    return round_up((m + parts - 1) / parts, TILE_M);
+int64_t height_of_tiles(const Gemm<double>& g, int threads) {
+    const int64_t across = (g.n + TILE_N - 1) / TILE_N;
+    const int64_t parts = std::clamp<int64_t>(2 * threads / across, 1, g.m / TILE_M);
+    return round_up((g.m + parts - 1) / parts, TILE_M);
 }
 
 constexpr int64_t HEIGHT = 128;  // of tiles of all columns
@@ -68,25 +86,19 @@ constexpr int64_t HEIGHT = 128;  // of tiles of all columns
 void multiply_tn(const Panel& a, int64_t a_columns, const Panel& b, Panel& out, int threads,
                  bool upper) {
     out.shape(a_columns, b.columns);
-    const int64_t m = round_up(a_columns, TILE_M), n = round_up(b.columns, TILE_N);
-    multiply(dense_kernels().gemm_tn, true,
-             {m, n, a.rows, a.row(0), a.ld, b.row(0), b.ld, out.row(0), out.ld, 1.0, true},
-             height_of_tiles(m, n, threads), false, threads, upper);
+    const auto g = product(a, a_columns, a.rows, b, out, 1.0, true);
+    multiply(dense_kernels().gemm_tn, true, g, height_of_tiles(g, threads), false, threads, upper);
 }
 
 void multiply_nn(const Panel& a, int64_t steps, const Panel& b, Panel& out, int threads) {
     out.shape(a.rows, b.columns);
-    multiply(dense_kernels().gemm_nn, false,
-             {round_up(out.rows, TILE_M), round_up(out.columns, TILE_N), steps, a.row(0), a.ld,
-              b.row(0), b.ld, out.row(0), out.ld, 1.0, true},
-             HEIGHT, true, threads);
+    const auto g = product(a, out.rows, steps, b, out, 1.0, true);
+    multiply(dense_kernels().gemm_nn, false, g, HEIGHT, true, threads);
 }
 
 void subtract_nn(const Panel& a, int64_t steps, const Panel& b, Panel& from, int threads) {
-    multiply(dense_kernels().gemm_nn, false,
-             {round_up(from.rows, TILE_M), round_up(from.columns, TILE_N), steps, a.row(0), a.ld,
-              b.row(0), b.ld, from.row(0), from.ld, -1.0},
-             HEIGHT, true, threads);
+    const auto g = product(a, from.rows, steps, b, from, -1.0, false);
+    multiply(dense_kernels().gemm_nn, false, g, HEIGHT, true, threads);
 }
 
 void cholesky(std::vector<double>& gram, int64_t count) {
@@ -143,15 +155,11 @@ void Basis::project_out(Panel& panel) {
     if (size() == 0) return;
     const Panel& qt = transposed_;
     coefficients_.shape(size(), panel.columns);
-    const int64_t m = round_up(size(), TILE_M), n = round_up(panel.columns, TILE_N);
-    multiply(dense_kernels().gemm_nn, false,
-             {m, n, qt.columns, qt.row(0), qt.ld, panel.row(0), panel.ld, coefficients_.row(0),
-              coefficients_.ld, 1.0, true},
-             height_of_tiles(m, n, threads_), false, threads_);
-    multiply(dense_kernels().gemm_tn, true,
-             {round_up(panel.rows, TILE_M), n, size(), qt.row(0), qt.ld, coefficients_.row(0),
-              coefficients_.ld, panel.row(0), panel.ld, -1.0},
-             HEIGHT, true, threads_);
+    const auto into = product(qt, size(), qt.columns, panel, coefficients_, 1.0, true);
+    multiply(dense_kernels().gemm_nn, false, into, height_of_tiles(into, threads_), false,
+             threads_);
+    const auto back = product(qt, panel.rows, size(), coefficients_, panel, -1.0, false);
+    multiply(dense_kernels().gemm_tn, true, back, HEIGHT, true, threads_);
 }
 
 void Basis::append(Panel& panel, std::vector<double> lower, bool project) {
