@@ -56,7 +56,7 @@ def by_case(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows that are compared with one another, in the order in which they were measured."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(row.case(), []).append(row)
+        found.setdefault((row.chip, *row.case()), []).append(row)
     return list(found.values())
 
 

@@ -70,6 +70,13 @@ def test_only_the_same_work_is_a_rival(change: dict[str, Any]) -> None:
     assert not losses.losses([recorded("qrlora_kernels", 2.0), other])
 
 
+def test_another_machine_is_no_rival() -> None:
+    """Nor the same one with other threads: each recorded in a file of its own."""
+    ours = recorded("qrlora_kernels", 2.0, threads="1")
+    assert losses.losses([ours, recorded("addmm", 1.0, threads="1")])
+    assert not losses.losses([ours, recorded("addmm", 1.0, threads="2")])
+
+
 def test_the_same_code_is_no_rival() -> None:
     ours = recorded("qrlora_kernels", 2.0, backend="composed")
     assert not losses.losses([ours, recorded("composed", 1.0, backend="composed")])
