@@ -57,6 +57,20 @@ def test_pivots_and_factors_on_both_sides_of_the_boundary(name: str, dtype: torc
         assert_factors(found, weight)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["gaussian", "heavy_tailed", "geometric_spectrum", "nearer_duplicates", "twelve_decades"],
+)
+def test_candidates_stay_over_many_blocks(name: str) -> None:
+    """In passes over the matrix: residuals that are lowered block by block choose as fresh ones."""
+    weight = matrices(700)[name]
+    rank = boundary(weight)
+    found = pivoted_qr(weight, rank=rank)
+    assert found.rank == rank
+    assert_greedy(found.pivots, weight)
+    assert_factors(found, weight)
+
+
 @pytest.mark.parametrize("shape", [(30, 90), (90, 30), (65, 65), (129, 200), (3, 2), (1, 4)])
 def test_odd_shapes(shape: tuple[int, int]) -> None:
     weight = gaussian(*shape).float()

@@ -30,11 +30,16 @@ void Panel::reset(int64_t new_rows, int64_t new_columns) {
 void Panel::gather(const MatrixView& w, const int64_t* chosen, int64_t count, int threads) {
     shape(w.rows, count);
     clear_padding();
+    replace(0, w, chosen, count, threads);
+}
+
+void Panel::replace(int64_t first, const MatrixView& w, const int64_t* chosen, int64_t count,
+                    int threads) {
     constexpr int64_t chunk = 256;
     parallel_for(threads, (w.rows + chunk - 1) / chunk, [&](int64_t i) {
-        const int64_t first = i * chunk;
-        dense_kernels().gather(w, first, std::min(chunk, w.rows - first), chosen, count, row(first),
-                               ld);
+        const int64_t top = i * chunk;
+        dense_kernels().gather(w, top, std::min(chunk, w.rows - top), chosen, count,
+                               row(top) + first, ld);
     });
 }
 
@@ -151,14 +156,28 @@ Basis::Basis(int64_t rows, int64_t capacity, int threads) : threads_(threads) {
     clear();
 }
 
-void Basis::project_out(Panel& panel) {
-    if (size() == 0) return;
+void Basis::project_out(Panel& panel, int64_t first, int64_t last, int64_t known) {
+    const int64_t newest = size() - known, count = last - first;
+    if (newest == 0 || count == 0) return;
     const Panel& qt = transposed_;
-    coefficients_.shape(size(), panel.columns);
-    const auto into = product(qt, size(), qt.columns, panel, coefficients_, 1.0, true);
+    coefficients_.shape(newest, count);
+    double *corner = panel.row(0) + first, *c = coefficients_.row(0);
+    const int64_t n = round_up(count, LANES);
+    const Gemm<double> into{
+        round_up(newest, TILE_M), n,   qt.columns, qt.row(known), qt.ld, corner, panel.ld, c,
+        coefficients_.ld,         1.0, true};
     multiply(dense_kernels().gemm_nn, false, into, height_of_tiles(into, threads_), false,
              threads_);
-    const auto back = product(qt, panel.rows, size(), coefficients_, panel, -1.0, false);
+    const Gemm<double> back{round_up(panel.rows, TILE_M),
+                            n,
+                            newest,
+                            qt.row(known),
+                            qt.ld,
+                            c,
+                            coefficients_.ld,
+                            corner,
+                            panel.ld,
+                            -1.0};
     multiply(dense_kernels().gemm_tn, true, back, HEIGHT, true, threads_);
 }
 

@@ -134,6 +134,7 @@ void Search::set_exact(int64_t column, double norm2) {
 // Recomputes in fp64 the norms of all columns whose bound reaches known2.
 void Search::refresh(double known2) {
     fp32_pass_ = false;
+    held_.clear();
     order_.clear();
     for (int64_t j = 0; j < w_.columns; ++j) {
         if (bound(j) >= known2 * (1 - TIE)) order_.push_back(j);
@@ -151,6 +152,42 @@ void Search::refresh(double known2) {
             alive_[columns[j]] = independent(columns[j], norm2);
         }
     }
+}
+
+// The candidates' residuals, to residual_. Those of the block before that are candidates again
+// stay, less the newest directions; candidates_ is put in the order in which residual_ has them.
+void Search::refill_residual() {
+    const int64_t count = static_cast<int64_t>(candidates_.size());
+    if (static_cast<int64_t>(held_.size()) != count) held_.clear();  // the panel changes its shape
+    std::vector<int64_t> order, places;
+    for (int64_t j : candidates_) chosen_[j] = 1;
+    for (size_t i = 0; i < held_.size(); ++i) {
+        if (!chosen_[held_[i]]) continue;
+        chosen_[held_[i]] = 0;
+        order.push_back(held_[i]);
+        places.push_back(static_cast<int64_t>(i));
+    }
+    const int64_t kept = static_cast<int64_t>(order.size());
+    for (int64_t j : candidates_) {
+        if (chosen_[j]) order.push_back(j);
+        chosen_[j] = 0;
+    }
+    candidates_ = held_ = order;
+    if (kept == 0) {
+        gather_residual(candidates_.data(), count);
+    } else {
+        constexpr int64_t chunk = 256;
+        parallel_for(threads_, (w_.rows + chunk - 1) / chunk, [&](int64_t part) {
+            for (int64_t i = part * chunk; i < std::min((part + 1) * chunk, w_.rows); ++i) {
+                double* row = residual_.row(i);
+                for (int64_t j = 0; j < kept; ++j) row[j] = row[places[j]];
+            }
+        });
+        basis_.project_out(residual_, 0, kept, held_at_);
+        residual_.replace(kept, w_, candidates_.data() + kept, count - kept, threads_);
+        basis_.project_out(residual_, kept, count, 0);
+    }
+    held_at_ = basis_.size();
 }
 
 // Residuals of the given columns in fp64, to residual_.

@@ -53,6 +53,7 @@ bool Search::start() {
     norm2_ = noise2_ = start2_;
     slack_.resize(columns);
     alive_.resize(columns);
+    chosen_.assign(columns, 0);
     for (int64_t j = 0; j < columns; ++j) {
         slack_[j] = 4 * EPS64 * start2_[j];
         alive_[j] = start2_[j] > 0;
@@ -68,7 +69,7 @@ Outcome Search::block(bool fresh) {
         meet_newcomers();
     } else {
         const int64_t count = static_cast<int64_t>(candidates_.size());
-        gather_residual(candidates_.data(), count);
+        refill_residual();
         multiply_tn(residual_, count, residual_, gram_, threads_, true);
         error2_.resize(count);
         for (int64_t i = 0; i < count; ++i) error2_[i] = GRAM_ERROR * gram_.row(i)[i];

@@ -40,6 +40,9 @@ class Panel {
     void reset(int64_t rows, int64_t columns);
     // Columns of `w`, converted.
     void gather(const MatrixView& w, const int64_t* columns, int64_t count, int threads);
+    // The same, in place of the columns from `first` on.
+    void replace(int64_t first, const MatrixView& w, const int64_t* columns, int64_t count,
+                 int threads);
     MatrixView view() const { return {row(0), DType::f64, rows, columns, ld, 1}; }
     double* row(int64_t i) { return buffer_.data() + i * ld; }
     const double* row(int64_t i) const { return buffer_.data() + i * ld; }
@@ -60,7 +63,9 @@ class Basis {
   public:
     Basis(int64_t rows, int64_t capacity, int threads);
     // panel -= Q (Qᵀ panel)
-    void project_out(Panel& panel);
+    void project_out(Panel& panel) { project_out(panel, 0, panel.columns, 0); }
+    // The same for columns [first, last), which are orthogonal to the first `known` of Q already.
+    void project_out(Panel& panel, int64_t first, int64_t last, int64_t known);
     // Appends `panel` · inverse(L)ᵀ, with `project` made orthogonal to the basis, and orthonormal
     // once more, where L Lᵀ is the Gram of `panel` and `lower` holds L [count, count] row-major.
     void append(Panel& panel, std::vector<double> lower, bool project);

@@ -73,6 +73,7 @@ class Search {
     void add_rows();
     bool shrunk() const;
     void gather_residual(const int64_t* columns, int64_t count);
+    void refill_residual();
 
     // The pivots of the block that is being taken, which end what was found.
     int64_t block_start() const { return found_.columns.size() - accepted_.size(); }
@@ -101,6 +102,9 @@ class Search {
     Panel residual_, gram_, factor_, products_, accepted_panel_;
     std::vector<double> left2_, error2_;
     std::vector<int64_t> accepted_;
+    // Columns whose residuals residual_ holds, less what the first held_at_ of the basis take out.
+    std::vector<int64_t> held_;
+    int64_t held_at_ = 0;
     // The residual of the columns kept_, transposed, and where in it a column is. The candidates
     // sit in front; `known_` tells which of them the Gram knows already.
     bool explicit_ = false;
