@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import OPERANDS, OPS
 from torch import Tensor
+from torch.library import opcheck
 
 SIZES = (7, 24, 36, 3)
 
@@ -31,7 +32,7 @@ def _operator_arguments(op):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     for name, arguments in _operator_arguments(op):
-        torch.library.opcheck(getattr(torch.ops.qrlora, name).default, arguments)
+        opcheck(getattr(torch.ops.qrlora, name).default, arguments)
 
 
 @pytest.mark.parametrize("op", OPS)

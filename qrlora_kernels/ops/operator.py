@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from ..backends.chooser import run
 from ..backends.problem import Problem
 from .common import autocast_enabled
 
-LIBRARY = torch.library.Library("qrlora", "DEF")
+LIBRARY = Library("qrlora", "DEF")
 
 
 class Operator:
@@ -52,7 +53,7 @@ class Operator:
         name = f"{op}_{step}"
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
+        register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
         self.registered = getattr(torch.ops.qrlora, name)
 
     def __call__(self, *operands: Any) -> Any:
