@@ -38,10 +38,10 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of qrlora_kernels (no torch dependency)";
     m.def("build_config", &build_config, "What this binary was built from and for");
     qrlora::bind_linalg(m);
-    qrlora::bind_amx(m);
+    qrlora::bind_linear_add(m);
     qrlora::bind_kron(m);
     qrlora::bind_low_rank(m);
-    qrlora::bind_low_rank_call(m);
+    qrlora::bind_direct(m);
 #ifdef QRLORA_WITH_CUDA
     qrlora::bind_cuda(m);
     qrlora::bind_cuda_linalg(m);

@@ -4,12 +4,9 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
-#include <stdexcept>
 #include <tuple>
 
 #include "qrlora/bindings.h"
-#include "qrlora/cpu/amx.h"
 #include "qrlora/isa.h"
 
 namespace py = pybind11;
@@ -18,24 +15,19 @@ namespace qrlora {
 
 namespace {
 
-using Numbers = std::array<int64_t, 3>;                   // address, row, column
 using Gate = std::tuple<int64_t, int64_t, bool, double>;  // address, dtype, core, scaling
 using Problem =
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int>;  // m n k r dtype threads
-
-Strided2d matrix(const Numbers& m) { return {pointer(m[0]), m[1], m[2]}; }
 
 LowRank low_rank(const Problem& p, const Numbers& weight, const Numbers& down, const Numbers& up,
                  const Gate& gate) {
     const auto [m, n, k, r, dtype, threads] = p;
     const auto [address, gate_dtype, core, scaling] = gate;
-    if (static_cast<DType>(dtype) == DType::bf16 && !amx::available())
-        throw std::runtime_error("AMX is not available on this machine");
     return {m,
             n,
             k,
             r,
-            static_cast<DType>(dtype),
+            known_here(dtype),
             matrix(weight),
             matrix(down),
             matrix(up),

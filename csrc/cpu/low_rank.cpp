@@ -1,51 +1,14 @@
-// Few tokens in fp32 and fp64. Every thread owns columns of each product, so a result's bits do not
-// depend on the number of threads.
+// Few tokens in fp32 and fp64.
 #include "qrlora/cpu/low_rank.h"
 
 #include <algorithm>
 
 #include "qrlora/cpu/buffer.h"
-#include "qrlora/cpu/skinny.h"
+#include "qrlora/cpu/columns.h"
 
 namespace qrlora::QRLORA_ISA {
 
 namespace {
-
-template <typename T>
-Layout<T> layout(const Strided2d& m) {
-    return {static_cast<const T*>(m.data), m.row, m.col};
-}
-
-template <typename T>
-Layout<T> transposed(const Strided2d& m) {
-    return {static_cast<const T*>(m.data), m.col, m.row};
-}
-
-// Waking a thread takes as long as reading some hundred kilobytes of the weight.
-int useful_threads(const LowRank& d) {
-    constexpr int64_t grain = 1 << 21;
-    const int64_t work = std::max<int64_t>(4, d.m) * d.n * d.k;
-    return static_cast<int>(std::min<int64_t>(d.threads, 1 + work / grain));
-}
-
-// Columns of C at a time: where B is read by rows, as many as keep C in the L1 cache, but whole
-// stretches of memory; where it is read by columns, a few.
-template <typename T>
-int64_t block_columns(const LowRank& d, Layout<T> b, int64_t columns, int threads) {
-    const int64_t cached =
-        b.col == 1 ? std::max<int64_t>(512, 8192 / std::max<int64_t>(1, d.m)) : 64;
-    const int64_t share = (columns + threads - 1) / threads;
-    return std::max<int64_t>(16, std::min(cached, (share + 15) / 16 * 16));
-}
-
-// Calls body(first, last) for blocks of rows or columns, shared among the threads of the team,
-// which do not wait for each other at its end.
-template <typename Body>
-void over_blocks(int64_t count, int64_t block, const Body& body) {
-#pragma omp for schedule(static) nowait
-    for (int64_t b = 0; b < (count + block - 1) / block; ++b)
-        body(b * block, std::min(count, (b + 1) * block));
-}
 
 template <typename T>
 void start_columns(int64_t m, const T* bias, int64_t first, int64_t last, T* c, int64_t ldc) {
@@ -69,11 +32,11 @@ struct Pass {
         : d(shape),
           gate(static_cast<const T*>(shape.gate)),
           scaling(static_cast<T>(shape.scaling)),
-          threads(useful_threads(shape)) {}
+          threads(useful_threads(d.threads, d.m, d.n, d.k)) {}
 
     // inner [m, r] = rows B, and with a diagonal gate mid = s inner ∘ λ.
     void into_rank(Layout<T> rows, Layout<T> b, int64_t depth, T* inner, T* mid) const {
-        over_blocks(d.r, block_columns(d, b, d.r, threads), [&](int64_t first, int64_t last) {
+        over_blocks(d.r, block_columns(d.m, b, d.r, threads), [&](int64_t first, int64_t last) {
             start_columns<T>(d.m, nullptr, first, last, inner, d.r);
             add_product(d.m, rows, b, depth, first, last, inner, d.r);
             if (d.core) return;
@@ -85,7 +48,7 @@ struct Pass {
 
     // mid [m, r] = s inner G, for a core G.
     void through_core(const T* inner, Layout<T> core, T* mid) const {
-        over_blocks(d.r, block_columns(d, core, d.r, threads), [&](int64_t first, int64_t last) {
+        over_blocks(d.r, block_columns(d.m, core, d.r, threads), [&](int64_t first, int64_t last) {
             start_columns<T>(d.m, nullptr, first, last, mid, d.r);
             add_product(d.m, {inner, d.r, 1}, core, d.r, first, last, mid, d.r);
             for (int64_t i = 0; i < d.m; ++i)
@@ -96,7 +59,7 @@ struct Pass {
     // out [m, columns] = bias + rows B + mid B'.
     void out_of_rank(Layout<T> rows, Layout<T> b, int64_t depth, const T* mid, Layout<T> up,
                      const T* bias, int64_t columns, T* out) const {
-        over_blocks(columns, block_columns(d, b, columns, threads),
+        over_blocks(columns, block_columns(d.m, b, columns, threads),
                     [&](int64_t first, int64_t last) {
                         start_columns(d.m, bias, first, last, out, columns);
                         add_product(d.m, rows, b, depth, first, last, out, columns);
@@ -161,13 +124,13 @@ void forward(const LowRank& d, const LowRankForward& io) {
     const auto x = layout<T>(io.x);
 #pragma omp parallel num_threads(pass.threads)
     {
-        pass.into_rank(x, transposed<T>(d.down), d.k, h, mid);
+        pass.into_rank(x, transposed_layout<T>(d.down), d.k, h, mid);
 #pragma omp barrier
         if (d.core) {
             pass.through_core(h, {pass.gate, d.r, 1}, mid);
 #pragma omp barrier
         }
-        pass.out_of_rank(x, transposed<T>(d.weight), d.k, mid, transposed<T>(d.up),
+        pass.out_of_rank(x, transposed_layout<T>(d.weight), d.k, mid, transposed_layout<T>(d.up),
                          static_cast<const T*>(io.bias), d.n, static_cast<T*>(io.y));
     }
 }

@@ -11,14 +11,8 @@ from torch import Tensor
 
 from .. import native
 from . import cpu
-from .low_rank import (
-    lora_xs_linear_bwd,
-    lora_xs_linear_fwd,
-    matrix,
-    pointer,
-    qr_linear_bwd,
-    qr_linear_fwd,
-)
+from .base_product import linear_add
+from .low_rank import lora_xs_linear_bwd, lora_xs_linear_fwd, qr_linear_bwd, qr_linear_fwd
 from .problem import Problem
 
 __all__ = [
@@ -66,7 +60,8 @@ def kron_linear_fwd(
 ) -> Tensor:
     """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K]."""
     update = cpu.kron_update(x, a, b, a0, b0, scaling, tiles=True)
-    return _base(x, weight.mT, update, bias, out=update)
+    linear_add(x, weight, bias, update, out=update)
+    return update
 
 
 def kron_linear_bwd(
@@ -86,25 +81,14 @@ def kron_linear_bwd(
     dx, da, db = cpu.kron_gradients(
         dy, x, a, b, a0, b0, scaling, need_dx, need_da, need_db, tiles=True
     )
-    return None if dx is None else _base(dy, weight, dx, None, out=dx), da, db
+    if dx is not None:
+        linear_add(dy, weight.mT, None, dx, out=dx)
+    return dx, da, db
 
 
 def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
     """y = x Wᵀ + b + addend on x [M, K], addend [M, N]."""
     addend = addend.contiguous()
-    return _base(x, weight.mT, addend, bias, out=torch.empty_like(addend))
-
-
-# --- the base product ---------------------------------------------------------------------------
-
-
-def _base(rows: Tensor, weight: Tensor, addend: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """out = rows weight + bias + addend on rows [M, depth], weight [depth, N]; may be in place."""
-    bias = None if bias is None else bias.contiguous()
-    # The tensors are held until the kernel returns: they may be copies in a layout that it reads.
-    (rows, a), (weight, b) = matrix(rows), matrix(weight)
-    native.core().amx_gemm(
-        *out.shape, rows.shape[1], a, b,
-        pointer(bias), addend.data_ptr(), out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    y = torch.empty_like(addend)
+    linear_add(x, weight, bias, addend, out=y)
+    return y

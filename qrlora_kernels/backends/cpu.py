@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..reference import accumulation_dtype
+from .base_product import linear_add
 from .composed import add_base
 from .low_rank import (
     DTYPES,
@@ -22,6 +23,7 @@ from .low_rank import (
     qr_linear_fwd,
     rows,
 )
+from .measured import streams_base
 from .problem import Problem
 
 __all__ = [
@@ -67,7 +69,7 @@ def kron_linear_fwd(
     scaling: float,
 ) -> Tensor:
     """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K]."""
-    return add_base(kron_update(x, a, b, a0, b0, scaling), x, weight, bias)
+    return _onto("fwd", kron_update(x, a, b, a0, b0, scaling), x, weight, bias)
 
 
 def kron_update(
@@ -105,7 +107,16 @@ def kron_linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
     dx, da, db = kron_gradients(dy, x, a, b, a0, b0, scaling, need_dx, need_da, need_db)
-    return None if dx is None else dx.addmm_(dy, weight), da, db
+    return None if dx is None else _onto("bwd", dx, dy, weight.mT, None), da, db
+
+
+def _onto(step: str, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b + update, in the update's place where the product allows it."""
+    streamed = x.dtype in (torch.float32, torch.float64)
+    if not (streamed and streams_base(step, x.shape[0], *weight.shape)):
+        return add_base(update, x, weight, bias)
+    linear_add(x, weight, bias, update, out=update)
+    return update
 
 
 def kron_gradients(

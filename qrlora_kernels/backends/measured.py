@@ -21,6 +21,18 @@ MANY_TOKENS, WIDE = 2048, 1024
 # takes 1.09 of their time at 2048 x 2048, 1.12 to 1.46 at 4096 x 4096; 96: 1.02, 0.80 to 1.13).
 STREAMED, PACKED, LARGE_WEIGHT = 64, 96, 1 << 22
 
+# fp32 and fp64: the base product over so few tokens is streamed by a native kernel (its time over
+# that of addmm, 64 to 4,096 features: 0.5 to 1.1). dx, which adds rows of W up, is so only where W
+# comes from memory (1,024 features and more: 0.5 to 1.1; below: 1.0 to 1.4).
+STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
+
+
+def streams_base(step: str, m: int, n: int, k: int) -> bool:
+    """fp32 and fp64: whether the base product of ``step`` measured better as a native kernel."""
+    if step == "fwd":
+        return m <= STREAMED_FORWARD
+    return m <= STREAMED_BACKWARD and n * k >= STREAMED_WEIGHT
+
 
 def passed_over(backend: str, problem: Problem) -> str | None:
     """Why ``backend`` is passed over for ``problem`` unless asked for; None if it is not."""

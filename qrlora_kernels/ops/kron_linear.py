@@ -22,6 +22,7 @@ from .common import (
     run_plain,
     wants_gradient,
 )
+from .direct_kron import DirectKron
 from .operator import Operator, placeholder
 
 
@@ -59,6 +60,7 @@ kron_linear_bwd = Operator(
     weight_at=2,
     trainable_at=3,
 )
+_direct = DirectKron(kron_linear_bwd)
 
 
 class KronLinearFunction(torch.autograd.Function):
@@ -144,6 +146,9 @@ def kron_linear(
     TypeError, ValueError
         If an operand's type, shape, dtype or device does not fit the others; the message names it.
     """
+    y = _direct(backend, x, weight, bias, a, b, a0, b0, scaling)
+    if y is not None:
+        return y
     check_scaling(scaling)
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)

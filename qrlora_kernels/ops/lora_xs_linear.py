@@ -22,7 +22,7 @@ from .common import (
     run_plain,
     wants_gradient,
 )
-from .direct import DirectCall
+from .direct_low_rank import DirectLowRank
 from .operator import Operator, placeholder
 
 
@@ -55,7 +55,7 @@ lora_xs_linear_bwd = Operator(
     weight_at=1,
     trainable_at=4,
 )
-_direct = DirectCall(lora_xs_linear_bwd)
+_direct = DirectLowRank(lora_xs_linear_bwd)
 
 
 class LoRAXSLinearFunction(torch.autograd.Function):

@@ -12,10 +12,6 @@ namespace {
 
 constexpr int64_t tokens_at_once = 8192;  // where the sum runs over tokens; bounds the scratch
 
-Matrix matrix(const Strided2d& m) { return {static_cast<const bf16*>(m.data), m.row, m.col}; }
-
-Matrix transposed(const Strided2d& m) { return {static_cast<const bf16*>(m.data), m.col, m.row}; }
-
 Gemm product(const LowRank& d, int64_t m, int64_t n, Product first, void* c) {
     Gemm g{};
     g.m = m;
@@ -95,9 +91,9 @@ void low_rank_forward(const LowRank& d, const LowRankForward& io) {
     Buffers& scratch = qrlora::scratch(large, d.m * d.r);
     bf16* mid = scratch.mid.reserve(d.m * d.r);
     const Matrix x = matrix(io.x);
-    into_rank(d, x, transposed(d.down), d.k, false, static_cast<bf16*>(io.h), mid, scratch);
-    Gemm g = product(d, d.m, d.n, {x, transposed(d.weight), d.k}, io.y);
-    g.products[g.count++] = {{mid, d.r, 1}, transposed(d.up), d.r};
+    into_rank(d, x, matrix(transposed(d.down)), d.k, false, static_cast<bf16*>(io.h), mid, scratch);
+    Gemm g = product(d, d.m, d.n, {x, matrix(transposed(d.weight)), d.k}, io.y);
+    g.products[g.count++] = {{mid, d.r, 1}, matrix(transposed(d.up)), d.r};
     g.bias = static_cast<const bf16*>(io.bias);
     gemm(g);
 }

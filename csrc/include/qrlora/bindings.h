@@ -3,7 +3,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
+
+#include "qrlora/dtype.h"
+#include "qrlora/strided.h"
 
 namespace qrlora {
 
@@ -13,13 +17,19 @@ T* pointer(int64_t address) {
     return reinterpret_cast<T*>(static_cast<intptr_t>(address));
 }
 
-void bind_amx(pybind11::module_& m);
+using Numbers = std::array<int64_t, 3>;  // address, row stride, column stride
+inline Strided2d matrix(const Numbers& m) { return {pointer(m[0]), m[1], m[2]}; }
+
+// The type of this number; an error for bf16 where there is no AMX.
+DType known_here(int64_t number);
+
 // The next two only where the CUDA part is built.
 void bind_cuda(pybind11::module_& m);
 void bind_cuda_linalg(pybind11::module_& m);
+void bind_direct(pybind11::module_& m);
 void bind_kron(pybind11::module_& m);
 void bind_linalg(pybind11::module_& m);
+void bind_linear_add(pybind11::module_& m);
 void bind_low_rank(pybind11::module_& m);
-void bind_low_rank_call(pybind11::module_& m);
 
 }  // namespace qrlora

@@ -8,6 +8,10 @@ namespace qrlora {
 
 enum class DType : int64_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
+constexpr int64_t bytes_of(DType dtype) {
+    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
 struct bf16 {
     uint16_t bits;
 };

@@ -5,6 +5,7 @@
 
 #include "qrlora/cpu/kron.h"
 #include "qrlora/dtype.h"
+#include "qrlora/strided.h"
 
 namespace qrlora::amx {
 
@@ -17,6 +18,10 @@ struct Matrix {
     const bf16* data;
     int64_t row, col;
 };
+
+inline Matrix matrix(const Strided2d& m) {
+    return {static_cast<const bf16*>(m.data), m.row, m.col};
+}
 
 struct Product {
     Matrix a, b;

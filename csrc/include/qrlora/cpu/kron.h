@@ -76,5 +76,11 @@ struct KronBackward {
 QRLORA_DECLARE_KRON(baseline)
 QRLORA_DECLARE_KRON(avx2)
 QRLORA_DECLARE_KRON(avx512)
+#undef QRLORA_DECLARE_KRON
+
+// One of these for this machine or, with `tiles`, bf16 on the tile unit; from the factors as they
+// are. What KronBackward holds of them is filled in.
+void kron_forward(const KronShape&, DType, const KronFactors&, KronRows x, void* y, bool tiles);
+void kron_backward(const KronShape&, DType, const KronFactors&, KronBackward, bool tiles);
 
 }  // namespace qrlora

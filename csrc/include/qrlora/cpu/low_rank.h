@@ -7,14 +7,9 @@
 #include <cstdint>
 
 #include "qrlora/dtype.h"
+#include "qrlora/strided.h"
 
 namespace qrlora {
-
-// Element (i, j) lies at data[i * row + j * col]; of row and col at least one is 1.
-struct Strided2d {
-    const void* data;
-    int64_t row, col;
-};
 
 struct LowRank {
     int64_t m, n, k, r;

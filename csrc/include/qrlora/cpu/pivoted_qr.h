@@ -43,10 +43,6 @@ struct Pivots {
 // Called after every block of pivots of a matrix; true asks to give up.
 using Interrupted = std::function<bool()>;
 
-inline int64_t bytes_of(DType dtype) {
-    return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
-
 inline void store(void* out, DType dtype, int64_t at, double value) {
     switch (dtype) {
         case DType::f32:

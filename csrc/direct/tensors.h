@@ -43,5 +43,6 @@ constexpr int max_dims = 8;  // of the tensors that are made here
 // last]; null with a Python error.
 pybind11::object new_like(PyObject* like, const dlpack::Tensor& shape, int64_t last);
 pybind11::object new_matrix(PyObject* like, int64_t rows, int64_t last);
+void* data(const pybind11::object& made);  // of such a tensor; the error, if it is null
 
 }  // namespace qrlora

@@ -1,8 +1,9 @@
-#include "qrlora/plain_call.h"
+#include "tensors.h"
 
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <stdexcept>
 
 namespace py = pybind11;
 
@@ -106,6 +107,13 @@ py::object new_like(PyObject* like, const dlpack::Tensor& shape, int64_t last) {
 py::object new_matrix(PyObject* like, int64_t rows, int64_t last) {
     const int64_t sizes[2] = {rows, last};
     return empty(like, sizes, 2);
+}
+
+void* data(const py::object& made) {
+    if (!made) throw py::error_already_set();
+    const auto t = read(made.ptr());
+    if (!t) throw std::runtime_error("a new tensor cannot be read");
+    return t->data;
 }
 
 }  // namespace qrlora

@@ -1,0 +1,72 @@
+// Calls on the tensors themselves: the checks of a plain call, the choice of the backend (looked
+// up), the results and the kernels in one call from Python. Every call answers None where Python's
+// own path has to take it.
+#include <new>
+#include <stdexcept>
+
+#include "calls.h"
+#include "choices.h"
+#include "qrlora/bindings.h"
+
+namespace py = pybind11;
+
+namespace qrlora {
+
+namespace {
+
+// Not py::cpp_function: its handling of eight arguments alone costs about a microsecond.
+template <py::object (*CALL)(PyObject* const*), int COUNT>
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (count != COUNT || !choices) {
+        PyErr_SetString(PyExc_TypeError, "wrong number of arguments, or set_torch was not called");
+        return nullptr;
+    }
+    try {
+        return CALL(args).release().ptr();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+template <py::object (*CALL)(PyObject* const*), int COUNT>
+constexpr PyCFunction fast() {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<CALL, COUNT>));
+}
+
+// Whether calls on tensors can be served with this torch.
+bool set_torch(py::object capsule, py::object tensor, py::object parameter, py::tuple states,
+               py::object grad_enabled, py::object threads, py::tuple operations, py::object choose,
+               py::dict last) {
+    const auto* api = exchange_api(capsule.ptr());
+    if (!api) return false;
+    torch_hooks = {api,
+                   reinterpret_cast<PyTypeObject*>(tensor.release().ptr()),
+                   reinterpret_cast<PyTypeObject*>(parameter.release().ptr()),
+                   states.release().ptr(),
+                   grad_enabled.release().ptr(),
+                   threads.release().ptr()};
+    if (!choices) choices = new Choices;
+    *choices = Choices(operations, choose, last);
+    return true;
+}
+
+PyMethodDef methods[] = {
+    {"low_rank_forward_call", fast<low_rank_forward_call, 8>(), METH_FASTCALL, nullptr},
+    {"low_rank_backward_call", fast<low_rank_backward_call, 10>(), METH_FASTCALL, nullptr},
+    {"kron_forward_call", fast<kron_forward_call, 8>(), METH_FASTCALL, nullptr},
+    {"kron_backward_call", fast<kron_backward_call, 11>(), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void bind_direct(py::module_& m) {
+    m.def("set_torch", &set_torch, "What calls on tensors need of torch and of the chooser");
+    PyModule_AddFunctions(m.ptr(), methods);
+}
+
+}  // namespace qrlora
