@@ -90,7 +90,7 @@ class Task {
 
 // Waking a thread takes as long as some millions of multiplications.
 int useful_threads(const Gemm& g) {
-    constexpr int64_t grain = 1 << 23;
+    constexpr int64_t grain = 1 << 22;
     const int64_t work = std::max(side, g.m) * g.n * padded_depth(g);
     return static_cast<int>(std::min<int64_t>(g.threads, 1 + work / grain));
 }
