@@ -72,6 +72,7 @@ stage llama_start 90 "$PYTHON" -m bench.llama_start --out "$OUT"
 stage layer 150 bash -c "bench --suites layer --adapters $FAMILIES --seconds 2"
 stage start 60 bash -c "bench --suites start --seconds 1 --variants pivoted_qr,product,kron_factors"
 stage decode 60 bash -c "bench --suites decode,overhead --adapters $FAMILIES --seconds 1"
+stage tune 60 "$PYTHON" -m bench.tune --out "$OUT"
 stage graph 40 "$PYTHON" -m bench.gpu graph
 stage repeat 90 "$PYTHON" -m bench.gpu repeat
 stage kernel_tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider python_tests/test_triton_kernels.py \

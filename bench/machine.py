@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from qrlora_kernels.chip import chip_name
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PEERS = ("triton", "numpy", "scipy", "peft", "transformers", "lycoris-lora")
 
@@ -21,7 +23,7 @@ def facts() -> dict[str, str]:
     """Columns of a row that are the same for a whole run."""
     return {
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "cpu": _cpu(),
+        "cpu": chip_name(torch.device("cpu")),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "threads": str(torch.get_num_threads()),
         "versions": "; ".join(
@@ -34,17 +36,6 @@ def facts() -> dict[str, str]:
 def slug(chip: str) -> str:
     """A chip's name, fit for a file name."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", chip.lower())).strip("-")
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        text = info.read_text()
-        name = re.search(r"model name\s*:\s*(.*)", text)
-        isa = [flag for flag in ("avx2", "avx512f", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
-        if name:
-            return " ".join([name[1].strip(), *isa])
-    return platform.processor() or platform.machine()
 
 
 def _peers() -> list[str]:

@@ -6,6 +6,7 @@ from .model import adapt, adapted_layers, count_parameters, merge, unload, unmer
 from .native import build_config
 from .nn import LoRAXSLinear, OHoRALinear, QRLinear
 from .summary import summary
+from .tune import tune
 from .version import __version__
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "nn",
     "save_adapter",
     "summary",
+    "tune",
     "unload",
     "unmerge",
 ]

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, backends, native
+from .backends import tuning
 from .linalg import cuda_core
 
 OPTIONAL = ("triton", "transformers", "peft", "scipy", "matplotlib")
@@ -31,6 +32,7 @@ def report() -> str:
     ]
     for name, (ok, reason) in backends.report().items():
         lines.append(f"  {name:10s} {'yes' if ok else 'no '}  {reason}")
+    lines.append(f"measured on this machine: {_tuned()}")
     there, reason = cuda_core.available()
     lines += [
         "",
@@ -46,6 +48,12 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "of unknown version"
+
+
+def _tuned() -> str:
+    tuning.read_named_file()
+    count = len(tuning.entries())
+    return f"{count} problems (QRLORA_TUNING)" if count else "nothing (qrlora_kernels.tune)"
 
 
 def _gpus() -> str:

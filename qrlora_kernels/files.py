@@ -1,9 +1,11 @@
-"""Tensor files that are whole or absent: written under another name, then renamed."""
+"""Files that are whole or absent: written under another name, then renamed."""
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,7 +13,20 @@ from torch import Tensor
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file in place of ``path``, with the permissions of any new file.
+    """Write a safetensors file in place of ``path``."""
+    with _replacing(path) as draft:
+        save_file(tensors, str(draft), metadata)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8 in place of ``path``."""
+    with _replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of ``path`` with the permissions of any new one.
 
     Folders on the way are made.
     """
@@ -21,7 +36,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     mode = draft.stat().st_mode
     try:
-        save_file(tensors, str(draft), metadata)
+        yield draft
         draft.chmod(mode)
         os.replace(draft, path)
     finally:

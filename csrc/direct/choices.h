@@ -29,6 +29,7 @@ class Choices {
     // If it is not somebody else, the choice is noted as the operation's last one. x is of the
     // problem's device and dtype.
     Runs runs(PyObject* x, const Question& question);
+    void forget() { known_.clear(); }
 
   private:
     using Key = std::array<int64_t, 7>;

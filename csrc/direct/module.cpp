@@ -55,6 +55,10 @@ bool set_torch(py::object capsule, py::object tensor, py::object parameter, py::
     return true;
 }
 
+void forget_choices() {
+    if (choices) choices->forget();
+}
+
 PyMethodDef methods[] = {
     {"low_rank_forward_call", fast<low_rank_forward_call, 8>(), METH_FASTCALL, nullptr},
     {"low_rank_backward_call", fast<low_rank_backward_call, 10>(), METH_FASTCALL, nullptr},
@@ -66,6 +70,7 @@ PyMethodDef methods[] = {
 
 void bind_direct(py::module_& m) {
     m.def("set_torch", &set_torch, "What calls on tensors need of torch and of the chooser");
+    m.def("forget_choices", &forget_choices, "Ask the chooser again for every problem");
     PyModule_AddFunctions(m.ptr(), methods);
 }
 

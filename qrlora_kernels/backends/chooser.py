@@ -1,7 +1,8 @@
 """Pick the backend of one call from its shape, dtype and device, and say why.
 
-``choose`` walks ``BACKENDS`` in order of preference and takes the first that supports the problem
-and is not passed over for one that measured faster (``measured``). A backend forced by argument, by
+``choose`` takes what was fastest where this machine has been measured (``tuning``). Otherwise it
+walks ``BACKENDS`` in order of preference and takes the first that supports the problem and is not
+passed over for one that measured faster elsewhere (``measured``). A backend forced by argument, by
 :func:`use_backend` or by ``QRLORA_BACKEND`` runs or raises: it is never silently replaced.
 """
 
@@ -15,6 +16,8 @@ from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
+from .. import native
+from . import tuning
 from .measured import passed_over
 from .problem import Choice, Problem
 
@@ -61,7 +64,7 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
         If a backend was forced (argument, :func:`use_backend`, ``QRLORA_BACKEND``, in this order)
         and it is unknown or cannot run the problem.
     """
-    return _choose(problem, _forced_for(backend))
+    return _choose(problem, forced_backend(backend))
 
 
 def pinned_backend(backend: str | None = None) -> str | None:
@@ -69,8 +72,16 @@ def pinned_backend(backend: str | None = None) -> str | None:
     return backend or _forced
 
 
-def _forced_for(backend: str | None) -> str | None:
+def forced_backend(backend: str | None = None) -> str | None:
+    """The backend asked for in code or by the environment."""
     return backend or _forced or os.environ.get("QRLORA_BACKEND") or None
+
+
+def forget() -> None:
+    """Choose again for every problem, since what choices depend on has changed."""
+    _choose.cache_clear()
+    if native.CORE is not None:
+        native.CORE.forget_choices()
 
 
 def plain_choice(op: str, reason: str, backend: str | None = None) -> None:
@@ -81,7 +92,7 @@ def plain_choice(op: str, reason: str, backend: str | None = None) -> None:
     ValueError
         If another backend was forced.
     """
-    forced = _forced_for(backend) or "reference"
+    forced = forced_backend(backend) or "reference"
     load(forced)
     if forced != "reference":
         raise ValueError(f"backend {forced!r} cannot run {op} here: {reason}")
@@ -95,6 +106,9 @@ def _choose(problem: Problem, forced: str | None) -> Choice:
         if not ok:
             raise ValueError(f"backend {forced!r} cannot run {problem.op} here: {reason}")
         return Choice(forced, "asked for")
+    entry = tuning.lookup(problem)
+    if entry and entry.winner in BACKENDS and load(entry.winner).supports(problem)[0]:
+        return Choice(entry.winner, entry.reason())
     refusals: list[str] = []
     for name in BACKENDS:
         why_not = passed_over(name, problem)

@@ -289,11 +289,14 @@ class AdapterLinear(nn.Linear):
         """The backend that a forward over ``tokens`` tokens takes, and why."""
         if self.merged:
             return Choice("merged", "a plain linear layer with the update inside its weight")
+        return choose(self.problem(tokens))
+
+    def problem(self, tokens: int) -> Problem:
+        """What a forward over ``tokens`` tokens asks the backends to do."""
         n, k = self.out_features, self.in_features
         weight = self.weight
         operation = "linear_add" if self._adds_update() else self.operation
-        problem = Problem(operation, weight.device, weight.dtype, tokens, n, k, self.rank)
-        return choose(problem)
+        return Problem(operation, weight.device, weight.dtype, tokens, n, k, self.rank)
 
     def trained_parameters(self) -> int:
         """How many numbers the adapter trains."""

@@ -1,0 +1,295 @@
+"""Backends measured on this machine: what is measured decides, and only right results may win."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from torch import nn
+
+import qrlora_kernels as qk
+from qrlora_kernels import backends
+from qrlora_kernels.backends import Problem, chooser, composed, tuning
+from qrlora_kernels.tune import Tuning
+
+CPU = torch.device("cpu")
+PROBLEM = Problem("qr_linear", CPU, torch.float32, 16, 24, 36, 4)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("QRLORA_TUNING", raising=False)
+    tuning.clear()
+    chooser.forget()
+    yield
+    tuning.clear()
+    chooser.forget()
+
+
+def _model(adapter: str = "qr", dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 32)).to(dtype)
+    options = {} if adapter == "ohora" else {"rank": 4}
+    return qk.adapt(model, ["0", "2"], adapter=adapter, progress=False, **options)
+
+
+def _tune(model: nn.Module, tokens: tuple[int, ...] = (3,), **options: Any) -> Any:
+    return qk.tune(model, tokens, seconds=0.001, progress=False, **options)
+
+
+class _Backend:
+    """A stand-in for a backend module: library products, with a step changed."""
+
+    def __init__(self, change: Callable[..., Any]) -> None:
+        self.change = change
+
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        return True, "for the test"
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *operands: self.change(name, getattr(composed, name)(*operands))
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Callable[..., Any]]], None]:
+    """Let there be these backends, in this order of preference, and no other."""
+
+    def install(changes: dict[str, Callable[..., Any]]) -> None:
+        there = {name: _Backend(change) for name, change in changes.items()}
+        monkeypatch.setattr(chooser, "BACKENDS", dict.fromkeys(there, ""))
+        original = chooser.load
+        monkeypatch.setattr(chooser, "load", lambda name: there.get(name) or original(name))
+        monkeypatch.setattr(chooser, "passed_over", lambda name, problem: None)
+        chooser.forget()
+
+    return install
+
+
+def _same(name: str, results: Any) -> Any:
+    return results
+
+
+def _slow(name: str, results: Any) -> Any:
+    time.sleep(0.002)
+    return results
+
+
+# --- the table
+
+
+@pytest.mark.parametrize(("m", "known"), [(7, False), (8, True), (32, True), (33, False)])
+def test_an_entry_counts_for_half_to_twice_its_tokens(m, known):
+    tuning.add([tuning.entry_for(PROBLEM, "composed")])
+    assert (tuning.lookup(PROBLEM._replace(m=m)) is not None) == known
+
+
+def test_the_nearest_number_of_tokens_counts():
+    tuning.add(
+        tuning.entry_for(PROBLEM._replace(m=m), name) for m, name in [(8, "cpu"), (16, "amx")]
+    )
+    assert tuning.lookup(PROBLEM._replace(m=9)).winner == "cpu"
+    assert tuning.lookup(PROBLEM._replace(m=13)).winner == "amx"
+
+
+@pytest.mark.parametrize(
+    "other", [{"op": "lora_xs_linear"}, {"dtype": torch.float64}, {"n": 25}, {"k": 37}, {"r": 5}]
+)
+def test_an_entry_counts_for_its_own_shape_only(other):
+    tuning.add([tuning.entry_for(PROBLEM, "composed")])
+    assert tuning.lookup(PROBLEM._replace(**other)) is None
+
+
+def test_an_entry_of_another_chip_does_not_count():
+    entry = tuning.entry_for(PROBLEM, "composed")
+    tuning.add([entry._replace(chip="another")])
+    assert tuning.lookup(PROBLEM) is None
+
+
+@pytest.mark.parametrize("winner", ["no such backend", "triton"])
+def test_a_winner_that_cannot_run_is_passed_over(winner):
+    before = backends.choose(PROBLEM)
+    tuning.add([tuning.entry_for(PROBLEM, winner)])
+    chooser.forget()
+    assert backends.choose(PROBLEM) == before
+
+
+# --- measuring
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter", ["qr", "lora_xs", "ohora"])
+def test_every_problem_gets_its_winner(adapter, dtype):
+    model = _model(adapter, dtype)
+    found = _tune(model, (1, 5))
+    assert len(found.contests) == 4
+    for contest in found.contests:
+        assert not contest.left_out
+        assert contest.winner in contest.seconds
+        assert "composed" in contest.seconds
+        choice = backends.choose(contest.problem)
+        assert choice.name == contest.winner
+        assert choice.reason.startswith("measured on this")
+    for layer in qk.adapted_layers(model).values():
+        assert layer.explain(5).reason.startswith("measured on this")
+        assert not layer.explain(100).reason.startswith("measured on this")
+    assert str(found).count("tokens") == 4
+
+
+def test_the_fastest_is_chosen_and_the_call_takes_it(only):
+    model = _model()
+    only({"cpu": _slow, "triton": _same, "composed": _slow})
+    assert backends.choose(PROBLEM).name == "cpu"
+    (contest, _) = _tune(model).contests
+    assert contest.winner == "triton"
+    assert contest.before == "cpu"
+    assert next(iter(contest.seconds)) == "triton"
+    model(torch.randn(3, 32))
+    assert backends.last_choice("qr_linear").name == "triton"
+    assert "of" in backends.last_choice("qr_linear").reason
+
+
+def test_a_near_tie_changes_nothing(only, monkeypatch):
+    only({"cpu": _same, "composed": _same})
+    module = sys.modules["qrlora_kernels.tune"]
+    monkeypatch.setattr(module, "_time", lambda *_: {"cpu": 1.019, "composed": 1.0})
+    assert _tune(_model()).contests[0].winner == "cpu"
+    monkeypatch.setattr(module, "_time", lambda *_: {"cpu": 1.03, "composed": 1.0})
+    assert _tune(_model()).contests[0].winner == "composed"
+
+
+def _broken(name: str, results: Any) -> Any:
+    raise RuntimeError("out of shared memory\nand more")
+
+
+def _off(part: int) -> Callable[..., Any]:
+    def change(name: str, results: Any) -> Any:
+        if not name.endswith("bwd" if part else "fwd"):
+            return results
+        first, *rest = results
+        return (first * 1.001, *rest) if part < 2 else (first, rest[0] * 1.001, *rest[1:])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_broken, "RuntimeError: out of shared memory"),
+        (_off(0), "results differ"),
+        (_off(1), "results differ"),
+        (_off(2), "results differ"),
+        (lambda name, results: tuple(t * float("nan") for t in results), "results differ"),
+    ],
+    ids=["raises", "y", "dx", "dlam", "nan"],
+)
+def test_what_is_wrong_never_wins(only, change, why):
+    """However fast, and although it is preferred."""
+    only({"triton": change, "composed": _slow})
+    (contest, _) = _tune(_model()).contests
+    assert contest.winner == "composed"
+    assert contest.left_out["triton"].startswith(why)
+    assert "\n" not in contest.left_out["triton"]
+    assert "left out triton" in str(Tuning([contest]))
+
+
+def test_plain_calls_choose_again():
+    """The native core keeps choices of its own: it has to hear of the measurement."""
+    operands = helpers.operands("qr_linear", 16, 24, 36, 4)
+    want = helpers.call("qr_linear", operands)
+    assert backends.last_choice("qr_linear").name != "reference"
+    tuning.add([tuning.entry_for(PROBLEM, "reference", "another", 0.5)])
+    chooser.forget()
+    torch.testing.assert_close(helpers.call("qr_linear", operands), want, rtol=1e-5, atol=1e-5)
+    choice = backends.last_choice("qr_linear")
+    assert choice.name == "reference"
+    assert choice.reason.endswith("with 16 tokens: 0.50 of another's time")
+
+
+def test_a_forced_backend_stays_forced():
+    tuning.add([tuning.entry_for(PROBLEM, "composed")])
+    assert backends.choose(PROBLEM, "reference").name == "reference"
+    with backends.use_backend("reference"):
+        assert backends.choose(PROBLEM).name == "reference"
+
+
+def test_wrong_arguments_are_named():
+    model = _model()
+    for tokens in ((), (0,), (1.5,), (True,)):
+        with pytest.raises(ValueError, match="tokens must be positive integers, got"):
+            qk.tune(model, tokens)
+    with pytest.raises(ValueError, match="seconds must be positive, got 0"):
+        qk.tune(model, (1,), seconds=0)
+    with pytest.raises(ValueError, match="must hold adapted layers"):
+        qk.tune(nn.Linear(2, 2), (1,))
+    with (
+        backends.use_backend("composed"),
+        pytest.raises(ValueError, match="forced while tuning, got 'composed'"),
+    ):
+        qk.tune(model, (1,))
+
+
+# --- files
+
+
+def test_another_process_reads_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "tuning.json"
+    _tune(_model(), (5,), path=path)
+    assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]
+    want = tuning.entries()
+    assert tuning.read(path) == want
+    code = (
+        "import torch, qrlora_kernels as qk\n"
+        "p = qk.backends.Problem('qr_linear', torch.device('cpu'), torch.float32, 5, 24, 32, 4)\n"
+        "print(qk.backends.choose(p).reason)\n"
+        "import qrlora_kernels.__main__ as main; print(main.report())"
+    )
+    monkeypatch.setenv("QRLORA_TUNING", str(path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("measured on this")
+    assert "measured on this machine: 2 problems" in done.stdout
+
+
+def test_what_was_measured_before_is_kept_in_the_file(tmp_path):
+    path = tmp_path / "tuning.json"
+    _tune(_model(), (5,), path=path)
+    _tune(_model("lora_xs"), (5,), path=path)
+    assert {e.op for e in tuning.read(path)} == {"qr_linear", "lora_xs_linear"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 2, "entries": []}', '{"format": 1, "entries": [{}]}', "\udcff"],
+)
+def test_a_file_of_something_else_is_an_error(text, tmp_path, monkeypatch):
+    path = tmp_path / "tuning.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="path must name a table that tune"):
+        tuning.read(path)
+    monkeypatch.setenv("QRLORA_TUNING", str(path))
+    with pytest.raises(ValueError, match=r"tuning\.json"):
+        backends.choose(PROBLEM)
+
+
+@pytest.mark.parametrize(("field", "value"), [("m", 0), ("m", "1"), ("winner", 3), ("over", None)])
+def test_an_entry_of_something_else_is_an_error(field, value, tmp_path):
+    tuning.add([tuning.entry_for(PROBLEM, "composed")])
+    path = tmp_path / "tuning.json"
+    tuning.write(path)
+    content = json.loads(path.read_text())
+    content["entries"][0][field] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="path must name"):
+        tuning.read(path)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        tuning.read(tmp_path / "none.json")
