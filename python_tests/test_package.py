@@ -54,7 +54,9 @@ def test_import_pulls_in_nothing_optional(after_import):
 def test_import_starts_nothing(after_import):
     assert not after_import["cuda"]
     loaded = {name.rpartition(".")[2] for name in after_import["backends"]}
-    assert loaded <= {"chooser", "measured", "problem"}, "backends are imported on first use"
+    assert loaded <= {"chooser", "measured", "problem", "tuning"}, (
+        "backends are imported on first use"
+    )
     assert after_import["threads"] == torch.get_num_threads()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from . import kernels
@@ -172,6 +171,8 @@ def _fault(step: Callable[[], list[Tensor]], truth: list[Tensor], dtype: torch.d
 
 def _time(runners: dict[str, Callable[[], list[Tensor]]], seconds: float) -> dict[str, float]:
     """Seconds of a step: the median over rounds in which each takes its turn."""
+    from torch.utils.benchmark import Timer  # it brings a C++ compiler's set-up along
+
     threads = torch.get_num_threads()
     timers = {
         name: Timer("step()", globals={"step": step}, num_threads=threads)

@@ -13,9 +13,10 @@ from .problem import Problem
 # 1.11 of the best alternative where library products take 0.97 to 1.17; 384 features: up to 1.3).
 FEW_TOKENS = 32
 SOME_TOKENS, WEIGHT_OF_SOME = 48, 1 << 19
-# bf16: from both of these on, the library's larger blocks outweigh a fused accumulator (2048 x 1024
-# x 1024, forward and backward: 1.02 to 1.14 of the library products' time).
-MANY_TOKENS, WIDE = 2048, 1024
+# bf16: from so many tokens and features on, larger blocks outweigh a fused accumulator;
+# for QR-LoRA and LoRA-XS only under a weight of so many elements (2,048 tokens, both ways, amx over
+# the library products: 1.00 to 1.12 at 1024 x 1024, 0.84 to 0.97 at 1536 to 4096 squared).
+MANY_TOKENS, WIDE, FUSED_WEIGHT = 2048, 1024, 1 << 21
 # bf16: up to the first count a weight is streamed as it lies, from the second on packing it pays.
 # Between them library products are ahead for a weight of at least so many elements (65 tokens: amx
 # takes 1.09 of their time at 2048 x 2048, 1.12 to 1.46 at 4096 x 4096; 96: 1.02, 0.80 to 1.13).
@@ -41,7 +42,8 @@ def passed_over(backend: str, problem: Problem) -> str | None:
     if backend == "cpu" and low_rank and problem.m > few:
         return f"library products measure better from {few + 1} tokens"
     wide = min(problem.n, problem.k) >= WIDE
-    if backend == "amx" and problem.op != "kron_linear" and problem.m >= MANY_TOKENS and wide:
+    small = problem.n * problem.k < FUSED_WEIGHT if low_rank else problem.op == "linear_add"
+    if backend == "amx" and problem.m >= MANY_TOKENS and wide and small:
         return f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features"
     large = problem.n * problem.k >= LARGE_WEIGHT
     if backend == "amx" and low_rank and STREAMED < problem.m < PACKED and large:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.composed import add_base
+from ..backends import chooser
 from . import direct
 from .common import flatten
 from .operator import Operator
@@ -61,7 +61,7 @@ class DirectKron:
 
 def _add_base(update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """x Wᵀ + b onto ``update`` (fp32 or fp64), in place."""
-    add_base(flatten(update), flatten(x), weight, bias)
+    chooser.load("composed").add_base(flatten(update), flatten(x), weight, bias)
 
 
 class _Record(torch.autograd.Function):
