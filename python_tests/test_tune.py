@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import helpers
@@ -243,8 +242,6 @@ def test_another_process_reads_the_file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "tuning.json"
     _tune(_model(), (5,), path=path)
     assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]
-    want = tuning.entries()
-    assert tuning.read(path) == want
     code = (
         "import torch, qrlora_kernels as qk\n"
         "p = qk.backends.Problem('qr_linear', torch.device('cpu'), torch.float32, 5, 24, 32, 4)\n"
@@ -257,11 +254,16 @@ def test_another_process_reads_the_file(tmp_path, monkeypatch):
     assert "measured on this machine: 2 problems" in done.stdout
 
 
-def test_what_was_measured_before_is_kept_in_the_file(tmp_path):
+def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     _tune(_model(), (5,), path=path)
     _tune(_model("lora_xs"), (5,), path=path)
-    assert {e.op for e in tuning.read(path)} == {"qr_linear", "lora_xs_linear"}
+    want = tuning.entries()
+    tuning.clear()
+    monkeypatch.setenv("QRLORA_TUNING", str(path))
+    tuning.read_named_file()
+    assert tuning.entries() == want
+    assert {e.op for e in want} == {"qr_linear", "lora_xs_linear"}
 
 
 @pytest.mark.parametrize(
@@ -271,25 +273,29 @@ def test_what_was_measured_before_is_kept_in_the_file(tmp_path):
 def test_a_file_of_something_else_is_an_error(text, tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match="path must name a table that tune"):
-        tuning.read(path)
     monkeypatch.setenv("QRLORA_TUNING", str(path))
-    with pytest.raises(ValueError, match=r"tuning\.json"):
+    with pytest.raises(ValueError, match=r"QRLORA_TUNING must name a table .*tuning\.json"):
         backends.choose(PROBLEM)
 
 
 @pytest.mark.parametrize(("field", "value"), [("m", 0), ("m", "1"), ("winner", 3), ("over", None)])
-def test_an_entry_of_something_else_is_an_error(field, value, tmp_path):
+def test_an_entry_of_something_else_is_an_error(field, value, tmp_path, monkeypatch):
     tuning.add([tuning.entry_for(PROBLEM, "composed")])
     path = tmp_path / "tuning.json"
     tuning.write(path)
     content = json.loads(path.read_text())
     content["entries"][0][field] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="path must name"):
-        tuning.read(path)
+    tuning.clear()
+    monkeypatch.setenv("QRLORA_TUNING", str(path))
+    with pytest.raises(ValueError, match=f"{field} is "):
+        tuning.read_named_file()
+    assert not tuning.entries()
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        tuning.read(tmp_path / "none.json")
+def test_a_missing_file_is_an_error(monkeypatch):
+    """At the first call that has to choose, and at each until it is there."""
+    monkeypatch.setenv("QRLORA_TUNING", "none.json")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"must name a table .*'none.json': FileNotFound"):
+            helpers.call("qr_linear", helpers.operands("qr_linear", 16, 24, 36, 4))

@@ -100,25 +100,33 @@ def write(path: str | os.PathLike[str]) -> None:
     write_text(Path(path), json.dumps(content, indent=1) + "\n")
 
 
-def read(path: str | os.PathLike[str]) -> list[Entry]:
-    """The entries of a file that :func:`write` left.
+def read_named_file() -> None:
+    """Let the file that ``QRLORA_TUNING`` names decide; it is read once.
 
     Raises
     ------
-    FileNotFoundError
     ValueError
-        If the file holds something else.
+        If it is not there, or holds something else than :func:`write` writes.
     """
-    data = Path(path).read_bytes()
+    path = os.environ.get("QRLORA_TUNING")
+    if not path or path in _read:
+        return
     try:
-        content = json.loads(data.decode("utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r}")
-        return [_entry(fields) for fields in content["entries"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = _entries_of(Path(path).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"path must name a table that tune() wrote (format {FORMAT}), got {path}: {error}"
+            f"QRLORA_TUNING must name a table that tune() wrote (format {FORMAT}), "
+            f"got {path!r}: {type(error).__name__}: {error}"
         ) from error
+    _read.append(path)
+    add(found)
+
+
+def _entries_of(data: bytes) -> list[Entry]:
+    content = json.loads(data.decode("utf-8"))
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']!r}")
+    return [_entry(fields) for fields in content["entries"]]
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
@@ -128,15 +136,6 @@ def _entry(fields: dict[str, Any]) -> Entry:
         if not isinstance(value, kind) or (kind is int and value < 1):
             raise ValueError(f"{name} is {value!r}")
     return entry
-
-
-def read_named_file() -> None:
-    """Read the file that ``QRLORA_TUNING`` names, once for each name."""
-    path = os.environ.get("QRLORA_TUNING")
-    if path and path not in _read:
-        found = read(path)
-        _read.append(path)
-        add(found)
 
 
 def _shape(problem: Problem) -> _Shape:
