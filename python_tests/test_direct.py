@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from qrlora_kernels import backends, native
 from qrlora_kernels.backends import amx
@@ -190,9 +191,49 @@ def test_kron_gradients_asked_for_one_by_one(m, n, k, start, dtype, only_direct)
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
         for name, grad in zip(names, grads, strict=True):
             assert (grad - want[name]).norm() <= tolerance * want[name].norm()
-    truth = helpers.exact("kron_linear", operands)
-    eager = helpers.plain("kron_linear", operands)
-    helpers.assert_error_rule({"y": want["y"]}, {"y": eager}, {"y": truth}, dtype)
+    wide = {name: None if t is None else t.double() for name, t in operands.items()}
+    truth = helpers.outcome(helpers.plain, "kron_linear", wide, dy.double())
+    if dtype != torch.float64:
+        eager = helpers.outcome(helpers.plain, "kron_linear", operands, dy)
+        helpers.assert_error_rule(want, eager, truth, dtype)
+    torch.testing.assert_close(
+        want["y"].double(),
+        helpers.exact("kron_linear", operands),
+        rtol=tolerance,
+        atol=10 * tolerance,
+    )
+
+
+@of_each
+@pytest.mark.parametrize("there", [True, False])
+def test_a_checkpoint_may_go_another_way_the_second_time(op, there):
+    """A backend is forced around the forward alone, or around its recomputation alone."""
+    operands = helpers.operands(op, (2, 5), N, K, R)
+    dy = helpers.gradient_like(op, operands)
+    want = helpers.outcome(helpers.call, op, operands, dy)
+    x = operands["x"].clone().requires_grad_()
+
+    def forced(on: bool) -> contextlib.AbstractContextManager[Any]:
+        return backends.use_backend("reference") if on else contextlib.nullcontext()
+
+    with forced(there):
+        y = checkpoint(lambda x: helpers.call(op, operands | {"x": x}), x, use_reentrant=False)
+    with forced(not there):
+        y.backward(dy)
+    torch.testing.assert_close(x.grad, want["x"])
+
+
+@of_each
+@pytest.mark.parametrize("m", [7, 100])
+def test_huge_integers_scale_as_floats_do(op, m, only_direct):
+    operands = helpers.operands(op, m, N, K, R, torch.float64)
+    dy = helpers.gradient_like(op, operands)
+
+    def scaled(scaling: float) -> dict[str, Tensor]:
+        return helpers.outcome(lambda *o: helpers.call(*o, scaling=scaling), op, operands, dy)
+
+    got, want = scaled(2**70), scaled(2.0**70)
+    assert all(helpers.same_bits(got[name], want[name]) for name in want)
 
 
 # --- refused

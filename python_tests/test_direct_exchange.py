@@ -92,11 +92,26 @@ def test_without_the_exchange_everything_works(op, monkeypatch):
 
 
 @of_each
+def test_a_backend_forced_meanwhile_is_not_remembered(op):
+    """Another thread may force one between this call's look at it and its choice."""
+    operands = helpers.operands(op, 7, 30, 35, 5, torch.float64)
+    call, first = {
+        "qr_linear": (direct.CORE.low_rank_forward_call, (False,)),
+        "lora_xs_linear": (direct.CORE.low_rank_forward_call, (True,)),
+        "kron_linear": (direct.CORE.kron_forward_call, ()),
+    }[op]
+    with backends.use_backend("reference"):
+        assert call(*first, *operands.values(), 1.0) is not None
+    helpers.call(op, operands)
+    assert backends.last_choice(op).name == "cpu"
+
+
+@of_each
 def test_errors_of_the_chooser_pass_through(op, monkeypatch):
     def fail(_: Any) -> None:
         raise RuntimeError("no choice today")
 
-    monkeypatch.setattr(chooser, "choose", fail)
+    monkeypatch.setattr(chooser, "choose_freely", fail)
     with pytest.raises(RuntimeError, match="no choice today"):
         helpers.call(op, helpers.operands(op, 7, 30, 35, 5))
     assert not sys.exc_info()[0]

@@ -155,7 +155,7 @@ def test_explain_tells_the_path_that_runs():
     assert trained("ohora").explain().name == helpers.cpu_backends("kron_linear", torch.float32)[0]
     lora = trained("ohora", product="lora")
     assert lora.explain() == qk.backends.choose(
-        qk.backends.Problem("linear_add", torch.device("cpu"), torch.float32, 2048, N, K, 4)
+        qk.backends.Problem("linear_add", torch.device("cpu"), torch.float32, 2048, N, K, N)
     )
 
 

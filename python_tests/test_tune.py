@@ -33,10 +33,10 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     chooser.forget()
 
 
-def _model(adapter: str = "qr", dtype: torch.dtype = torch.float32) -> nn.Module:
+def _model(adapter: str = "qr", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 32)).to(dtype)
-    options = {} if adapter == "ohora" else {"rank": 4}
+    options |= {} if adapter == "ohora" else {"rank": 4}
     return qk.adapt(model, ["0", "2"], adapter=adapter, progress=False, **options)
 
 
@@ -219,8 +219,40 @@ def test_a_forced_backend_stays_forced():
         assert backends.choose(PROBLEM).name == "reference"
 
 
+def test_layers_that_add_their_update_are_measured_as_they_run():
+    """With dropout in training the operation is another one."""
+    model = _model("qr", dropout=0.5).train()
+    assert {c.problem.op for c in _tune(model).contests} == {"linear_add"}
+    layer = next(iter(qk.adapted_layers(model).values()))
+    assert layer.explain(3).reason.startswith("measured on this")
+    layer(torch.randn(3, layer.in_features))
+    assert backends.last_choice("linear_add") == layer.explain(3)
+
+
+def test_autocast_is_measured_as_it_runs():
+    model = _model()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {c.problem.dtype for c in _tune(model).contests} == {torch.bfloat16}
+        model(torch.randn(3, 32))
+    assert backends.last_choice("qr_linear").reason.startswith("measured on this")
+
+
+def test_measuring_leaves_no_trace_but_its_result():
+    before = dict(chooser._last)
+    _tune(_model())
+    assert chooser._last == before
+
+
 def test_wrong_arguments_are_named():
     model = _model()
+    with pytest.raises(TypeError, match="tokens must be a sequence of integers, got 5"):
+        qk.tune(model, 5)
+    with pytest.raises(ValueError, match="seconds must be positive, got '1'"):
+        qk.tune(model, (1,), seconds="1")
+    with pytest.raises(ValueError, match="model must be on a CPU or CUDA device, got meta"):
+        qk.tune(_model().to("meta"), (1,))
+    with pytest.raises(ValueError, match="adapted layers that are not merged, got none"):
+        qk.tune(qk.merge(_model()), (1,))
     for tokens in ((), (0,), (1.5,), (True,)):
         with pytest.raises(ValueError, match="tokens must be positive integers, got"):
             qk.tune(model, tokens)
@@ -257,6 +289,7 @@ def test_another_process_reads_the_file(tmp_path, monkeypatch):
 def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     _tune(_model(), (5,), path=path)
+    tuning.clear()
     _tune(_model("lora_xs"), (5,), path=path)
     want = tuning.entries()
     tuning.clear()
@@ -264,6 +297,33 @@ def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
     tuning.read_named_file()
     assert tuning.entries() == want
     assert {e.op for e in want} == {"qr_linear", "lora_xs_linear"}
+
+
+def test_a_file_may_be_named_before_it_is_there(tmp_path, monkeypatch):
+    path = tmp_path / "tuning.json"
+    monkeypatch.setenv("QRLORA_TUNING", str(path))
+    _tune(_model(), (5,), path=path)
+    assert len(tuning.entries()) == 2
+
+
+def test_what_is_measured_counts_over_what_a_file_says(tmp_path, monkeypatch):
+    path = tmp_path / "tuning.json"
+    tuning.add([tuning.entry_for(PROBLEM, "composed")])
+    tuning.write(path)
+    tuning.clear()
+    monkeypatch.setenv("QRLORA_TUNING", str(path))
+    tuning.add([tuning.entry_for(PROBLEM, "reference")])
+    assert tuning.lookup(PROBLEM).winner == "reference"
+
+
+def test_other_threads_are_another_machine():
+    tuning.add([tuning.entry_for(PROBLEM, "composed")])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert tuning.lookup(PROBLEM) is None
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,15 @@ def _version(name: str) -> str:
 
 
 def _tuned() -> str:
-    tuning.read_named_file()
-    count = len(tuning.entries())
-    return f"{count} problems (QRLORA_TUNING)" if count else "nothing (qrlora_kernels.tune)"
+    try:
+        tuning.read_named_file()
+    except ValueError as error:
+        return f"nothing: {error}"
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    chips = {tuning.here(device) for device in devices}
+    count = sum(entry.chip in chips for entry in tuning.entries())
+    return f"{count} problems" if count else "nothing (see qrlora_kernels.tune)"
 
 
 def _gpus() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import kernels
 from .backends import chooser, tuning
 from .backends.problem import Problem
 from .model import require_adapted
+from .ops.common import outside_autocast
 
 TOKENS = (1, 16, 128, 512, 2048)
 _TIE = 1.02  # closer than this nobody wins, and the choice stays what it was
@@ -70,8 +71,10 @@ def tune(
     The built-in rules were measured on other machines, and no rule prefers the GPU kernels. Here
     each backend that can run a problem takes its turn, forward and backward, in interleaved rounds.
     One whose results differ from the library products', or that fails, is left out. The measurement
-    counts from half to twice its tokens, in this process and in every one whose ``QRLORA_TUNING``
-    names the file. Nothing else should run on the machine meanwhile.
+    counts from half to twice its tokens, for the same chip and number of threads, in this process
+    and in every one whose ``QRLORA_TUNING`` names the file. It is for the mode that the model is
+    in: layers with dropout take another way in training, and autocast another dtype. Nothing else
+    should run on the machine meanwhile; after an update of PyTorch or a driver, tune again.
 
     Parameters
     ----------
@@ -80,7 +83,7 @@ def tune(
     tokens : sequence of int
         Numbers of tokens to measure: batch times length in training, batch when decoding.
     path : path, optional
-        Where to write all that was measured so far, as JSON.
+        Where to write all that was measured, as JSON; what the file holds of others is kept.
     seconds : float
         For each problem, once its kernels are compiled.
     progress : bool
@@ -88,13 +91,17 @@ def tune(
 
     Raises
     ------
-    ValueError
-        If the model has no adapted layer, a number of tokens or the seconds are not positive, or a
-        backend is forced.
+    TypeError, ValueError
+        If the model has no adapted layer or none that is not merged, a number of tokens or the
+        seconds are not positive, a backend is forced, or ``path`` holds something else.
     """
+    if not isinstance(tokens, Sequence):
+        raise TypeError(f"tokens must be a sequence of integers, got {tokens!r}")
     if not tokens or any(type(m) is not int or m < 1 for m in tokens):
         raise ValueError(f"tokens must be positive integers, got {tokens!r}")
     layers = [layer for layer in require_adapted(model).values() if not layer.merged]
+    if not layers:
+        raise ValueError("model must have adapted layers that are not merged, got none")
     problems = [layer.problem(m) for layer in layers for m in sorted(set(tokens))]
     return tune_problems(problems, path=path, seconds=seconds, progress=progress)
 
@@ -107,12 +114,22 @@ def tune_problems(
     progress: bool = True,
 ) -> Tuning:
     """:func:`tune` for problems that need no model, of shapes as ``functional`` takes them."""
-    if not seconds > 0:
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds!r}")
     if forced := chooser.forced_backend():
         raise ValueError(f"no backend may be forced while tuning, got {forced!r}")
     distinct = list(dict.fromkeys(problems))
-    contests = [_contest(p, seconds) for p in tqdm(distinct, "tune", disable=not progress)]
+    for problem in distinct:
+        if problem.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"model must be on a CPU or CUDA device, got {problem.device}")
+    if path is not None and Path(path).exists():
+        tuning.read(path)  # what it holds is kept
+    elif path is not None and os.environ.get("QRLORA_TUNING") == os.fspath(path):
+        tuning.write(path)  # the file to be is named already
+    contests = []
+    for problem in tqdm(distinct, "tune", disable=not progress):
+        with torch.no_grad(), outside_autocast(problem.device.type):
+            contests.append(_contest(problem, seconds))
     tuning.add(_entry(c) for c in contests)
     chooser.forget()
     if path is not None:
@@ -190,19 +207,20 @@ def _time(runners: dict[str, Callable[[], list[Tensor]]], seconds: float) -> dic
 
 def _step(problem: Problem, operands: dict[str, Any], backend: str) -> Callable[[], list[Tensor]]:
     """y and every gradient, on ``backend``."""
-    forward = getattr(kernels, f"{problem.op}_fwd")
-    backward = getattr(kernels, f"{problem.op}_bwd", None)
+    module = chooser.load(backend)
+    forward = getattr(module, f"{problem.op}_fwd")
+    backward = getattr(module, f"{problem.op}_bwd", None) if problem.op != "linear_add" else None
     x, dy, weight, bias, *factors = operands.values()
     needed = (True,) * (3 if problem.op == "kron_linear" else 2)
 
     def run() -> list[Tensor]:
         if backward is None:  # the gradients of a sum need no kernel
-            return [forward(x, weight, bias, *factors, backend)]
-        results = forward(x, weight, bias, *factors, 1.0, backend)
+            return [forward(x, weight, bias, *factors)]
+        results = forward(x, weight, bias, *factors, 1.0)
         if problem.op == "kron_linear":
-            return [results, *backward(dy, x, weight, *factors, 1.0, *needed, backend)]
+            return [results, *backward(dy, x, weight, *factors, 1.0, *needed)]
         y, h = results
-        return [y, *backward(dy, weight, *factors, h, 1.0, *needed, backend)]
+        return [y, *backward(dy, weight, *factors, h, 1.0, *needed)]
 
     return run
 

@@ -1,6 +1,7 @@
 // Kronecker kernels on the module: pointers come as integers, sizes as int64.
 #include "qrlora/cpu/kron.h"
 
+#include <stdexcept>
 #include <tuple>
 
 #include "qrlora/bindings.h"
@@ -31,7 +32,8 @@ struct Problem {
         dtype = static_cast<DType>(of_x);
         factors = {pointer(a), pointer(b), pointer(a0), pointer(b0), static_cast<DType>(of_factors),
                    scaling};
-        if (tiles) known_here(of_x);
+        if (tiles && checked_dtype(of_x) != DType::bf16)
+            throw std::runtime_error("the tile unit computes in bf16");
     }
 };
 

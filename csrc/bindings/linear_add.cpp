@@ -24,7 +24,7 @@ void call(const Problem& problem, const Numbers& x, const Numbers& weight, int64
     const LinearAdd d{m,
                       n,
                       k,
-                      known_here(dtype),
+                      checked_dtype(dtype),
                       matrix(x),
                       matrix(weight),
                       pointer(bias),
@@ -53,7 +53,7 @@ void on_tiles(const LinearAdd& d) {
 
 }  // namespace
 
-DType known_here(int64_t number) {
+DType checked_dtype(int64_t number) {
     const auto dtype = static_cast<DType>(number);
     if (dtype == DType::bf16 && !amx::available())
         throw std::runtime_error("AMX is not available on this machine");

@@ -1,5 +1,5 @@
 // QR-LoRA and LoRA-XS on the module: a matrix comes as (address, row stride, column stride). The
-// calls that take tensors are in low_rank_call.cpp.
+// calls that take tensors are in csrc/direct.
 #include "qrlora/cpu/low_rank.h"
 
 #include <pybind11/stl.h>
@@ -27,7 +27,7 @@ LowRank low_rank(const Problem& p, const Numbers& weight, const Numbers& down, c
             n,
             k,
             r,
-            known_here(dtype),
+            checked_dtype(dtype),
             matrix(weight),
             matrix(down),
             matrix(up),

@@ -24,6 +24,11 @@ Choices::Answer Choices::ask(PyObject* x, const Question& q, py::handle operatio
     return {native ? Runs::here : Runs::library, choice};
 }
 
+void Choices::forget() {
+    known_.clear();
+    ++forgotten_;
+}
+
 Runs Choices::runs(PyObject* x, const Question& q) {
     const py::handle operation =
         PyTuple_GET_ITEM(operations_.ptr(), static_cast<Py_ssize_t>(q.operation));
@@ -34,17 +39,18 @@ Runs Choices::runs(PyObject* x, const Question& q) {
                   q.n,
                   q.k,
                   q.r};
-    auto at = known_.find(key);
-    if (at == known_.end()) {
-        Answer found = ask(x, q, operation);
+    const auto at = known_.find(key);
+    const int64_t forgotten = forgotten_;
+    // A copy: what follows may run other Python code.
+    const Answer answer = at == known_.end() ? ask(x, q, operation) : at->second;
+    if (at == known_.end() && forgotten == forgotten_) {
         if (known_.size() >= kept) known_.clear();
-        at = known_.emplace(key, std::move(found)).first;
+        known_.emplace(key, answer);
     }
-    const auto [runs, choice] = at->second;  // a copy: the next line may run other Python code
-    if (runs == Runs::elsewhere) return runs;
-    if (PyDict_SetItem(last_.ptr(), operation.ptr(), choice.ptr()) != 0)
+    if (answer.runs == Runs::elsewhere) return answer.runs;
+    if (PyDict_SetItem(last_.ptr(), operation.ptr(), answer.choice.ptr()) != 0)
         throw py::error_already_set();
-    return runs;
+    return answer.runs;
 }
 
 }  // namespace qrlora

@@ -29,7 +29,7 @@ class Choices {
     // If it is not somebody else, the choice is noted as the operation's last one. x is of the
     // problem's device and dtype.
     Runs runs(PyObject* x, const Question& question);
-    void forget() { known_.clear(); }
+    void forget();
 
   private:
     using Key = std::array<int64_t, 7>;
@@ -44,6 +44,7 @@ class Choices {
 
     static constexpr size_t kept = 4096;
     std::unordered_map<Key, Answer, Hash> known_;
+    int64_t forgotten_ = 0;       // how often: an answer that was asked for before is not kept
     pybind11::tuple operations_;  // their names
     pybind11::object
         choose_;           // (operation, step, x, m, n, k, r) -> (Choice, whether all is native)

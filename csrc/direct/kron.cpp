@@ -96,13 +96,15 @@ py::object kron_backward_call(PyObject* const* args) {
     if (runs == Runs::elsewhere) return py::none();
     // Without dx the start does not matter: dA and dB are those of the whole product.
     if (!need_dx) p.shape.terms = 1;
-    py::object dx = py::none();
-    if (need_dx) dx = new_like(dy, *given, p.k);
-    Gradient da(args[9] == Py_True, factors[0]), db(args[10] == Py_True, factors[1]);
     KronBackward io{};
+    py::object dx = py::none();
+    if (need_dx) {
+        dx = new_like(dy, *given, p.k);
+        io.dx = data(dx);
+    }
+    Gradient da(args[9] == Py_True, factors[0]), db(args[10] == Py_True, factors[1]);
     io.dy = {rows_of_dy.data, rows_of_dy.row};
     io.x = {rows_of_x.data, rows_of_x.row};
-    io.dx = need_dx ? data(dx) : nullptr;
     io.da = da.sums();
     io.db = db.sums();
     const bool whole = runs == Runs::here;

@@ -67,6 +67,11 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
     return _choose(problem, forced_backend(backend))
 
 
+def choose_freely(problem: Problem) -> Choice:
+    """The backend for ``problem`` where none is forced, whatever is forced at the moment."""
+    return _choose(problem, None)
+
+
 def pinned_backend(backend: str | None = None) -> str | None:
     """The backend asked for in code; a forward passes it on, so that its backward agrees."""
     return backend or _forced

@@ -44,7 +44,10 @@ def passed_over(backend: str, problem: Problem) -> str | None:
     wide = min(problem.n, problem.k) >= WIDE
     small = problem.n * problem.k < FUSED_WEIGHT if low_rank else problem.op == "linear_add"
     if backend == "amx" and problem.m >= MANY_TOKENS and wide and small:
-        return f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features"
+        under = f", under {FUSED_WEIGHT} weights" if low_rank else ""
+        return (
+            f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features{under}"
+        )
     large = problem.n * problem.k >= LARGE_WEIGHT
     if backend == "amx" and low_rank and STREAMED < problem.m < PACKED and large:
         return f"library products measure better from {STREAMED + 1} tokens of a large weight"

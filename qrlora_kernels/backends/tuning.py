@@ -46,21 +46,23 @@ class Entry(NamedTuple):
         return f"{text}: {self.over:.2f} of {self.rival}'s time" if self.rival else text
 
 
-_Shape = tuple[str, str, str, int, int, int]
-_table: dict[_Shape, dict[int, Entry]] = {}
+Key = tuple[str, str, str, int, int, int]
+_table: dict[Key, dict[int, Entry]] = {}
 _read: list[str] = []  # files already looked at because the environment named them
 
 
 def entry_for(problem: Problem, winner: str, rival: str = "", over: float = 1.0) -> Entry:
     """What was found for ``problem``."""
-    chip, op, dtype, n, k, r = _shape(problem)
+    chip, op, dtype, n, k, r = _key(problem)
     return Entry(chip, op, dtype, problem.m, n, k, r, winner, rival, over)
 
 
-def add(entries: Iterable[Entry]) -> None:
-    """Let these decide from now on; they replace what was known of the same problems."""
+def add(entries: Iterable[Entry], replace: bool = True) -> None:
+    """Let these decide from now on; ``replace`` what is known of the same problems."""
     for e in entries:
-        _table.setdefault((e.chip, e.op, e.dtype, e.n, e.k, e.r), {})[e.m] = e
+        known = _table.setdefault((e.chip, e.op, e.dtype, e.n, e.k, e.r), {})
+        if replace or e.m not in known:
+            known[e.m] = e
 
 
 def clear() -> None:
@@ -75,7 +77,7 @@ def entries() -> list[Entry]:
 def lookup(problem: Problem) -> Entry | None:
     """The entry of this shape whose number of tokens is nearest, at most a factor of two away."""
     read_named_file()
-    found = _table.get(_shape(problem)) if _table else None
+    found = _table.get(_key(problem)) if _table else None
     if not found or problem.m < 1:
         return None
 
@@ -101,25 +103,29 @@ def write(path: str | os.PathLike[str]) -> None:
 
 
 def read_named_file() -> None:
-    """Let the file that ``QRLORA_TUNING`` names decide; it is read once.
+    """:func:`read` the file that ``QRLORA_TUNING`` names, once."""
+    path = os.environ.get("QRLORA_TUNING")
+    if path and path not in _read:
+        read(path, "QRLORA_TUNING")
+        _read.append(path)
+
+
+def read(path: str | os.PathLike[str], name: str = "path") -> None:
+    """Let a file's entries decide where nothing was measured since.
 
     Raises
     ------
     ValueError
         If it is not there, or holds something else than :func:`write` writes.
     """
-    path = os.environ.get("QRLORA_TUNING")
-    if not path or path in _read:
-        return
     try:
         found = _entries_of(Path(path).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"QRLORA_TUNING must name a table that tune() wrote (format {FORMAT}), "
-            f"got {path!r}: {type(error).__name__}: {error}"
+            f"{name} must name a table that tune() wrote (format {FORMAT}), "
+            f"got {os.fspath(path)!r}: {type(error).__name__}: {error}"
         ) from error
-    _read.append(path)
-    add(found)
+    add(found, replace=False)
 
 
 def _entries_of(data: bytes) -> list[Entry]:
@@ -138,6 +144,12 @@ def _entry(fields: dict[str, Any]) -> Entry:
     return entry
 
 
-def _shape(problem: Problem) -> _Shape:
+def here(device: torch.device) -> str:
+    """What measurements are filed under: the chip, and of a CPU the threads in use."""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return chip_name(device) + threads
+
+
+def _key(problem: Problem) -> Key:
     dtype = str(problem.dtype).removeprefix("torch.")
-    return chip_name(problem.device), problem.op, dtype, problem.n, problem.k, problem.r
+    return here(problem.device), problem.op, dtype, problem.n, problem.k, problem.r

@@ -14,6 +14,7 @@ from ..backends import Choice, Problem, choose
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..linalg.checks import renamed_matrices
+from ..ops.common import autocast_enabled
 from ..reference import HALF
 from .frozen import check_base, frozen_matrix, is_conv1d
 from .rounding import round_unbiased
@@ -292,11 +293,18 @@ class AdapterLinear(nn.Linear):
         return choose(self.problem(tokens))
 
     def problem(self, tokens: int) -> Problem:
-        """What a forward over ``tokens`` tokens asks the backends to do."""
-        n, k = self.out_features, self.in_features
-        weight = self.weight
-        operation = "linear_add" if self._adds_update() else self.operation
-        return Problem(operation, weight.device, weight.dtype, tokens, n, k, self.rank)
+        """What a forward over ``tokens`` tokens asks the backends to do, in the present mode."""
+        n, k, device, dtype = self.out_features, self.in_features, self.weight.device, self._dtype()
+        if self._adds_update():
+            return Problem("linear_add", device, dtype, tokens, n, k, n)
+        return Problem(self.operation, device, dtype, tokens, n, k, self.rank)
+
+    def _dtype(self) -> torch.dtype:
+        """That of a call's operands: autocast recasts all but fp64."""
+        dtype, device = self.weight.dtype, self.weight.device.type
+        if dtype == torch.float64 or not autocast_enabled(device):
+            return dtype
+        return torch.get_autocast_dtype(device)
 
     def trained_parameters(self) -> int:
         """How many numbers the adapter trains."""

@@ -46,7 +46,7 @@ def _choose(
     What is not: for QR-LoRA and LoRA-XS everything, for OHoRA the base product. None for a backend
     that is neither native nor library products.
     """
-    choice = chooser.choose(Problem(operation, x.device, x.dtype, m, n, k, r))
+    choice = chooser.choose_freely(Problem(operation, x.device, x.dtype, m, n, k, r))
     if operation == "kron_linear":
         if choice.name == "amx":
             return choice, True

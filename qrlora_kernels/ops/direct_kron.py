@@ -45,14 +45,13 @@ class DirectKron:
     def gradients(
         self, dy: Tensor, *operands: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dx, da and db; ``operands`` are those of the backward, but for dy."""
+        """dx, da and db; ``operands`` are those of the backward, but for dy [..., N]."""
         done = direct.CORE.kron_backward_call(dy, *operands) if direct.is_open(None) else None
-        x, weight, *rest = operands
-        needed = operands[-3:]
+        weight, needed = operands[1], operands[-3:]
         if done is None:
-            found = self.bwd(flatten(dy), flatten(x), weight, *rest, None)
+            found = self.bwd(flatten(dy), *operands, None)
             dx, da, db = (t if need else None for t, need in zip(found, needed, strict=True))
-            return None if dx is None else dx.view(x.shape), da, db
+            return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), da, db
         dx, da, db, whole = done
         if dx is not None and not whole:
             _add_base(dx, dy, weight.mT, None)
@@ -80,8 +79,9 @@ class _Record(torch.autograd.Function):
         call: DirectKron,
     ) -> Tensor:
         (y, whole, _), (weight, a0, b0) = done, frozen
-        ctx.save_for_backward(x, weight, a, b, a0, b0)
-        ctx.call, ctx.scaling = call, scaling
+        # The rows, as KronLinearFunction saves them: a checkpoint may go either way twice.
+        ctx.save_for_backward(flatten(x), weight, a, b, a0, b0)
+        ctx.call, ctx.scaling = call, float(scaling)
         if not whole:
             _add_base(y, x, weight, bias)
         return y

@@ -43,8 +43,8 @@ class DirectLowRank:
         return self._library_products(operands, record=done)
 
     def _library_products(self, operands: tuple[Any, ...], record: bool) -> Tensor:
-        x, *rest = operands
-        rows = flatten(x)
+        x, *rest, scaling = operands
+        rows, rest = flatten(x), [*rest, float(scaling)]
         fwd = _library(f"{self.bwd.op}_fwd")
         if not record:
             return restore(fwd(rows, *rest)[0], x)
@@ -94,7 +94,7 @@ class _Record(torch.autograd.Function):
     ) -> Tensor:
         y, h = results
         ctx.save_for_backward(*frozen, gate, h)
-        ctx.call, ctx.scaling = call, scaling
+        ctx.call, ctx.scaling = call, float(scaling)
         return y
 
     @staticmethod

@@ -21,7 +21,7 @@ using Numbers = std::array<int64_t, 3>;  // address, row stride, column stride
 inline Strided2d matrix(const Numbers& m) { return {pointer(m[0]), m[1], m[2]}; }
 
 // The type of this number; an error for bf16 where there is no AMX.
-DType known_here(int64_t number);
+DType checked_dtype(int64_t number);
 
 // The next two only where the CUDA part is built.
 void bind_cuda(pybind11::module_& m);

@@ -37,7 +37,6 @@ inline void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* 
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
-            // A long sum is made of short ones, which keeps its error low.
             T* at = c + i * ldc + v * lanes;
             store(at, accumulate ? load(at) + sum[i][v] : sum[i][v]);
         }
@@ -69,15 +68,21 @@ inline void gemm_columns(int64_t rows, int64_t depth, Strided<T> a, const T* b, 
 }
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns is a multiple of the vector's
-// lanes.
+// lanes. A long sum is made of short ones, which keeps its error low.
 template <typename T>
 inline void small_gemm(int64_t rows, int64_t columns, int64_t depth, Strided<T> a, const T* b,
                        int64_t ldb, T* c, int64_t ldc, bool accumulate = false) {
-    constexpr int64_t lanes = Vec<T>::lanes;
-    int64_t j = 0;
-    for (; j + 2 * lanes <= columns; j += 2 * lanes)
-        gemm_columns<T, 2>(rows, depth, a, b + j, ldb, c + j, ldc, accumulate);
-    if (j < columns) gemm_columns<T, 1>(rows, depth, a, b + j, ldb, c + j, ldc, accumulate);
+    constexpr int64_t lanes = Vec<T>::lanes, longest = 64;
+    for (int64_t p = 0; p < depth; p += longest) {
+        const int64_t steps = depth - p < longest ? depth - p : longest;
+        const Strided<T> left{a.data + p * a.col, a.row, a.col};
+        const T* right = b + p * ldb;
+        const bool add = accumulate || p > 0;
+        int64_t j = 0;
+        for (; j + 2 * lanes <= columns; j += 2 * lanes)
+            gemm_columns<T, 2>(rows, steps, left, right + j, ldb, c + j, ldc, add);
+        if (j < columns) gemm_columns<T, 1>(rows, steps, left, right + j, ldb, c + j, ldc, add);
+    }
 }
 
 }  // namespace qrlora::QRLORA_ISA
