@@ -299,6 +299,28 @@ def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
     assert {e.op for e in want} == {"qr_linear", "lora_xs_linear"}
 
 
+def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
+    path = tmp_path / "tuning.json"
+    module = sys.modules["qrlora_kernels.tune"]
+    measured, original = [], module._contest
+
+    def stop_at_the_second(*arguments: Any) -> Any:
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(original(*arguments))
+        return measured[0]
+
+    monkeypatch.setattr(module, "_contest", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        _tune(_model(), (5,), path=path)
+    assert backends.choose(measured[0].problem).reason.startswith("measured on this")
+    want = tuning.entries()
+    tuning.clear()
+    tuning.read(path)
+    assert tuning.entries() == want
+    assert len(want) == 1
+
+
 def test_a_file_may_be_named_before_it_is_there(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     monkeypatch.setenv("QRLORA_TUNING", str(path))

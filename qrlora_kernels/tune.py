@@ -127,13 +127,15 @@ def tune_problems(
     elif path is not None and os.environ.get("QRLORA_TUNING") == os.fspath(path):
         tuning.write(path)  # the file to be is named already
     contests = []
-    for problem in tqdm(distinct, "tune", disable=not progress):
-        with torch.no_grad(), outside_autocast(problem.device.type):
-            contests.append(_contest(problem, seconds))
-    tuning.add(_entry(c) for c in contests)
-    chooser.forget()
-    if path is not None:
-        tuning.write(path)
+    try:
+        for problem in tqdm(distinct, "tune", disable=not progress):
+            with torch.no_grad(), outside_autocast(problem.device.type):
+                contests.append(_contest(problem, seconds))
+            tuning.add([_entry(contests[-1])])
+            if path is not None:
+                tuning.write(path)  # at once: what is measured is not lost to what comes
+    finally:
+        chooser.forget()
     return Tuning(contests)
 
 
