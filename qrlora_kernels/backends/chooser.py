@@ -114,6 +114,11 @@ def _choose(problem: Problem, forced: str | None) -> Choice:
     entry = tuning.lookup(problem)
     if entry and entry.winner in BACKENDS and load(entry.winner).supports(problem)[0]:
         return Choice(entry.winner, entry.reason())
+    return by_rules(problem)
+
+
+def by_rules(problem: Problem) -> Choice:
+    """The backend for ``problem`` where this machine has not been measured."""
     refusals: list[str] = []
     for name in BACKENDS:
         why_not = passed_over(name, problem)
