@@ -257,14 +257,11 @@ def test_infinities_stay_infinities(operand: str) -> None:
     ("op", "m", "n", "k", "r"),
     [
         ("kron_linear", 1, 4096, 512, 2),
-        ("kron_linear", 16, 512, 4096, 4),
         ("kron_linear", 3, 14336, 80, 8),
-        ("qr_linear", 3, 14336, 80, 8),
-        ("lora_xs_linear", 16, 14336, 80, 8),
     ],
 )
 def test_long_sums_keep_to_the_error_rule(op, m, n, k, r):
-    """fp32, thousands of terms in S, T or dx, which summed straight are off by 2 to 11 times."""
+    """fp32, thousands of terms in T or dx, which summed straight are off by over twice eager."""
     problems = [draw(op, m, n, k, r, torch.float32, seed=seed) for seed in range(16)]
     check_error_rule(cpu, *problems)
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from qrlora_kernels import backends, native
 from qrlora_kernels.backends import amx
@@ -202,25 +201,6 @@ def test_kron_gradients_asked_for_one_by_one(m, n, k, start, dtype, only_direct)
         rtol=tolerance,
         atol=10 * tolerance,
     )
-
-
-@of_each
-@pytest.mark.parametrize("there", [True, False])
-def test_a_checkpoint_may_go_another_way_the_second_time(op, there):
-    """A backend is forced around the forward alone, or around its recomputation alone."""
-    operands = helpers.operands(op, (2, 5), N, K, R)
-    dy = helpers.gradient_like(op, operands)
-    want = helpers.outcome(helpers.call, op, operands, dy)
-    x = operands["x"].clone().requires_grad_()
-
-    def forced(on: bool) -> contextlib.AbstractContextManager[Any]:
-        return backends.use_backend("reference") if on else contextlib.nullcontext()
-
-    with forced(there):
-        y = checkpoint(lambda x: helpers.call(op, operands | {"x": x}), x, use_reentrant=False)
-    with forced(not there):
-        y.backward(dy)
-    torch.testing.assert_close(x.grad, want["x"])
 
 
 @of_each

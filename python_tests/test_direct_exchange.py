@@ -1,7 +1,8 @@
-"""What the native calls need of torch, how they fail, and that they leave nothing behind."""
+"""What native calls need of torch, how they fail and mix with others, and what they leave."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import TRAINABLES
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from qrlora_kernels import backends, native
 from qrlora_kernels.backends import chooser
@@ -104,6 +106,25 @@ def test_a_backend_forced_meanwhile_is_not_remembered(op):
         assert call(*first, *operands.values(), 1.0) is not None
     helpers.call(op, operands)
     assert backends.last_choice(op).name == "cpu"
+
+
+@of_each
+@pytest.mark.parametrize("there", [True, False])
+def test_a_checkpoint_may_go_another_way_the_second_time(op, there):
+    """A backend is forced around the forward alone, or around its recomputation alone."""
+    operands = helpers.operands(op, (2, 5), N, K, R)
+    dy = helpers.gradient_like(op, operands)
+    want = helpers.outcome(helpers.call, op, operands, dy)
+    x = operands["x"].clone().requires_grad_()
+
+    def forced(on: bool) -> contextlib.AbstractContextManager[Any]:
+        return backends.use_backend("reference") if on else contextlib.nullcontext()
+
+    with forced(there):
+        y = checkpoint(lambda x: helpers.call(op, operands | {"x": x}), x, use_reentrant=False)
+    with forced(not there):
+        y.backward(dy)
+    torch.testing.assert_close(x.grad, want["x"])
 
 
 @of_each

@@ -15,7 +15,7 @@ FEW_TOKENS = 32
 SOME_TOKENS, WEIGHT_OF_SOME = 48, 1 << 19
 # bf16: from so many tokens and features on, larger blocks outweigh a fused accumulator;
 # for QR-LoRA and LoRA-XS only under a weight of so many elements (2,048 tokens, both ways, amx over
-# the library products: 1.00 to 1.12 at 1024 x 1024, 0.84 to 0.97 at 1536 to 4096 squared).
+# the library products: 0.97 to 1.12 at 1024 x 1024; 0.68 to 1.13, mostly 0.9, above).
 MANY_TOKENS, WIDE, FUSED_WEIGHT = 2048, 1024, 1 << 21
 # bf16: up to the first count a weight is streamed as it lies, from the second on packing it pays.
 # Between them library products are ahead for a weight of at least so many elements (65 tokens: amx
@@ -23,8 +23,8 @@ MANY_TOKENS, WIDE, FUSED_WEIGHT = 2048, 1024, 1 << 21
 STREAMED, PACKED, LARGE_WEIGHT = 64, 96, 1 << 22
 
 # fp32 and fp64: the base product over so few tokens is streamed by a native kernel (its time over
-# that of addmm, 64 to 4,096 features: 0.5 to 1.1). dx, which adds rows of W up, is so only where W
-# comes from memory (1,024 features and more: 0.5 to 1.1; below: 1.0 to 1.4).
+# that of addmm, 128 to 4,096 features: 0.4 to 1.1). dx, which adds rows of W up, is so only where
+# W comes from memory (1,024 features and more: 0.5 to 1.2; below mostly 1.1 to 2).
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
 
@@ -44,7 +44,7 @@ def passed_over(backend: str, problem: Problem) -> str | None:
     wide = min(problem.n, problem.k) >= WIDE
     small = problem.n * problem.k < FUSED_WEIGHT if low_rank else problem.op == "linear_add"
     if backend == "amx" and problem.m >= MANY_TOKENS and wide and small:
-        under = f", under {FUSED_WEIGHT} weights" if low_rank else ""
+        under = f", under {FUSED_WEIGHT} weight elements" if low_rank else ""
         return (
             f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features{under}"
         )

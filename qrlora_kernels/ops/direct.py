@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from .. import native
 from ..backends import chooser, measured
 from ..backends.problem import Choice, Problem
+from .operator import Operator
 
 OPERATIONS = ("qr_linear", "lora_xs_linear", "kron_linear")  # as csrc/direct/choices.h lists them
 # Each answers something false in plain eager mode; the native core asks them at each call. They are
@@ -80,6 +81,19 @@ def is_open(backend: str | None) -> bool:
         and chooser.pinned_backend(backend) is None
         and forward_ad._current_level < 0
     )
+
+
+class DirectCall:
+    """An operation that the native core takes where it can.
+
+    Parameters
+    ----------
+    bwd : Operator
+        The operation's backward, for gradients that are not plain.
+    """
+
+    def __init__(self, bwd: Operator) -> None:
+        self.bwd = bwd
 
 
 Gradients = tuple[Tensor | None, ...]

@@ -10,20 +10,10 @@ from torch import Tensor
 from ..backends import chooser
 from . import direct
 from .common import flatten
-from .operator import Operator
 
 
-class DirectKron:
-    """``kron_linear``, taken by the native core where it can be.
-
-    Parameters
-    ----------
-    bwd : Operator
-        The operation's backward, for gradients that are not plain.
-    """
-
-    def __init__(self, bwd: Operator) -> None:
-        self.bwd = bwd
+class DirectKron(direct.DirectCall):
+    """``kron_linear``."""
 
     def __call__(self, backend: str | None, *operands: Any) -> Tensor | None:
         """y, or None where the operation has to go its own way.

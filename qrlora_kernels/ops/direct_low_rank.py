@@ -14,17 +14,11 @@ from .common import flatten, restore
 from .operator import Operator
 
 
-class DirectLowRank:
-    """One of the two operations, taken by the native core where it can be.
-
-    Parameters
-    ----------
-    bwd : Operator
-        The operation's backward, for gradients that are not plain.
-    """
+class DirectLowRank(direct.DirectCall):
+    """``qr_linear`` or ``lora_xs_linear``."""
 
     def __init__(self, bwd: Operator) -> None:
-        self.bwd = bwd
+        super().__init__(bwd)
         self.core = direct.OPERATIONS.index(bwd.op) == 1  # the gate is C [r, r], not λ [r]
 
     def __call__(self, backend: str | None, *operands: Any) -> Tensor | None:
