@@ -94,13 +94,13 @@ class Task : FewRows {
             const int64_t stride = left.ld * static_cast<int64_t>(sizeof(bf16));
             const bf16* below = left.data + 16 * left.ld;
             for (int64_t p = 0; p < depth; p += tile_depth, right += TALL * 512) {
-                _tile_loadd(4, left.data + p, stride);
-                _tile_loadd(6, right, 64);
+                QRLORA_TILE_LOAD(4, left.data + p, stride);
+                QRLORA_TILE_LOAD(6, right, 64);
                 _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(5, below + p, stride);
+                QRLORA_TILE_LOAD(5, below + p, stride);
                 _tile_dpbf16ps(2, 5, 6);
                 if constexpr (TALL == 2) {
-                    _tile_loadd(7, right + 512, 64);
+                    QRLORA_TILE_LOAD(7, right + 512, 64);
                     _tile_dpbf16ps(1, 4, 7);
                     _tile_dpbf16ps(3, 5, 7);
                 }
@@ -123,15 +123,15 @@ class Task : FewRows {
             over_depth(column, [](Rows left, int64_t depth, const bf16* right) {
                 const int64_t stride = left.ld * static_cast<int64_t>(sizeof(bf16));
                 for (int64_t p = 0; p < depth; p += tile_depth, right += TALL * 512) {
-                    _tile_loadd(4, left.data + p, stride);
-                    _tile_loadd(5, right, 64);
+                    QRLORA_TILE_LOAD(4, left.data + p, stride);
+                    QRLORA_TILE_LOAD(5, right, 64);
                     _tile_dpbf16ps(0, 4, 5);
-                    _tile_loadd(6, right + 512, 64);
+                    QRLORA_TILE_LOAD(6, right + 512, 64);
                     _tile_dpbf16ps(1, 4, 6);
-                    _tile_loadd(7, right + 1024, 64);
+                    QRLORA_TILE_LOAD(7, right + 1024, 64);
                     _tile_dpbf16ps(2, 4, 7);
                     if constexpr (TALL == 4) {
-                        _tile_loadd(5, right + 1536, 64);
+                        QRLORA_TILE_LOAD(5, right + 1536, 64);
                         _tile_dpbf16ps(3, 4, 5);
                     }
                 }

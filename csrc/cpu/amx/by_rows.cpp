@@ -80,10 +80,10 @@ class Task : FewRows {
     template <int DEEP, int TALL>
     void add(const Product& p, const bf16* left, int64_t d, int64_t first, int64_t last) {
         const int64_t depth = std::min(DEEP * tile_depth, p.depth - d), tile = rows * tile_depth;
-        _tile_loadd(2, left, 64);
-        if constexpr (DEEP * TALL > 1) _tile_loadd(3, left + tile, 64);
-        if constexpr (DEEP * TALL > 2) _tile_loadd(4, left + 2 * tile, 64);
-        if constexpr (DEEP * TALL > 3) _tile_loadd(5, left + 3 * tile, 64);
+        QRLORA_TILE_LOAD(2, left, 64);
+        if constexpr (DEEP * TALL > 1) QRLORA_TILE_LOAD(3, left + tile, 64);
+        if constexpr (DEEP * TALL > 2) QRLORA_TILE_LOAD(4, left + 2 * tile, 64);
+        if constexpr (DEEP * TALL > 3) QRLORA_TILE_LOAD(5, left + 3 * tile, 64);
         const int64_t half = TALL * rows * 16;
         const bf16* from = p.b.data + d * p.b.row + first * p.b.col;
         float* sums = sums_;
@@ -103,13 +103,13 @@ class Task : FewRows {
     template <int DEEP, int TALL>
     void add_low(const bf16* pairs, float* sums) const {
         float* below = sums + rows * 16;
-        _tile_loadd(0, sums, 64);
-        if constexpr (TALL == 2) _tile_loadd(1, below, 64);
-        _tile_loadd(6, pairs, 64);
+        QRLORA_TILE_LOAD(0, sums, 64);
+        if constexpr (TALL == 2) QRLORA_TILE_LOAD(1, below, 64);
+        QRLORA_TILE_LOAD(6, pairs, 64);
         _tile_dpbf16ps(0, 2, 6);
         if constexpr (TALL == 2) _tile_dpbf16ps(1, 3, 6);
         if constexpr (DEEP == 2) {
-            _tile_loadd(7, pairs + side * tile_depth, 64);
+            QRLORA_TILE_LOAD(7, pairs + side * tile_depth, 64);
             if constexpr (TALL == 1) _tile_dpbf16ps(0, 3, 7);
             if constexpr (TALL == 2) {
                 _tile_dpbf16ps(0, 4, 7);
@@ -123,18 +123,18 @@ class Task : FewRows {
     // The same for more rows.
     template <int TALL>
     static void add_tall(const bf16* pairs, float* sums) {
-        _tile_loadd(6, pairs, 64);
-        _tile_loadd(0, sums, 64);
+        QRLORA_TILE_LOAD(6, pairs, 64);
+        QRLORA_TILE_LOAD(0, sums, 64);
         _tile_dpbf16ps(0, 2, 6);
         _tile_stored(0, sums, 64);
-        _tile_loadd(1, sums + 256, 64);
+        QRLORA_TILE_LOAD(1, sums + 256, 64);
         _tile_dpbf16ps(1, 3, 6);
         _tile_stored(1, sums + 256, 64);
-        _tile_loadd(7, sums + 512, 64);
+        QRLORA_TILE_LOAD(7, sums + 512, 64);
         _tile_dpbf16ps(7, 4, 6);
         _tile_stored(7, sums + 512, 64);
         if constexpr (TALL == 4) {
-            _tile_loadd(0, sums + 768, 64);
+            QRLORA_TILE_LOAD(0, sums + 768, 64);
             _tile_dpbf16ps(0, 5, 6);
             _tile_stored(0, sums + 768, 64);
         }

@@ -27,15 +27,15 @@ inline void add_tiles(const Operands& o, int64_t i, int64_t j) {
         const bf16* b = o.b + g * o.b_step + j * o.depth_tiles * tile_elements;
         const bf16* b1 = b + o.depth_tiles * tile_elements;
         for (int64_t d = 0; d < o.depth_tiles; ++d) {
-            _tile_loadd(4, a + d * 32, stride);
-            _tile_loadd(6, b + d * tile_elements, 64);
+            QRLORA_TILE_LOAD(4, a + d * 32, stride);
+            QRLORA_TILE_LOAD(6, b + d * tile_elements, 64);
             _tile_dpbf16ps(0, 4, 6);
             if constexpr (J == 2) {
-                _tile_loadd(7, b1 + d * tile_elements, 64);
+                QRLORA_TILE_LOAD(7, b1 + d * tile_elements, 64);
                 _tile_dpbf16ps(1, 4, 7);
             }
             if constexpr (I == 2) {
-                _tile_loadd(5, a + 16 * o.lda + d * 32, stride);
+                QRLORA_TILE_LOAD(5, a + 16 * o.lda + d * 32, stride);
                 _tile_dpbf16ps(2, 5, 6);
                 if constexpr (J == 2) _tile_dpbf16ps(3, 5, 7);
             }
@@ -50,10 +50,10 @@ inline void product_block(const Operands& o, int64_t i, int64_t j, float* c, int
     float* below = c + 16 * ldc;
     const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
     if (accumulate) {
-        _tile_loadd(0, c, stride);
-        if constexpr (J == 2) _tile_loadd(1, c + 16, stride);
-        if constexpr (I == 2) _tile_loadd(2, below, stride);
-        if constexpr (I == 2 && J == 2) _tile_loadd(3, below + 16, stride);
+        QRLORA_TILE_LOAD(0, c, stride);
+        if constexpr (J == 2) QRLORA_TILE_LOAD(1, c + 16, stride);
+        if constexpr (I == 2) QRLORA_TILE_LOAD(2, below, stride);
+        if constexpr (I == 2 && J == 2) QRLORA_TILE_LOAD(3, below + 16, stride);
     } else {
         _tile_zero(0);
         _tile_zero(1);
