@@ -121,7 +121,7 @@ class Effort:
 
 EFFORT = {"quick": Effort(1.0, 4, 20), "short": Effort(3.2, 6, 60), "full": Effort(40.0, 10, 400)}
 # A sweep spends the same whether named or part of --full.
-SWEEP_EFFORT = {"grid": Effort(9.0, 4, 80), "pivots": Effort(12.0, 4, 60)}
+SWEEP_EFFORT = {"grid": Effort(9.0, 10, 80), "pivots": Effort(12.0, 4, 60)}
 
 _CPU_LAYER = {
     "quick": [Case(128, 1024, 1024, 16)],

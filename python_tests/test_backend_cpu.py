@@ -49,6 +49,7 @@ class TestAMX(Contract):
         (amx, "kron_linear", torch.bfloat16, (300, 96, 160)),
         (amx, "qr_linear", torch.bfloat16, (20, 768, 4630)),
         (amx, "lora_xs_linear", torch.bfloat16, (3, 4630, 768)),
+        (amx, "qr_linear", torch.bfloat16, (300, 4700, 2400)),
     ],
 )
 def test_same_bits_for_every_number_of_threads(
@@ -117,6 +118,23 @@ def test_amx_tiles_are_given_back_to_the_library() -> None:
 
 
 @needs_core
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"),
+    [
+        (97, 45, 4700, 21),  # in y's sums three segments
+        (97, 4700, 45, 21),  # in dx's
+        (70, 70, 4608, 40),  # the base product ends where a segment does not
+        (2085, 33, 2400, 8),  # more rows than wait at a time
+    ],
+)
+def test_deep_products_wait_in_fp32_between_their_segments(m: int, n: int, k: int, r: int) -> None:
+    if not amx.available()[0]:
+        pytest.skip(amx.available()[1])
+    for name in ("qr_linear", "lora_xs_linear"):
+        check_error_rule(amx, draw(name, m, n, k, r, torch.bfloat16))
+
+
+@needs_core
 def test_many_tokens_in_the_core_gradient() -> None:
     """The contraction over tokens is cut into parts that are added in order."""
     if not amx.available()[0]:
@@ -178,20 +196,20 @@ def _laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
 
 @needs_core
 @pytest.mark.parametrize(
-    ("m", "side", "name"),
+    ("op", "m", "side", "name"),
     [
-        (1, 384, "amx"),
-        (1, 4096, "amx"),
-        (64, 4096, "amx"),
-        (65, 4096, "composed"),
-        (65, 384, "amx"),
-        (96, 4096, "amx"),
+        ("qr_linear", 1, 384, "amx"),
+        ("lora_xs_linear", 65, 4096, "amx"),
+        ("qr_linear", 8192, 1024, "amx"),
+        ("linear_add", 2047, 1024, "amx"),
+        ("linear_add", 2048, 1024, "composed"),
+        ("linear_add", 2048, 2048, "amx"),
     ],
 )
-def test_tokens_in_bf16_that_go_to_the_tiles_unasked(m: int, side: int, name: str) -> None:
+def test_what_goes_to_the_tiles_unasked(op: str, m: int, side: int, name: str) -> None:
     if not amx.available()[0]:
         pytest.skip(amx.available()[1])
-    problem = Problem("qr_linear", torch.device("cpu"), torch.bfloat16, m, side, side, 16)
+    problem = Problem(op, torch.device("cpu"), torch.bfloat16, m, side, side, 16)
     assert choose(problem).name == name
 
 

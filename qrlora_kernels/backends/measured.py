@@ -13,14 +13,9 @@ from .problem import Problem
 # 1.11 of the best alternative where library products take 0.97 to 1.17; 384 features: up to 1.3).
 FEW_TOKENS = 32
 SOME_TOKENS, WEIGHT_OF_SOME = 48, 1 << 19
-# bf16: from so many tokens and features on, larger blocks outweigh a fused accumulator;
-# for QR-LoRA and LoRA-XS only under a weight of so many elements (2,048 tokens, both ways, amx over
-# the library products: 0.97 to 1.12 at 1024 x 1024; 0.68 to 1.13, mostly 0.9, above).
-MANY_TOKENS, WIDE, FUSED_WEIGHT = 2048, 1024, 1 << 21
-# bf16: up to the first count a weight is streamed as it lies, from the second on packing it pays.
-# Between them library products are ahead for a weight of at least so many elements (65 tokens: amx
-# takes 1.09 of their time at 2048 x 2048, 1.12 to 1.46 at 4096 x 4096; 96: 1.02, 0.80 to 1.13).
-STREAMED, PACKED, LARGE_WEIGHT = 64, 96, 1 << 22
+# bf16: a base product onto a given addend over so many tokens; the library's is ahead for a weight
+# of at most so many elements (amx over it: 0.94 to 1.50 there, 0.65 to 1.01 above).
+MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
 
 # fp32 and fp64: the base product over so few tokens is streamed by a native kernel (its time over
 # that of addmm, 128 to 4,096 features: 0.4 to 1.1). dx, which adds rows of W up, is so only where
@@ -41,16 +36,12 @@ def passed_over(backend: str, problem: Problem) -> str | None:
     few = SOME_TOKENS if problem.n * problem.k >= WEIGHT_OF_SOME else FEW_TOKENS
     if backend == "cpu" and low_rank and problem.m > few:
         return f"library products measure better from {few + 1} tokens"
-    wide = min(problem.n, problem.k) >= WIDE
-    small = problem.n * problem.k < FUSED_WEIGHT if low_rank else problem.op == "linear_add"
-    if backend == "amx" and problem.m >= MANY_TOKENS and wide and small:
-        under = f", under {FUSED_WEIGHT} weight elements" if low_rank else ""
+    small = problem.n * problem.k <= SMALL_WEIGHT
+    if backend == "amx" and problem.op == "linear_add" and problem.m >= MANY_TOKENS and small:
         return (
-            f"library products measure better from {MANY_TOKENS} tokens of {WIDE} features{under}"
+            f"library products measure better from {MANY_TOKENS} tokens of a weight of up to "
+            f"{SMALL_WEIGHT} elements"
         )
-    large = problem.n * problem.k >= LARGE_WEIGHT
-    if backend == "amx" and low_rank and STREAMED < problem.m < PACKED and large:
-        return f"library products measure better from {STREAMED + 1} tokens of a large weight"
     if backend in ("cuda", "triton"):
         if problem.device.type != "cuda":
             return "its kernels are for CUDA devices"

@@ -22,22 +22,25 @@ struct Rows {
     int64_t ld;  // elements
 };
 
-// Adds A [32, depth] B [depth, 32] to tiles 0..3; without `wide` only the left half.
-template <bool wide>
+// Adds A [32, depth] B [depth, 32] to tiles 0..3; without `tall` only the upper half, without
+// `wide` only the left one.
+template <bool tall, bool wide>
 inline void multiply(Rows a, const bf16* b, int64_t depth) {
     const int64_t stride = a.ld * static_cast<int64_t>(sizeof(bf16));
     const bf16* below = a.data + 16 * a.ld;
     for (int64_t p = 0; p < depth; p += tile_depth, b += 1024) {
-        _tile_loadd(4, a.data + p, stride);
-        _tile_loadd(6, b, 64);
+        QRLORA_TILE_LOAD(4, a.data + p, stride);
+        QRLORA_TILE_LOAD(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
         if constexpr (wide) {
-            _tile_loadd(7, b + 512, 64);
+            QRLORA_TILE_LOAD(7, b + 512, 64);
             _tile_dpbf16ps(1, 4, 7);
         }
-        _tile_loadd(5, below + p, stride);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (wide) _tile_dpbf16ps(3, 5, 7);
+        if constexpr (tall) {
+            QRLORA_TILE_LOAD(5, below + p, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            if constexpr (wide) _tile_dpbf16ps(3, 5, 7);
+        }
     }
 }
 
@@ -125,6 +128,13 @@ inline void zero_block() {
     _tile_zero(3);
 }
 
+inline void load_block(const float* block) {
+    QRLORA_TILE_LOAD(0, block, side * 4);
+    QRLORA_TILE_LOAD(1, block + 16, side * 4);
+    QRLORA_TILE_LOAD(2, block + 16 * side, side * 4);
+    QRLORA_TILE_LOAD(3, block + 16 * side + 16, side * 4);
+}
+
 inline void store_block(float* block) {
     _tile_stored(0, block, side * 4);
     _tile_stored(1, block + 16, side * 4);
@@ -132,15 +142,17 @@ inline void store_block(float* block) {
     _tile_stored(3, block + 16 * side + 16, side * 4);
 }
 
-// Tiles 0..3 = the sum of the products; the right half is not computed unless `wide`.
-inline void multiply_all(const Gemm& g, const Rows (&a)[2], const bf16* b, bool wide) {
-    zero_block();
+// Adds the products' sum to tiles 0..3, of which only 16 rows, or columns, need be right where the
+// matrix has no more.
+inline void multiply_all(const Gemm& g, const Rows (&a)[2], const bf16* b, int64_t rows,
+                         int64_t columns) {
+    const bool tall = rows > 16, wide = columns > 16;
+    const auto add = tall   ? wide ? multiply<true, true> : multiply<true, false>
+                     : wide ? multiply<false, true>
+                            : multiply<false, false>;
     for (int t = 0; t < g.count; ++t) {
         const int64_t depth = g.products[t].depth;
-        if (wide)
-            multiply<true>(a[t], b, depth);
-        else
-            multiply<false>(a[t], b, depth);
+        add(a[t], b, depth);
         b += side * round_up(depth, tile_depth);
     }
 }
