@@ -214,6 +214,23 @@ def test_what_goes_to_the_tiles_unasked(op: str, m: int, side: int, name: str) -
 
 
 @needs_core
+@pytest.mark.parametrize(
+    ("m", "side", "r", "name"),
+    [
+        (32, 4096, 150, "cpu"),
+        (33, 257, 16, "composed"),
+        (64, 256, 64, "cpu"),
+        (64, 256, 65, "composed"),
+        (65, 64, 16, "composed"),
+    ],
+)
+def test_how_many_tokens_in_fp32_are_one_native_call(m: int, side: int, r: int, name: str) -> None:
+    for op in ("qr_linear", "lora_xs_linear"):
+        problem = Problem(op, torch.device("cpu"), torch.float32, m, side, side, r)
+        assert choose(problem).name == name
+
+
+@needs_core
 @pytest.mark.parametrize("name", ["qr_linear", "lora_xs_linear"])
 @pytest.mark.parametrize("backend", [cpu, amx])
 def test_operands_in_any_layout(backend: ModuleType, name: str) -> None:

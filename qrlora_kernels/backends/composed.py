@@ -211,7 +211,7 @@ def accumulate_base(
 ) -> Tensor:
     """``mid upᵀ + x Wᵀ + b``, the update ``mid upᵀ`` first."""
     if bias is not None and x.dtype not in HALF:
-        return torch.addmm(bias, mid, up.mT).addmm_(x, weight.mT)
+        return F.linear(mid, up, bias).addmm_(x, weight.mT)
     return add_base(torch.mm(mid, up.mT), x, weight, bias)
 
 
@@ -252,7 +252,8 @@ def times(scaling: float, t: Tensor) -> Tensor:
 
 def _scale_columns(h: Tensor, lam: Tensor, scaling: float) -> Tensor:
     """s (h ∘ λ) in h's dtype, multiplied in λ's."""
-    return (h * times(scaling, lam)).to(h.dtype)
+    scaled = h * times(scaling, lam)
+    return scaled if scaled.dtype == h.dtype else scaled.to(h.dtype)
 
 
 def _column_dots(h: Tensor, g: Tensor) -> Tensor:

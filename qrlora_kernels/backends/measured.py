@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from .problem import Problem
 
-# fp32 and fp64: up to here one native call beats four library products; a weight of the second size
-# is read at the pace of memory for some more (33 and 48 tokens of 768 and 1,024 features: 0.79 to
-# 1.11 of the best alternative where library products take 0.97 to 1.17; 384 features: up to 1.3).
+# fp32 and fp64: up to here one native call beats four library products; for a small weight and
+# rank, where the products' own calls weigh most, for some more (33 to 64 tokens of 64 to 256
+# features, over an addmm expression: 0.84 to 1.05 where library products take 1.08 to 1.29; for
+# larger weights or ranks they are mostly ahead).
 FEW_TOKENS = 32
-SOME_TOKENS, WEIGHT_OF_SOME = 48, 1 << 19
+MORE_TOKENS, LIGHT_WEIGHT, LIGHT_RANK = 64, 1 << 16, 64
 # bf16: a base product onto a given addend over so many tokens; the library's is ahead for a weight
 # of at most so many elements (amx over it: 0.94 to 1.50 there, 0.65 to 1.01 above).
 MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
@@ -33,7 +34,8 @@ def streams_base(step: str, m: int, n: int, k: int) -> bool:
 def passed_over(backend: str, problem: Problem) -> str | None:
     """Why ``backend`` is passed over for ``problem`` unless asked for; None if it is not."""
     low_rank = problem.op in ("qr_linear", "lora_xs_linear")
-    few = SOME_TOKENS if problem.n * problem.k >= WEIGHT_OF_SOME else FEW_TOKENS
+    light = problem.n * problem.k <= LIGHT_WEIGHT and problem.r <= LIGHT_RANK
+    few = MORE_TOKENS if light else FEW_TOKENS
     if backend == "cpu" and low_rank and problem.m > few:
         return f"library products measure better from {few + 1} tokens"
     small = problem.n * problem.k <= SMALL_WEIGHT

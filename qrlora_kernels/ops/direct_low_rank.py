@@ -38,19 +38,20 @@ class DirectLowRank(direct.DirectCall):
 
     def _library_products(self, operands: tuple[Any, ...], record: bool) -> Tensor:
         x, *rest, scaling = operands
-        rows, rest = flatten(x), [*rest, float(scaling)]
-        fwd = _library(f"{self.bwd.op}_fwd")
-        if not record:
-            return restore(fwd(rows, *rest)[0], x)
-        with torch.no_grad():
-            results = fwd(rows, *rest)
+        operands = (flatten(x), *rest, float(scaling))
         # The view is taken of what was recorded: one made within may not be written in place.
-        return restore(self._recorded((rows, *rest), results), x)
+        y = self._recorded(operands, None) if record else self.library("fwd")(*operands)[0]
+        return restore(y, x)
 
-    def _recorded(self, operands: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> Tensor:
+    def _recorded(self, operands: tuple[Any, ...], results: tuple[Tensor, Tensor] | None) -> Tensor:
         x, weight, bias, first, second, gate, scaling = operands
         y: Tensor = _record(x, bias, gate, results, (weight, first, second), scaling, self)
         return y
+
+    def library(self, step: str) -> Callable[..., Any]:
+        """The composition of library products, on x or dy with two dimensions."""
+        function: Callable[..., Any] = getattr(chooser.load("composed"), f"{self.bwd.op}_{step}")
+        return function
 
     def gradients(self, dy: Tensor, *operands: Any) -> tuple[Tensor | None, Tensor | None]:
         """dx and the gate's gradient; ``operands`` are those of the backward, but for dy."""
@@ -63,17 +64,16 @@ class DirectLowRank(direct.DirectCall):
         if done is None:
             dx, dgate = self.bwd(rows, *operands, None)
         else:
-            dx, dgate = _library(f"{self.bwd.op}_bwd")(rows, *operands)
-        return dx.view(*dy.shape[:-1], dx.shape[1]) if need_dx else None, dgate
-
-
-def _library(step: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(chooser.load("composed"), step)
-    return function
+            dx, dgate = self.library("bwd")(rows, *operands)
+        return restore(dx, dy) if need_dx else None, dgate
 
 
 class _Record(torch.autograd.Function):
-    """Autograd's record of a call that has run already; gradients for x, bias and the gate."""
+    """Autograd's record of a call; gradients for x, bias and the gate.
+
+    The call has run already, or is the library's: its products run here, where none of them is
+    recorded.
+    """
 
     @staticmethod
     def forward(
@@ -81,12 +81,13 @@ class _Record(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         gate: Tensor,
-        results: tuple[Tensor, Tensor],
+        results: tuple[Tensor, Tensor] | None,
         frozen: tuple[Tensor, Tensor, Tensor],
         scaling: float,
         call: DirectLowRank,
     ) -> Tensor:
-        y, h = results
+        weight, first, second = frozen
+        y, h = results or call.library("fwd")(x, weight, bias, first, second, gate, scaling)
         ctx.save_for_backward(*frozen, gate, h)
         ctx.call, ctx.scaling = call, float(scaling)
         return y

@@ -256,14 +256,16 @@ inline void add_stretches(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, in
     }
 }
 
-// Columns [first, last) of C += A B.
+// Columns [first, last) of C += A B, for as many rows at a time as stay in the L1 cache.
 template <typename T>
 inline void add_product(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t first,
                         int64_t last, T* c, int64_t ldc) {
-    if (b.col == 1)
-        add_stretches(m, a, b, depth, first, last, c, ldc);
-    else
-        add_dots(m, a, b, depth, first, last, c, ldc);
+    constexpr int64_t rows = 32;
+    for (int64_t i = 0; i < m; i += rows) {
+        const Layout<T> some{a.data + i * a.row, a.row, a.col};
+        const auto add = b.col == 1 ? add_stretches<T> : add_dots<T>;
+        add(std::min(rows, m - i), some, b, depth, first, last, c + i * ldc, ldc);
+    }
 }
 
 }  // namespace qrlora::QRLORA_ISA
