@@ -124,7 +124,7 @@ def test_amx_tiles_are_given_back_to_the_library() -> None:
         (97, 45, 4700, 21),  # in y's sums three segments
         (97, 4700, 45, 21),  # in dx's
         (70, 70, 4608, 40),  # the base product ends where a segment does not
-        (2085, 33, 2400, 8),  # more rows than wait at a time
+        (4230, 33, 2400, 8),  # more rows than wait at a time, of two threads too
     ],
 )
 def test_deep_products_wait_in_fp32_between_their_segments(m: int, n: int, k: int, r: int) -> None:

@@ -111,11 +111,9 @@ inline Rows rows_of(const Matrix& a, int64_t depth, int64_t i, int64_t count, bf
 }
 
 // Asks for the 32 columns of B from j on ahead of their use, one after the other: tiles walk them
-// all at once, in too many places for the processor's own prefetching. Small operands are in the
-// cache.
+// all at once, in too many places for the processor's own prefetching.
 inline void prefetch_columns(const Gemm& g, const Product& p, int64_t j) {
-    constexpr int64_t cached = 1 << 20, line = 64 / sizeof(bf16);
-    if (g.n * p.depth * static_cast<int64_t>(sizeof(bf16)) <= cached) return;
+    constexpr int64_t line = 64 / sizeof(bf16);
     for (int64_t i = j; i < std::min(j + side, g.n); ++i)
         for (int64_t d = 0; d < p.depth; d += line)
             _mm_prefetch(p.b.data + i * p.b.col + d, _MM_HINT_T1);

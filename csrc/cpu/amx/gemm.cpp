@@ -1,7 +1,7 @@
 // C = A_0 B_0 + A_1 B_1 + bias + addend in blocks of 32x32 that stay in tile registers from the
 // first product's first element to the last rounding. A is read where it lies; B is packed panel by
-// panel, a panel being as many columns as half of the L2 cache holds. Where the products are so
-// deep that these would be few, and A read again for each few, they are cut into segments: a
+// panel, a panel being at most as many columns as half of the L2 cache holds. Where the products
+// are so deep that these would be few, and A read again for each few, they are cut into segments: a
 // block's sums then wait in memory, in fp32, from one segment to the next.
 #include <algorithm>
 
@@ -19,7 +19,9 @@ constexpr int64_t narrow = 256;  // columns under which reading A again costs mo
 // How C is cut into tasks. An element's sum does not depend on the cut, nor on the threads.
 struct Cut {
     int64_t depth, segments, segment, panel, panels, rows, chunks;
+    bool from_memory;  // B is too large for the cache
     explicit Cut(const Gemm& g) : depth(padded_depth(g)) {
+        from_memory = g.n * depth * static_cast<int64_t>(sizeof(bf16)) > 1 << 20;
         const int64_t summed = std::max(depth, tile_depth);  // nothing at all is a segment too
         segment = round_up(tiles(summed, tiles(summed, deepest)), tile_depth);
         segments = tiles(summed, segment);
@@ -29,8 +31,9 @@ struct Cut {
         if (panels > 1 && panels < 4 * g.threads) panels = round_up(panels, g.threads);
         panel = round_up(tiles(g.n, panels), side);
         panels = tiles(g.n, panel);
-        rows = round_up(tiles(g.m, tiles(g.threads, panels)), side);
-        if (segments > 1) rows = std::min(rows, tallest);
+        rows = tiles(g.m, tiles(g.threads, panels));
+        if (segments > 1) rows = tiles(g.m, tiles(g.m, std::min(rows, tallest)));
+        rows = round_up(rows, side);
         chunks = tiles(g.m, rows);
     }
 };
@@ -117,7 +120,7 @@ class Task {
             const int64_t strip = p.b.row == 1 ? p.depth : tile_depth;
             for (int64_t d = 0; d < p.depth; d += strip)
                 for (int64_t j = j0; j < j1; j += side) {
-                    if (p.b.row == 1) prefetch_columns(g_, p, j);
+                    if (p.b.row == 1 && cut_.from_memory) prefetch_columns(g_, p, j);
                     pack_b(p.b.data + d * p.b.row + j * p.b.col, p.b.row, p.b.col,
                            std::min(strip, p.depth - d), g_.n - j,
                            to + (j - j0) * depth_ + d * side);

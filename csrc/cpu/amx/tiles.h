@@ -39,6 +39,7 @@ class TileScope {
   public:
     // Tiles 0..5 have `rows` rows, for sums and left operands; the others 16.
     explicit TileScope(int64_t rows = 16) {
+        settle(&before_);
         _tile_storeconfig(&before_);
         settle(&before_);
         Config mine;
@@ -48,6 +49,7 @@ class TileScope {
         }
         settle(&mine);
         _tile_loadconfig(&mine);
+        settle(&mine);
     }
     ~TileScope() {
         settle(&before_);

@@ -1,6 +1,6 @@
 // Products with few rows on the left: C [m, n] += A [m, depth] B [depth, n]. B is the larger
-// operand by far and is read once, where it lies. The order of every sum depends on depth and
-// layout alone.
+// operand by far and is read where it lies, once for each 32 rows. The order of every sum depends
+// on depth and layout alone.
 #pragma once
 
 #include <algorithm>
@@ -256,7 +256,7 @@ inline void add_stretches(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, in
     }
 }
 
-// Columns [first, last) of C += A B, for as many rows at a time as stay in the L1 cache.
+// Columns [first, last) of C += A B, for so few rows at a time that they stay in the cache.
 template <typename T>
 inline void add_product(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t first,
                         int64_t last, T* c, int64_t ldc) {
