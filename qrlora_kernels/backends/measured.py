@@ -10,8 +10,8 @@ from .problem import Problem
 
 # fp32 and fp64: up to here one native call beats four library products; for a small weight and
 # rank, where the products' own calls weigh most, for some more (33 to 64 tokens of 64 to 256
-# features, over an addmm expression: 0.84 to 1.05 where library products take 1.08 to 1.29; for
-# larger weights or ranks they are mostly ahead).
+# features, over an addmm expression: 0.80 to 1.07 at r = 16 to 64, where library products take 1.08
+# to 1.29 at r = 16; for larger weights or ranks they are mostly ahead).
 FEW_TOKENS = 32
 MORE_TOKENS, LIGHT_WEIGHT, LIGHT_RANK = 64, 1 << 16, 64
 # bf16: a base product onto a given addend over so many tokens; the library's is ahead for a weight
