@@ -6,8 +6,7 @@ import helpers
 import pytest
 import torch
 from helpers import OPERANDS, OPS
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 SIZES = (7, 24, 36, 3)
 
@@ -32,7 +31,7 @@ def _operator_arguments(op):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     for name, arguments in _operator_arguments(op):
-        opcheck(getattr(torch.ops.qrlora, name).default, arguments)
+        library.opcheck(getattr(torch.ops.qrlora, name).default, arguments)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -40,7 +40,7 @@ class DirectLowRank(direct.DirectCall):
         x, *rest, scaling = operands
         operands = (flatten(x), *rest, float(scaling))
         # The view is taken of what was recorded: one made within may not be written in place.
-        y = self._recorded(operands, None) if record else self.library("fwd")(*operands)[0]
+        y = self._recorded(operands, None) if record else self.products("fwd")(*operands)[0]
         return restore(y, x)
 
     def _recorded(self, operands: tuple[Any, ...], results: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -48,7 +48,7 @@ class DirectLowRank(direct.DirectCall):
         y: Tensor = _record(x, bias, gate, results, (weight, first, second), scaling, self)
         return y
 
-    def library(self, step: str) -> Callable[..., Any]:
+    def products(self, step: str) -> Callable[..., Any]:
         """The composition of library products, on x or dy with two dimensions."""
         function: Callable[..., Any] = getattr(chooser.load("composed"), f"{self.bwd.op}_{step}")
         return function
@@ -64,7 +64,7 @@ class DirectLowRank(direct.DirectCall):
         if done is None:
             dx, dgate = self.bwd(rows, *operands, None)
         else:
-            dx, dgate = self.library("bwd")(rows, *operands)
+            dx, dgate = self.products("bwd")(rows, *operands)
         return restore(dx, dy) if need_dx else None, dgate
 
 
@@ -87,7 +87,7 @@ class _Record(torch.autograd.Function):
         call: DirectLowRank,
     ) -> Tensor:
         weight, first, second = frozen
-        y, h = results or call.library("fwd")(x, weight, bias, first, second, gate, scaling)
+        y, h = results or call.products("fwd")(x, weight, bias, first, second, gate, scaling)
         ctx.save_for_backward(*frozen, gate, h)
         ctx.call, ctx.scaling = call, float(scaling)
         return y

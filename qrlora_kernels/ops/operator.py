@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_fake
+from torch import Tensor, library
 
 from ..backends.chooser import run
 from ..backends.problem import Problem
 from .common import autocast_enabled
 
-LIBRARY = Library("qrlora", "DEF")
+LIBRARY = library.Library("qrlora", "DEF")
 
 
 class Operator:
@@ -53,7 +52,7 @@ class Operator:
         name = f"{op}_{step}"
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
+        library.register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
         self.registered = getattr(torch.ops.qrlora, name)
 
     def __call__(self, *operands: Any) -> Any:
