@@ -1,0 +1,135 @@
+"""How many calls Python makes for a forward and a backward, over those of the frozen layer.
+
+Around a small layer they cost more than its arithmetic. The table is keyed by who runs the layer,
+since a processor may offer a kernel that another lacks; the counts do not depend on its speed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qrlora_kernels as qk
+from qrlora_kernels import nn as adapters
+
+FEATURES, RANK = 256, 16
+FEW, MANY = 16, 512
+LAYERS = {layer.kind: layer for layer in adapters.ADAPTERS.values()}
+
+Limits = dict[tuple[str, str], int]
+# (dtype, tokens): (adapter, who runs it): calls beyond those of the frozen layer.
+NATIVE: Limits = {("qr", "cpu"): 29, ("lora_xs", "cpu"): 29, ("ohora", "cpu"): 40}
+TABLE: dict[tuple[torch.dtype, int], Limits] = {
+    (torch.float32, FEW): NATIVE,
+    (torch.float64, FEW): NATIVE,
+    (torch.float32, MANY): {
+        ("qr", "composed"): 61,
+        ("lora_xs", "composed"): 64,
+        ("ohora", "cpu"): 49,
+    },
+    (torch.bfloat16, FEW): {
+        ("qr", "amx"): 29,
+        ("lora_xs", "amx"): 29,
+        ("ohora", "amx"): 40,
+        ("qr", "composed"): 68,
+        ("lora_xs", "composed"): 69,
+        ("ohora", "cpu"): 286,
+    },
+    (torch.float16, FEW): {
+        ("qr", "composed"): 196,
+        ("lora_xs", "composed"): 196,
+        ("ohora", "cpu"): 289,
+    },
+}
+# A gradient as a sum gives it, all of whose strides are zero: no native call takes it.
+EXPANDED: Limits = {("qr", "cpu"): 93, ("lora_xs", "cpu"): 93, ("ohora", "cpu"): 129}
+
+
+def calls(step: Callable[[], None]) -> int:
+    """Calls of Python and built-in functions in ``step``, after it ran a few times."""
+    for _ in range(3):
+        step()
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def own_calls(layer: adapters.AdapterLinear, m: int, expanded: bool = False) -> int:
+    """Calls for forward and backward over those of the same layer without its adapter."""
+    dtype = layer.weight.dtype
+    x = torch.randn(m, FEATURES, dtype=dtype).requires_grad_()
+    dy = torch.ones((), dtype=dtype).expand(m, FEATURES)
+    if not expanded:
+        dy = dy.contiguous()
+
+    def of(module: Callable[[Tensor], Tensor]) -> int:
+        def step() -> None:
+            module(x).backward(dy)
+
+        return calls(step)
+
+    return of(layer) - of(layer.to_linear(merge=False))
+
+
+def layer(kind: str, dtype: torch.dtype) -> adapters.AdapterLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(FEATURES, FEATURES, dtype=dtype)
+    return LAYERS[kind].from_linear(linear, rank=RANK)
+
+
+def runs(adapted: adapters.AdapterLinear) -> str:
+    choice = qk.backends.last_choice(adapted.operation)
+    assert choice is not None
+    return choice.name
+
+
+@pytest.fixture(autouse=True)
+def _native() -> None:
+    if qk.build_config() == {}:
+        pytest.skip("without the native core every call takes Python's way")
+
+
+@pytest.mark.parametrize(("dtype", "m"), TABLE, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_more_calls_than_before(kind: str, dtype: torch.dtype, m: int) -> None:
+    adapted = layer(kind, dtype)
+    own = own_calls(adapted, m)
+    limit = TABLE[dtype, m][kind, runs(adapted)]
+    assert own <= limit, f"{own} calls beyond the frozen layer's, {limit} before"
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_more_calls_for_the_gradient_of_a_sum(kind: str) -> None:
+    adapted = layer(kind, torch.float32)
+    own = own_calls(adapted, FEW, expanded=True)
+    assert own <= EXPANDED[kind, runs(adapted)]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_more_call_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = layer(kind, torch.float32)
+    before = own_calls(adapted, FEW)
+    forward = adapted.forward
+    monkeypatch.setattr(adapted, "forward", lambda x: forward(x))
+    assert own_calls(adapted, FEW) == before + 1
+
+
+def test_a_layer_that_leaves_the_native_call_is_over_the_limit() -> None:
+    adapted = layer("qr", torch.float32)
+    with qk.backends.use_backend("cpu"):
+        own = own_calls(adapted, FEW)
+    assert own > NATIVE["qr", "cpu"] + 50
