@@ -6,7 +6,6 @@ that comes true fails the test until its line is taken out.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -26,7 +25,6 @@ from qrlora_kernels.backends import (
     cpu,
     cuda,
     last_choice,
-    triton,
 )
 
 CPU = torch.device("cpu")
@@ -151,15 +149,6 @@ def check(case: Case) -> None:
     assert ran == MEANT[said], f"last_choice says {said}"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Who runs does not depend on it, and small problems take turns badly on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_every_backend_has_a_meaning() -> None:
     assert set(MEANT) == set(BACKENDS)
 
@@ -169,41 +158,21 @@ def test_on_the_cpu(case: Case) -> None:
     check(case)
 
 
-@contextlib.contextmanager
-def fresh_choices() -> Iterator[None]:
-    """What is chosen in the block is not known outside it."""
-    chooser._choose.cache_clear()
-    yield
-    chooser._choose.cache_clear()
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton runs under its interpreter; conftest.py made sure that it was imported for it."""
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with fresh_choices():
-        triton.available.cache_clear()
-        yield
-        triton.available.cache_clear()
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("case", params(ON_TRITON))
 def test_on_triton(case: Case) -> None:
+    pytest.importorskip("triton")
     check(case)
 
 
 @pytest.fixture
-def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def without_a_gpu(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA backend takes tensors of the CPU, and its native call computes nothing."""
     core = SimpleNamespace(cuda_decode=lambda *_: None)
     monkeypatch.setattr(native, "CORE", core)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(cuda, "supports", lambda problem: (True, "for this test"))
-    with fresh_choices():
-        yield
 
 
 @pytest.mark.usefixtures("without_a_gpu")
