@@ -183,7 +183,10 @@ def test_on_cuda(case: Case) -> None:
 
 # --- planted faults
 
+needs_core = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
 
+
+@needs_core
 @pytest.mark.parametrize("step", ["fwd", "bwd"])
 def test_a_step_that_turns_to_another_backend_is_seen(
     step: str, monkeypatch: pytest.MonkeyPatch
@@ -194,6 +197,7 @@ def test_a_step_that_turns_to_another_backend_is_seen(
         check(Case("qr_linear", step, "cpu"))
 
 
+@needs_core
 def test_a_library_product_beside_a_native_call_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_a_product(x: torch.Tensor, *operands: object) -> object:
         torch.mm(x, x.mT)
