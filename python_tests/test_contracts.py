@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import error_bound
 import helpers
 import pytest
 import torch
@@ -41,20 +42,44 @@ def test_the_grid_holds_more_than_the_reference():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("op", "backend", "dtype"), ON_BACKENDS)
-def test_error_rule(op, backend, dtype, shape):
-    """Errors of outputs and gradients are at most twice the eager expression's; none is unwritten.
+def test_error_bound(op, backend, dtype, shape):
+    """Outputs and gradients lie within the bound of the arithmetic; none is unwritten.
 
     The fast result is computed on memory full of NaN.
     """
     operands = helpers.operands(op, *shape, dtype)
     dy = helpers.gradient_like(op, operands)
-    wide = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in operands.items()}
-    truth = helpers.outcome(helpers.exact, op, wide, dy)
-    eager = helpers.outcome(helpers.plain, op, operands, dy)
     with helpers.poisoned_memory():
         got = helpers.outcome(_on(backend), op, operands, dy)
     assert backends.last_choice(op).name == backend
-    helpers.assert_error_rule(got, eager, truth, dtype)
+    helpers.assert_error_bound(op, operands, dy, got)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_half_precision_is_rounded_once(op, dtype, bias):
+    """An update of 1e-2 leaves no room in the bound for a second rounding of y or dx."""
+    operands = helpers.operands(op, 33, 96, 480, 16, dtype, bias, change=1e-2)
+    dy = helpers.gradient_like(op, operands)
+    for backend in helpers.cpu_backends(op, dtype):
+        helpers.assert_error_bound(
+            op, operands, dy, helpers.outcome(_on(backend), op, operands, dy)
+        )
+
+
+# (m, n, k, r) and as many draws as make enough numbers of the smallest gradient. OHoRA's products
+# of few rows and many columns once lost 1.7 times as much as eager's.
+POOLED = {"": ((33, 64, 96, 16), 32), "few rows": ((9, 150, 300, 150), 4)}
+
+
+@pytest.mark.parametrize("what", POOLED)
+@pytest.mark.parametrize(("op", "backend", "dtype"), ON_BACKENDS)
+def test_no_worse_than_eager(op, backend, dtype, what):
+    """Contract 1 over many draws: rms errors at most twice the plain expression's."""
+    if dtype == torch.float64 and not helpers.EXTENDED:
+        pytest.skip("long double is fp64 on this platform: nothing to measure fp64 errors against")
+    error_bound.assert_no_worse_than_eager(*helpers.pooled(op, backend, dtype, *POOLED[what]))
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -125,29 +150,11 @@ def test_inputs_are_never_written(op):
     bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_any_shape_keeps_the_error_rule(op, dtype, m, rank, rows, columns, bias, seed):
-    """Sizes from a generator rather than from us; the Kronecker factors are [rows, r], [cols, r].
-
-    With few numbers the eager error is a matter of luck, so each element is held to the bound of a
-    chain of eight roundings instead: |out - ref| ≤ 8 u Σ |terms|.
-    """
+def test_any_shape_keeps_the_error_bound(op, dtype, m, rank, rows, columns, bias, seed):
+    """Sizes from a generator, not from us; the Kronecker factors are [rows, r], [columns, r]."""
     n, k = rank * rows, rank * columns
     operands = helpers.operands(op, m, n, k, rank, dtype, bias, seed=seed)
     dy = helpers.gradient_like(op, operands, seed)
-    wide = {n: t.double() if isinstance(t, torch.Tensor) else t for n, t in operands.items()}
-    truth = helpers.outcome(helpers.exact, op, wide, dy)
-    magnitude = helpers.outcome(helpers.exact, op, _absolute(op, wide), dy.abs())
-    unit = torch.finfo(dtype).eps / 2
     for backend in helpers.cpu_backends(op, dtype, m, n, k):
         got = helpers.outcome(_on(backend), op, operands, dy)
-        for name, want in truth.items():
-            error = (got[name].double() - want).abs()
-            assert (error <= 8 * unit * magnitude[name] + 1e-6 * unit).all(), (backend, name)
-
-
-def _absolute(op, operands):
-    """Operands whose result is the sum of the absolute terms, the start added, not subtracted."""
-    positive = {n: t.abs() if isinstance(t, torch.Tensor) else t for n, t in operands.items()}
-    if op == "kron_linear":
-        positive["a0"] = -positive["a0"]
-    return positive
+        helpers.assert_error_bound(op, operands, dy, got)
