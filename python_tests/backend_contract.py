@@ -1,8 +1,8 @@
 """What every backend must keep, as tests that a backend's own test class inherits.
 
 An ``Op`` holds the operands of one operation, runs a backend's forward and backward on them, and
-the same mathematics as the plain PyTorch expression under autograd: in fp64 as the reference, in
-the operands' dtype as the yardstick of the error rule.
+the same mathematics as the plain PyTorch expression under autograd: in fp64 as the truth, in the
+operands' dtype for the comparison with eager over many draws.
 """
 
 from __future__ import annotations
@@ -283,25 +283,15 @@ class Contract:
     def test_fault_04_strides(self, m: int) -> None:
         for name, dtype in self.cases():
             op = draw(name, m, 48, 80, 16, dtype)
-            want = op.run(self.backend)
-            spread = {
-                "every second row": replace(op, x=_every_second(op.x), dy=_every_second(op.dy)),
-                "column major": replace(op, x=_transposed(op.x), dy=_transposed(op.dy)),
-                "transposed weight": replace(op, weight=_transposed(op.weight)),
-                "strided weight": replace(op, weight=_wide(op.weight)),
-            }
-            for what, strided in spread.items():
-                got = strided.run(self.backend)
-                for key in want:
-                    torch.testing.assert_close(got[key], want[key], msg=f"{name}, {what}, {key}")
-            for what, dy in {
-                "one row expanded": op.dy[:1].expand_as(op.dy),
-                "one number expanded": op.dy[:1, :1].expand_as(op.dy),
-            }.items():
-                want = replace(op, dy=dy.contiguous()).run(self.backend)
-                got = replace(op, dy=dy).run(self.backend)
-                for key in want:
-                    torch.testing.assert_close(got[key], want[key], msg=f"{name}, {what}, {key}")
+            for strided in (
+                replace(op, x=_every_second(op.x), dy=_every_second(op.dy)),
+                replace(op, x=_transposed(op.x), dy=_transposed(op.dy)),
+                replace(op, weight=_transposed(op.weight)),
+                replace(op, weight=_wide(op.weight)),
+                replace(op, dy=op.dy[:1].expand_as(op.dy)),
+                replace(op, dy=op.dy[:1, :1].expand_as(op.dy)),
+            ):
+                assert_within_bound(strided, strided.run(self.backend))
 
     def test_fault_10_no_tokens(self) -> None:
         for name, dtype in self.cases():

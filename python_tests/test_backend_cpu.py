@@ -15,6 +15,7 @@ from backend_contract import (
     Contract,
     assert_within_bound,
     check_error_bound,
+    check_no_worse_than_eager,
     draw,
 )
 
@@ -269,9 +270,10 @@ def test_operands_in_any_layout(backend: ModuleType, name: str) -> None:
 @pytest.mark.parametrize("name", ["qr_linear", "lora_xs_linear"])
 def test_gate_gradients_over_very_many_tokens(name: str) -> None:
     """Sums over tokens of one sign: one long fp32 sum would lose two digits."""
-    op = draw(name, 60_000, 32, 32, 16, torch.float32)
-    op = replace(op, x=op.x.abs(), dy=op.dy.abs())
-    check_error_bound(cpu, op)
+    draws = 2 if name == "lora_xs_linear" else 32  # numbers enough of the gate's gradient
+    ops = [draw(name, 60_000, 8, 8, 16, torch.float32, seed=seed) for seed in range(draws)]
+    ops = [replace(op, x=op.x.abs(), dy=op.dy.abs()) for op in ops]
+    check_no_worse_than_eager(cpu, *ops)
 
 
 @needs_core
@@ -300,10 +302,11 @@ def test_infinities_stay_infinities(operand: str) -> None:
         ("kron_linear", 3, 14336, 80, 8),
     ],
 )
-def test_long_sums_keep_to_the_error_rule(op, m, n, k, r):
+def test_long_sums_are_no_worse_than_eager(op, m, n, k, r):
     """fp32, thousands of terms in T or dx, which summed straight are off by over twice eager."""
-    problems = [draw(op, m, n, k, r, torch.float32, seed=seed) for seed in range(16)]
-    check_error_bound(cpu, *problems)
+    check_no_worse_than_eager(
+        cpu, *(draw(op, m, n, k, r, torch.float32, seed=seed) for seed in range(16))
+    )
 
 
 @needs_core

@@ -190,7 +190,7 @@ def _kron_update(tokens: Tensor, left: Factors, right: Factors) -> Tensor:
     (m, r, k), n = tokens.shape, left[0].shape[0]
     update = tokens.new_empty(m, n, r)
     for i, (la, rb) in enumerate(zip(left, right, strict=True)):
-        s = torch.mm(tokens.view(m * r, k), rb).view(m, r, r)
+        s = torch.mm(tokens.reshape(m * r, k), rb).view(m, r, r)
         lefts = la.expand(m, n, r)
         torch.bmm(lefts, s, out=update) if i == 0 else torch.baddbmm(update, lefts, s, out=update)
     return update
