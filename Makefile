@@ -1,4 +1,5 @@
 # make test   set everything up in .venv and run the tests
+# make test-cpus   the numerical tests with the libraries told of lesser processors
 # make demo   set everything up and fine-tune MiniLM with each adapter on text found on this machine
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
 # make wheel  build a wheel and try it in a clean environment outside the source tree
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo bench lint format wheel clean
+.PHONY: test test-cpus demo bench lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -26,6 +27,9 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cpus: $(VENV)/.ready
+	.ci/test_cpus $(BIN)/python $(CPUS_ARGS)
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/finetune.py --demo
