@@ -254,7 +254,7 @@ def _bias_in_one_rounding(x: Tensor, weight: Tensor, bias: Tensor, addend: Tenso
     if x.numel() > 0 and _onednn_runs(x.dtype):
         return _linear_bias_add(x, weight, bias, addend)
     # A CPU without half-precision products: PyTorch's own add the bias to a rounded y. In fp32 the
-    # sum is rounded once, and from some 8 tokens the product is the faster one too.
+    # sum is rounded once, and from 4 tokens on the product is the faster one too.
     y = torch.addmm(addend.float(), x.float(), weight.float().mT)
     return y.add_(bias).to(x.dtype)
 
