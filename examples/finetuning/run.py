@@ -23,6 +23,7 @@ from .model import load_model, load_tokenizer
 from .report import write_result
 from .settings import Settings
 from .training import Encoded, Log, encode, faster_precision, predict, train
+from .warmup import warm_up
 
 # Largest difference of a reloaded model's predictions, relative to their largest magnitude. The
 # same bits are expected; a rebuilt factor may differ in its last digit on another machine.
@@ -57,7 +58,7 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
         settings = replace(settings, precision=faster_precision(settings.device))
     data = read_tsv(settings.train_file, settings.eval_file)
     train_set, eval_set = encoded(data, settings)
-    base = fresh_model(data, settings)
+    base = base_model(data, train_set, settings)
     before = peak_memory(settings.device)
     start = time.perf_counter()
     model = adapters.attach(base, settings)
@@ -79,7 +80,7 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
         "adapter_bytes": settings.adapter_file.stat().st_size,
         "peak_memory": peak,
         "memory_before": before,
-        "reload_difference": _check_reload(model, eval_set, data, settings),
+        "reload_difference": _check_reload(log, (train_set, eval_set), data, settings),
         "layers": _layers(model),
         "versions": _versions(),
     }
@@ -101,6 +102,13 @@ def fresh_model(data: Data, settings: Settings) -> nn.Module:
     return load_model(settings.model, outputs, settings.seed, settings.device)
 
 
+def base_model(data: Data, train_set: Encoded, settings: Settings) -> nn.Module:
+    """What the adapter is attached to: the pretrained model under its head, warmed up or not."""
+    model = fresh_model(data, settings)
+    warm_up(model, train_set, settings)
+    return model
+
+
 def _train_and_save(
     model: nn.Module,
     train_set: Encoded,
@@ -111,7 +119,8 @@ def _train_and_save(
 ) -> None:
     def after_epoch(epoch: int) -> None:
         target = np.array(data.values(data.evaluation))
-        reached = scores(predict(model, eval_set, settings).double().numpy(), target)
+        log.predictions = predict(model, eval_set, settings)
+        reached = scores(log.predictions.double().numpy(), target)
         adapters.save(model, settings)
         log.scores.append(reached)  # one entry an adapter that was saved
         print(f"epoch {epoch}: {_one_line(reached)}, saved {settings.adapter_file}", flush=True)
@@ -128,10 +137,11 @@ def _left_behind(log: Log, settings: Settings) -> str:
     return f"interrupted: {settings.adapter_file} holds the adapter of epoch {len(log.scores)}"
 
 
-def _check_reload(model: nn.Module, eval_set: Encoded, data: Data, settings: Settings) -> float:
+def _check_reload(log: Log, sets: tuple[Encoded, Encoded], data: Data, settings: Settings) -> float:
     """Load the saved file into a fresh base; the largest difference of its predictions."""
-    want = predict(model, eval_set, settings)
-    got = predict(adapters.load(fresh_model(data, settings), settings), eval_set, settings)
+    want = log.predictions
+    model = adapters.load(base_model(data, sets[0], settings), settings)
+    got = predict(model, sets[1], settings)
     difference = _relative(got, want)
     if not difference <= RELOAD_LIMIT[settings.precision]:
         raise ReloadError(

@@ -39,11 +39,12 @@ class Encoded:
 
 @dataclass
 class Log:
-    """What a run leaves behind: one loss a step, one entry an epoch."""
+    """What a run leaves behind: one loss a step, one of the others an epoch."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     scores: list[dict[str, float]] = field(default_factory=list)
+    predictions: Tensor = field(default_factory=lambda: torch.empty(0))  # of the last epoch
 
 
 def encode(tokenizer: Any, split: Split, values: list[float], max_length: int) -> Encoded:
