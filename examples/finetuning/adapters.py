@@ -32,7 +32,8 @@ def attach(model: nn.Module, settings: Settings) -> nn.Module:
     names = target_names(encoder, settings.targets, settings.layers)
     options = {**method.defaults, **settings.options}
     if method.library == "peft":
-        baselines.attach(encoder, names, settings.adapter, options)
+        wrapped = baselines.attach(encoder, names, settings.adapter, options)
+        model.set_submodule(ENCODER, wrapped)
         return model
     return qk.adapt(
         model,

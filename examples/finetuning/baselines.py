@@ -12,28 +12,34 @@ from torch import Tensor, nn
 STARTS: dict[str, Literal["pissa", "olora"]] = {"pissa": "pissa", "olora": "olora"}
 
 
-def attach(encoder: nn.Module, names: Sequence[str], method: str, options: dict[str, Any]) -> None:
-    """Inject PEFT's ``method`` into the layers ``names``; nothing else of ``encoder`` trains."""
-    from peft import LoraConfig, VeraConfig, inject_adapter_in_model
+def attach(
+    encoder: nn.Module, names: Sequence[str], method: str, options: dict[str, Any]
+) -> nn.Module:
+    """``encoder`` with PEFT's ``method`` in the layers ``names``; nothing else of it trains."""
+    from peft import get_peft_model
 
-    rank, dropout = options["rank"], options.get("dropout", 0.0)
-    if method == "vera":
-        more = {"d_initial": options["d_initial"]} if "d_initial" in options else {}
-        vera = VeraConfig(r=rank, vera_dropout=dropout, target_modules=list(names), **more)
-        inject_adapter_in_model(vera, encoder)
-        return
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=options.get("alpha", 2 * rank),
-        lora_dropout=dropout,
-        target_modules=list(names),
-        use_dora=method == "dora",
-        init_lora_weights=STARTS.get(method, True),
-    )
-    inject_adapter_in_model(config, encoder)
+    wrapped = get_peft_model(encoder, _config(method, list(names), options))
     if method == "svd_lora":
         for name in names:
             _start_from_svd(encoder.get_submodule(name), options.get("directions", 1))
+    return wrapped
+
+
+def _config(method: str, names: list[str], options: dict[str, Any]) -> Any:
+    from peft import LoraConfig, VeraConfig
+
+    rank, dropout = options["rank"], options.get("dropout", 0.0)
+    if method == "vera":
+        start = {"d_initial": options["d_initial"]} if "d_initial" in options else {}
+        return VeraConfig(r=rank, vera_dropout=dropout, target_modules=names, **start)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=options.get("alpha", 2 * rank),
+        lora_dropout=dropout,
+        target_modules=names,
+        use_dora=method == "dora",
+        init_lora_weights=STARTS.get(method, True),
+    )
 
 
 @torch.no_grad()
