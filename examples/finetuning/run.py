@@ -22,12 +22,22 @@ from .metrics import scores
 from .model import load_model, load_tokenizer
 from .report import write_result
 from .settings import Settings
-from .training import Encoded, Log, encode, faster_precision, predict, train
+from .training import (
+    Encoded,
+    Log,
+    encode,
+    evaluation_batches,
+    faster_precision,
+    predict,
+    predict_batches,
+    train,
+)
 from .warmup import warm_up
 
 # Largest difference of a reloaded model's predictions, relative to their largest magnitude. The
 # same bits are expected; a rebuilt factor may differ in its last digit on another machine.
 RELOAD_LIMIT = {"fp32": 1e-5, "bf16": 1e-2}
+RELOAD_STEP = 4  # every so many batches of evaluation are compared, short and long ones
 
 
 class ReloadError(RuntimeError):
@@ -139,9 +149,11 @@ def _left_behind(log: Log, settings: Settings) -> str:
 
 def _check_reload(log: Log, sets: tuple[Encoded, Encoded], data: Data, settings: Settings) -> float:
     """Load the saved file into a fresh base; the largest difference of its predictions."""
-    want = log.predictions
-    model = adapters.load(base_model(data, sets[0], settings), settings)
-    got = predict(model, sets[1], settings)
+    train_set, eval_set = sets
+    batches = evaluation_batches(eval_set)[::RELOAD_STEP]
+    want = log.predictions[[row for batch in batches for row in batch]]
+    model = adapters.load(base_model(data, train_set, settings), settings)
+    got = predict_batches(model, eval_set, batches, settings)
     difference = _relative(got, want)
     if not difference <= RELOAD_LIMIT[settings.precision]:
         raise ReloadError(
