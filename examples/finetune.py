@@ -30,7 +30,10 @@ TASKS = [*corpora.TASKS, *data.GLUE]
 DEMO_DEFAULTS: dict[str, Any] = {
     "adapter": list(DEMO),
     "seeds": [0, 1, 2],
-    "train_rows": 1000,
+    "train_rows": 800,
+    "eval_rows": 500,
+    "epochs": 2,
+    "batch_size": 16,
     "max_length": 64,
 }
 
@@ -42,7 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         names = chosen(args.adapter)
         check_taken(args, names)
         files = data.write_tsv(load_data(args), args.out / "data")
-        cells = [settings_of(args, name, seed, files) for name in names for seed in args.seeds]
+        cells = [
+            settings_of(args, name, seed, files)
+            for name in names
+            for seed in dict.fromkeys(args.seeds)
+        ]
     except (ValueError, OSError) as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2
@@ -63,25 +70,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    _add_data(parser)
-    _add_training(parser)
-    for name, option in OPTIONS.items():
-        flag = "--" + (option.flag or name.replace("_", "-"))
-        if option.type is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(flag, dest=name, action=action, help=option.help)
-        else:
-            choices = option.choices or None
-            parser.add_argument(
-                flag, dest=name, type=option.type, choices=choices, help=option.help
-            )
+    _add_data(parser.add_argument_group("data"))
+    _add_training(parser.add_argument_group("training"))
+    _add_options(
+        parser.add_argument_group("options of the methods, each given to those that take it")
+    )
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO_DEFAULTS)
     return parser.parse_args(argv)
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--demo", action="store_true", help="five methods, three seeds, about four minutes")
     about = "; ".join(f"{name}: {task.about}" for name, task in corpora.TASKS.items())
     add(
@@ -94,22 +94,40 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs"), help="output folder (default %(default)s)")
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--adapter", nargs="+", default=["qr"], choices=[*METHODS, "all"])
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    names = ", ".join(METHODS)
+    add(
+        "--adapter",
+        nargs="+",
+        default=["qr"],
+        choices=[*METHODS, "all"],
+        metavar="METHOD",
+        help=f"one or several of {names}, or all (default qr)",
+    )
     add("--seeds", type=int, nargs="+", default=[0], help="one run each (default 0)")
     add("--model", default="", help="a folder or hub name (default: the packaged MiniLM-L6)")
     add("--targets", default="query,value", help='names, one regular expression or "all-linear"')
     add("--layers", default=ALL_LAYERS, help='"all" or, for the last four, "last:4"')
     add("--lr", type=float, help="learning rate of the adapter (default: its own)")
-    add("--head-lr", type=float, default=Settings.head_lr)
-    add("--epochs", type=int, default=Settings.epochs)
+    add("--head-lr", type=float, default=Settings.head_lr, help="and of the head")
+    add("--epochs", type=int, default=Settings.epochs, help="(default %(default)s)")
     add("--warmup-epochs", type=int, default=0, help="of full fine-tuning before (default 0)")
-    add("--batch-size", type=int, default=Settings.batch_size)
+    add("--batch-size", type=int, default=Settings.batch_size, help="rows of a step")
     add("--max-length", type=int, default=Settings.max_length, help="tokens of an input")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="bf16: autocast")
     add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     add("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_options(group: argparse._ArgumentGroup) -> None:
+    for name, option in OPTIONS.items():
+        flag = "--" + (option.flag or name.replace("_", "-"))
+        if option.type is bool:
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": option.type, "choices": option.choices or None}
+        group.add_argument(flag, dest=name, help=option.help, **how)
 
 
 def load_data(args: argparse.Namespace) -> data.Data:

@@ -42,13 +42,13 @@ def _cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> list[S
 def test_the_demo_is_five_methods_with_three_seeds_each(monkeypatch, tmp_path):
     asked = _cells(monkeypatch, tmp_path, "--demo")
     assert [(c.adapter, c.seed) for c in asked] == [(a, s) for a in DEMO for s in (0, 1, 2)]
-    assert {c.max_length for c in asked} == {64}
+    assert {(c.max_length, c.epochs) for c in asked} == {(64, 2)}
     assert len({c.out for c in asked}) == 15
     assert len({c.warmup_folder for c in asked}) == 1
 
 
 def test_what_is_given_beside_the_demo_holds(monkeypatch, tmp_path):
-    asked = _cells(monkeypatch, tmp_path, "--demo --seeds 4 --adapter qr --max-length 32")
+    asked = _cells(monkeypatch, tmp_path, "--demo --seeds 4 4 --adapter qr --max-length 32")
     assert [(c.adapter, c.seed, c.max_length) for c in asked] == [("qr", 4, 32)]
     assert finetune.parse(["--demo", "--train-rows", "77"]).train_rows == 77
 

@@ -165,8 +165,8 @@ def _pip_download(requirements: Path, folder: Path, path: Path) -> None:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         raise ValueError(
             f"the rated sentences are not at {path} and pip could not download them "
-            f"({said[-1].removeprefix('ERROR: ')}): connect to the network once, or name a table "
-            "of your own with --data"
+            f"({said[-1].removeprefix('ERROR: ')}): connect to the network once, put the file "
+            "there, or name a table of your own with --data"
         )
 
 
