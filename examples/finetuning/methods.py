@@ -1,6 +1,6 @@
 """What can be compared, as data: a row of the table for each method and its learning rate.
 
-``bench/notes/demo.md`` says what the rates were chosen from.
+``bench/notes/demo.md`` says what the rates were chosen from, and which were not measured.
 """
 
 from __future__ import annotations
