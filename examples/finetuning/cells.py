@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from multiprocessing import get_all_start_methods, get_context
@@ -80,6 +81,8 @@ def _context() -> ForkServerContext | SpawnContext:
 
 
 def _child(settings: Settings) -> None:
+    # PEFT reads a name that transformers renames: nothing that a reader of the table can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from .run import Interrupted, ReloadError, fine_tune
 
     try:

@@ -97,8 +97,9 @@ def _notes(results: Sequence[Result]) -> list[str]:
     before = [r["memory_before"] for r in results if r["memory_before"] is not None]
     loaded = f" ({_size(min(before))} of it libraries and base model)" if before else ""
     spread = "; ± is the standard deviation over them" if len(seeds) > 1 else ""
+    epochs = settings["epochs"]
     return [
-        f"Score of {held:,} rows after {settings['epochs']} epochs of {train:,} rows"
+        f"Score of {held:,} rows after {epochs} epoch{'s' * (epochs > 1)} of {train:,} rows"
         f"{' of ' + settings['task'] if settings['task'] else ''}, "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{spread}.",
         f"Trained: numbers besides the head's {first['head']:,}, which all rows train and all "
