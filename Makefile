@@ -1,6 +1,6 @@
 # make test   set everything up in .venv and run the tests
 # make test-cpus   the numerical tests with the libraries told of lesser processors
-# make demo   set everything up and fine-tune MiniLM with each adapter on text found on this machine
+# make demo   set everything up and fine-tune MiniLM with each adapter on sentences of movie reviews
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
 # make wheel  build a wheel and try it in a clean environment outside the source tree
 PYTHON ?= python3

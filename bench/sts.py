@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,9 +21,10 @@ from .machine import REPOSITORY, facts
 
 sys.path.insert(0, str(REPOSITORY / "examples"))
 
+from finetuning.methods import DEMO, METHODS
 from finetuning.report import write_result
 from finetuning.run import fine_tune
-from finetuning.settings import ADAPTERS, NAMES, Settings
+from finetuning.settings import Settings
 from finetuning.training import faster_precision
 
 RATES = {"none": 0.0, "qr": 3e-2, "lora_xs": 1e-2, "ohora": 1e-2, "lora": 2e-3}
@@ -51,8 +51,8 @@ def main() -> int:
     precision = faster_precision("cpu")
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
-        for adapter in ADAPTERS:
-            print(f"== {NAMES[adapter]}, seed {seed}", flush=True)
+        for adapter in DEMO:
+            print(f"== {METHODS[adapter].label}, seed {seed}", flush=True)
             rows.append(_run(adapter, seed, args, precision))
             write_result(args.out, {"rows": rows})
     print("\n" + _table(rows))
@@ -73,8 +73,9 @@ def _run(adapter: str, seed: int, args: argparse.Namespace, precision: str) -> d
             seed=seed,
             precision=precision,
             progress=False,
+            options=OPTIONS.get(adapter, {}),
         )
-        result = fine_tune(replace(settings, **OPTIONS.get(adapter, {})))
+        result = fine_tune(settings)
     return {
         "adapter": adapter,
         "seed": seed,
@@ -93,11 +94,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     header = ["method", "trained", *(f"seed {seed}" for seed in seeds), "mean"]
     lines = [header, ["---", *("--:" for _ in header[1:])]]
-    for adapter in ADAPTERS:
+    for adapter in DEMO:
         own = [row for row in rows if row["adapter"] == adapter]
         values = [row["pearson"] for row in sorted(own, key=lambda row: row["seed"])]
         cells = [f"{value:.3f}" for value in (*values, mean(values))]
-        lines.append([NAMES[adapter], f"{own[0]['trained']:,}", *cells])
+        lines.append([METHODS[adapter].label, f"{own[0]['trained']:,}", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -109,7 +110,9 @@ def _problems(rows: list[dict[str, Any]]) -> list[str]:
         for adapter in ("qr", "lora_xs", "ohora"):
             gain = pearson[adapter] - pearson["none"]
             if gain < ABOVE_HEAD:
-                found.append(f"seed {seed}: {NAMES[adapter]} is only {gain:.3f} above the head")
+                found.append(
+                    f"seed {seed}: {METHODS[adapter].label} is only {gain:.3f} above the head"
+                )
         if pearson["qr"] < pearson["lora"] - BELOW_LORA:
             found.append(f"seed {seed}: QR-LoRA {pearson['qr']:.3f}, LoRA {pearson['lora']:.3f}")
     return found

@@ -1,52 +1,68 @@
-"""Fine-tune a head over a frozen encoder with QR-LoRA, LoRA-XS, OHoRA, LoRA, or the head alone.
+"""Fine-tune a head over a frozen encoder with QR-LoRA, LoRA-XS, OHoRA and what they compare with.
 
     python examples/finetune.py --demo
-    python examples/finetune.py --adapter qr --tau 0.5 --data pairs.tsv --eval-data dev.tsv
+    python examples/finetune.py --adapter qr lora full --task tweets --seeds 0 1 2
+    python examples/finetune.py --adapter qr --rank-rule energy --tau 0.5 --layers last:4
+    python examples/finetune.py --adapter qr --data mine.tsv --eval-data dev.tsv
     python examples/finetune.py --adapter qr lora --task rte --model roberta-base
 
-The first runs all five. Without --data or --task the text is found on this machine: sentence pairs
-mined from the docstrings of the installed libraries (do the two document the same object?). Every
-adapter runs in a process of its own, so that times and peak memory are its own.
+The first is a comparison of five on sentences of movie reviews, three seeds each. Its sentences,
+and those of the other tasks named here, are downloaded once from PyPI with pip. Every run has a
+process of its own, so that its times and peak memory are its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
-import os
 import sys
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from finetuning import data, plots, report
-from finetuning.settings import ADAPTERS, NAMES, Settings
+from finetuning import corpora, data, plots, report
+from finetuning.cells import Stopped, run_cells
+from finetuning.methods import DEMO, METHODS, OPTIONS
+from finetuning.settings import ALL_LAYERS, Settings
 
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+TASKS = [*corpora.TASKS, *data.GLUE]
+# So much that five methods and three seeds take less than four minutes on two cores.
+DEMO_DEFAULTS: dict[str, Any] = {
+    "adapter": list(DEMO),
+    "seeds": [0, 1, 2],
+    "train_rows": 800,
+    "eval_rows": 500,
+    "epochs": 2,
+    "batch_size": 16,
+    "max_length": 64,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     args = parse(argv)
     try:
-        train_file, eval_file = data.write_tsv(load_data(args), args.out / "data")
-        runs = [settings_of(args, name, train_file, eval_file) for name in chosen(args)]
+        names = chosen(args.adapter)
+        check_taken(args, names)
+        files = data.write_tsv(load_data(args), args.out / "data")
+        cells = [
+            settings_of(args, name, seed, files)
+            for name in names
+            for seed in dict.fromkeys(args.seeds)
+        ]
     except (ValueError, OSError) as error:
         print(f"finetune.py: {error}", file=sys.stderr)
         return 2
     results: list[report.Result] = []
-    status = 0
-    for settings in runs:
-        if results:  # decide once, so that all runs are alike
-            settings = replace(settings, precision=results[0]["settings"]["precision"])
-        print(f"== {NAMES[settings.adapter]}", flush=True)
-        status = run_alone(settings)
-        if status:
-            break
-        results.append(report.read_result(settings.result_file))
-    if results:
-        show(results, args.out)
-    return status
+    try:
+        # A run that fails leaves the results of those before it in the list.
+        results.extend(run_cells(announced(cells), args.out / "results.jsonl"))
+    except Stopped as stopped:
+        return stopped.status
+    finally:
+        if results:
+            show(results, args.out)
+    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,101 +70,126 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--demo", action="store_true", help="the same as --adapter all")
-    add("--adapter", nargs="+", default=["qr"], choices=[*ADAPTERS, "all"])
-    add("--model", default="", help="a folder or hub name (default: the packaged MiniLM-L6)")
+    _add_data(parser.add_argument_group("data"))
+    _add_training(parser.add_argument_group("training"))
+    _add_options(
+        parser.add_argument_group("options of the methods, each given to those that take it")
+    )
+    if parser.parse_args(argv).demo:
+        parser.set_defaults(**DEMO_DEFAULTS)
+    return parser.parse_args(argv)
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--demo", action="store_true", help="five methods, three seeds, about four minutes")
+    about = "; ".join(f"{name}: {task.about}" for name, task in corpora.TASKS.items())
+    add(
+        "--task", choices=TASKS, metavar="TASK", help=f"{about}; or of GLUE: {', '.join(data.GLUE)}"
+    )
     add("--data", type=Path, help="TSV with a header: one or two texts, and a label or score")
     add("--eval-data", type=Path, help="the same for evaluation (default: 15 %% of --data)")
-    add("--task", choices=sorted(data.GLUE), help="a GLUE task, through the package datasets")
-    add("--pairs", type=int, default=1600, help="training pairs to mine (default %(default)s)")
-    add("--eval-pairs", type=int, default=500, help="and to evaluate on (default %(default)s)")
+    add("--train-rows", type=int, default=3000, help="at most (default %(default)s)")
+    add("--eval-rows", type=int, default=1000, help="(default %(default)s)")
+    add("--out", type=Path, default=Path("runs"), help="output folder (default %(default)s)")
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    names = ", ".join(METHODS)
+    add(
+        "--adapter",
+        nargs="+",
+        default=["qr"],
+        choices=[*METHODS, "all"],
+        metavar="METHOD",
+        help=f"one or several of {names}, or all (default qr)",
+    )
+    add("--seeds", type=int, nargs="+", default=[0], help="one run each (default 0)")
+    add("--model", default="", help="a folder or hub name (default: the packaged MiniLM-L6)")
     add("--targets", default="query,value", help='names, one regular expression or "all-linear"')
-    add("--rank", type=int, help="of the adapter (default: its own rule)")
-    add("--tau", type=float, help="QR-LoRA: keep |R_ii| > tau |R_11| (default 0.5)")
+    add("--layers", default=ALL_LAYERS, help='"all" or, for the last four, "last:4"')
     add("--lr", type=float, help="learning rate of the adapter (default: its own)")
-    add("--head-lr", type=float, default=Settings.head_lr)
-    add("--epochs", type=int, default=Settings.epochs)
-    add("--batch-size", type=int, default=Settings.batch_size)
+    add("--head-lr", type=float, default=Settings.head_lr, help="and of the head")
+    add("--epochs", type=int, default=Settings.epochs, help="(default %(default)s)")
+    add("--warmup-epochs", type=int, default=0, help="of full fine-tuning before (default 0)")
+    add("--batch-size", type=int, default=Settings.batch_size, help="rows of a step")
     add("--max-length", type=int, default=Settings.max_length, help="tokens of an input")
-    add("--seed", type=int, default=Settings.seed)
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="bf16: autocast")
     add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    add("--out", type=Path, default=Path("runs"), help="output folder (default %(default)s)")
     add("--quiet", action="store_true", help="no progress bars")
-    return parser.parse_args(argv)
+
+
+def _add_options(group: argparse._ArgumentGroup) -> None:
+    for name, option in OPTIONS.items():
+        flag = "--" + (option.flag or name.replace("_", "-"))
+        if option.type is bool:
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            how = {"type": option.type, "choices": option.choices or None}
+        group.add_argument(flag, dest=name, help=option.help, **how)
 
 
 def load_data(args: argparse.Namespace) -> data.Data:
     if args.data is not None and args.task is not None:
         raise ValueError("--data and --task exclude each other")
+    if args.eval_data is not None and args.data is None:
+        raise ValueError("--eval-data needs --data")
     if args.data is not None:
-        return data.read_tsv(args.data, args.eval_data, args.seed)
-    if args.task is not None:
+        return data.read_tsv(args.data, args.eval_data)
+    if args.task in data.GLUE:
         return data.read_glue(args.task)
-    return data.mined(args.pairs, args.eval_pairs, args.seed, progress=not args.quiet)
-
-
-def chosen(args: argparse.Namespace) -> list[str]:
-    """The adapters to run; "all" leaves PEFT's LoRA out where PEFT is not installed."""
-    every = args.demo or "all" in args.adapter
-    names = list(ADAPTERS) if every else list(dict.fromkeys(args.adapter))
-    if "lora" not in names or importlib.util.find_spec("peft") is not None:
-        return names
-    if not every:
-        raise ValueError("adapter 'lora' needs the package peft: pip install peft")
-    print("PEFT is not installed: its LoRA is left out of the comparison", file=sys.stderr)
-    return [name for name in names if name != "lora"]
-
-
-def settings_of(
-    args: argparse.Namespace, adapter: str, train_file: Path, eval_file: Path
-) -> Settings:
-    same = ("model", "rank", "lr", "head_lr", "epochs", "batch_size", "max_length", "seed")
-    return Settings(
-        adapter=adapter,
-        train_file=train_file,
-        eval_file=eval_file,
-        out=args.out / adapter,
-        targets=tuple(args.targets.split(",")) if "," in args.targets else (args.targets,),
-        tau=args.tau if adapter == "qr" else None,
-        precision=args.precision,
-        device=args.device,
-        progress=not args.quiet,
-        **{name: getattr(args, name) for name in same},
+    return corpora.load_task(
+        args.task or next(iter(corpora.TASKS)), args.train_rows, args.eval_rows
     )
 
 
-def run_alone(settings: Settings) -> int:
-    """One run in a fresh process; its exit status."""
-    process = multiprocessing.get_context("spawn").Process(target=child, args=(settings,))
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.join()  # Ctrl-C reached it too; it says what it left behind
-        return INTERRUPTED
-    if process.exitcode is not None and process.exitcode < 0:
-        print(f"finetune.py: the run was killed by signal {-process.exitcode}", file=sys.stderr)
-        return 1
-    return process.exitcode or 0
+def chosen(adapters: Sequence[str]) -> list[str]:
+    """The methods to run; "all" leaves PEFT's out where PEFT is not installed, as the demo does."""
+    names = list(METHODS) if "all" in adapters else list(dict.fromkeys(adapters))
+    peft = [name for name in names if METHODS[name].library == "peft"]
+    if not peft or importlib.util.find_spec("peft") is not None:
+        return names
+    if "all" not in adapters and names != list(DEMO):
+        raise ValueError(f"adapter {peft[0]!r} needs the package peft: pip install peft")
+    print("PEFT is not installed: its adapters are left out of the comparison", file=sys.stderr)
+    return [name for name in names if name not in peft]
 
 
-def child(settings: Settings) -> None:
-    # Threads that spin while they wait slow every other job on the machine, and each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not settings.model or Path(settings.model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to ask the hub for
-    from finetuning.run import Interrupted, ReloadError, fine_tune
+def check_taken(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Each option given is one that a chosen method takes."""
+    taken = {option for name in names for option in METHODS[name].options}
+    for option in OPTIONS:
+        if getattr(args, option) is not None and option not in taken:
+            takers = [name for name, method in METHODS.items() if option in method.options]
+            raise ValueError(f"{option} is an option of {', '.join(takers)}, got {list(names)}")
 
-    try:
-        fine_tune(settings)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except (ValueError, TypeError, ReloadError, FloatingPointError, ImportError) as error:
-        print(f"finetune.py: {error}", file=sys.stderr)
-        sys.exit(1)
+
+def settings_of(
+    args: argparse.Namespace, adapter: str, seed: int, files: tuple[Path, Path]
+) -> Settings:
+    same = "model layers lr head_lr epochs warmup_epochs batch_size max_length precision device"
+    given = {name: getattr(args, name) for name in METHODS[adapter].options}
+    task = args.task or (args.data.name if args.data is not None else next(iter(corpora.TASKS)))
+    return Settings(
+        adapter=adapter,
+        train_file=files[0],
+        eval_file=files[1],
+        out=args.out / adapter / f"seed{seed}",
+        task=task,
+        targets=tuple(args.targets.split(",")) if "," in args.targets else (args.targets,),
+        options={name: value for name, value in given.items() if value is not None},
+        warmup_folder=args.out / "warmed",
+        seed=seed,
+        progress=not args.quiet,
+        **{name: getattr(args, name) for name in same.split()},
+    )
+
+
+def announced(cells: Sequence[Settings]) -> Iterator[Settings]:
+    for settings in cells:
+        print(f"== {METHODS[settings.adapter].label}, seed {settings.seed}", flush=True)
+        yield settings
 
 
 def show(results: list[report.Result], out: Path) -> None:
@@ -161,7 +202,7 @@ def show(results: list[report.Result], out: Path) -> None:
         written.append(str(out / "picture.png"))
     else:
         print("no picture: matplotlib is not installed")
-    print("written: " + ", ".join([*written, f"{out}/*/result.json"]))
+    print("written: " + ", ".join([*written, str(out / "results.jsonl")]))
 
 
 if __name__ == "__main__":

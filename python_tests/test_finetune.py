@@ -1,4 +1,4 @@
-"""The example on a tiny encoder: every adapter, the reload check, interruption, command line."""
+"""The example on a tiny encoder: every method, the reload check, interruption, warm-up, table."""
 
 from __future__ import annotations
 
@@ -8,79 +8,54 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import finetune
+import numpy as np
 import pytest
 import torch
 from finetuning import adapters, report, run, training
-from finetuning.data import Data, Split, write_tsv
 from finetuning.memory import peak_memory
+from finetuning.methods import METHODS
 from finetuning.metrics import scores
 from finetuning.model import load_model
-from finetuning.settings import ADAPTERS, Settings
+from finetuning.settings import Settings
 from safetensors.torch import load_file
-
-WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "eats", "the"]
+from tiny_encoder import make_settings, write_model
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
-    """A folder with a random two-layer BERT over a vocabulary of ten words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-        initializer_range=0.3,  # large enough for attention to matter
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def settings(tmp_path, tiny_model) -> Settings:
-    generator = torch.Generator().manual_seed(0)
-    columns = tuple(
-        [
-            " ".join(WORDS[i] for i in torch.randint(10, (5,), generator=generator))
-            for _ in range(80)
-        ]
-        for _ in range(2)
-    )
-    labels = [str(int("cat" in a)) for a in columns[0]]
-    split = Split(columns, labels)
-    data = Data(split.take(range(56)), split.take(range(56, 80)), ("0", "1"))
-    train_file, eval_file = write_tsv(data, tmp_path / "data")
-    return Settings(
-        adapter="qr",
-        train_file=train_file,
-        eval_file=eval_file,
-        out=tmp_path / "out",
-        model=str(tiny_model),
-        epochs=2,
-        batch_size=8,
-        precision="fp32",
-        progress=False,
-    )
+    return make_settings(tmp_path, tiny_model)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+# Numbers that a rank of 4 trains in four layers of 32 x 32.
+TRAINED = {
+    "none": 0,
+    "qr": 4 * 4,
+    "lora_xs": 4 * 4**2,
+    "ohora": 4 * (32 + 32),
+    "lora": 4 * 4 * (32 + 32),
+    "dora": 4 * (4 * (32 + 32) + 32),
+    "pissa": 4 * 4 * (32 + 32),
+    "olora": 4 * 4 * (32 + 32),
+    "svd_lora": 4 * 4 * (32 + 32),
+    "vera": 4 * (4 + 32),
+}
+
+
+@pytest.mark.parametrize("adapter", METHODS)
 def test_a_run_trains_saves_and_reloads_the_same_predictions(settings, adapter, capsys):
+    ranked = "rank" in METHODS[adapter].options
     result = run.fine_tune(
-        replace(settings, adapter=adapter, rank=None if adapter == "none" else 4)
+        replace(settings, adapter=adapter, options={"rank": 4} if ranked else {})
     )
     assert len(result["losses"]) == 2 * 7
     assert len(result["scores"]) == len(result["seconds_an_epoch"]) == 2
-    expected = {"none": 0, "qr": 4 * 4, "lora_xs": 4 * 16, "ohora": 4 * 64, "lora": 4 * 4 * 64}
-    assert result["trained"] == expected[adapter]
+    whole = sum(p.numel() for p in load_model(settings.model, 2, 0).encoder.parameters())
+    assert result["trained"] == (whole if adapter == "full" else TRAINED[adapter])
     assert result["head"] == 2 * 33
     assert result["reload_difference"] == 0.0
     assert "24 predictions agree bit for bit" in capsys.readouterr().out
@@ -88,20 +63,6 @@ def test_a_run_trains_saves_and_reloads_the_same_predictions(settings, adapter, 
     assert result["adapter_bytes"] == path.stat().st_size
     assert json.loads(settings.result_file.read_text()) == json.loads(json.dumps(result))
     assert {p.name for p in settings.out.iterdir()} == {path.name, settings.result_file.name}
-
-
-@pytest.mark.parametrize("adapter", ["qr", "lora"])
-@pytest.mark.parametrize(
-    ("targets", "layers"),
-    [(("query",), 2), (("query", "value"), 4), ((r".*\.(key|value)",), 4), (("all-linear",), 12)],
-)
-def test_targets_mean_the_same_to_both_libraries(settings, adapter, targets, layers):
-    settings = replace(settings, adapter=adapter, targets=targets, rank=1)
-    model = adapters.attach(load_model(settings.model, 2, 0), settings)
-    names = {n.partition(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}
-    own = {n.removesuffix(".lam") for n in names if not n.startswith("head.")}
-    assert len(own) == layers
-    assert {"head.weight", "head.bias"} <= names
 
 
 def test_a_run_depends_on_its_seed_alone(settings):
@@ -123,7 +84,7 @@ def test_qr_lora_results_hold_the_whole_spectrum(settings):
 
 @pytest.mark.parametrize("adapter", ["qr", "lora"])
 def test_an_adapter_that_reloads_differently_fails_loudly(settings, adapter, monkeypatch):
-    settings = replace(settings, adapter=adapter, rank=4)
+    settings = replace(settings, adapter=adapter, options={"rank": 4})
     save = adapters.save
 
     def save_something_else(model: torch.nn.Module, settings: Settings) -> None:
@@ -192,8 +153,12 @@ def test_a_diverging_run_is_an_error(settings):
 def test_settings_refuse_what_cannot_run(settings):
     with pytest.raises(ValueError, match="'nonsense'"):
         replace(settings, adapter="nonsense")
-    with pytest.raises(ValueError, match=r"tau .* 'lora'"):
-        replace(settings, adapter="lora", tau=0.5)
+    with pytest.raises(ValueError, match=r"'lora' takes the options .*, got also \['tau'\]"):
+        replace(settings, adapter="lora", options={"tau": 0.5})
+    with pytest.raises(ValueError, match="'last:4', got 'last:0'"):
+        replace(settings, layers="last:0")
+    with pytest.raises(ValueError, match="warmup_epochs must be at least 0, got -1"):
+        replace(settings, warmup_epochs=-1)
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
         replace(settings, epochs=0)
 
@@ -213,48 +178,24 @@ def test_a_single_output_is_scored_as_a_regression():
     assert scores(2 * target[:, None] - 1, target) == pytest.approx({"pearson": 1, "spearman": 1})
 
 
-def test_the_table_shows_one_row_a_run(settings):
-    results = [run.fine_tune(replace(settings, adapter=name)) for name in ("none", "qr")]
-    lines = report.table(results).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[:4]] == [
-        "adapter",
-        "-" * 9,
-        "head only",
-        "QR-LoRA",
+def test_the_table_has_a_row_a_method_with_the_spread_over_seeds(settings):
+    results = [
+        run.fine_tune(replace(settings, adapter=name, seed=seed))
+        for name in ("none", "qr")
+        for seed in (0, 1, 2)
     ]
+    lines = report.table(results).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines[:4]]
+    assert [row[1] for row in cells[2:]] == ["head only", "QR-LoRA"]
+    assert lines[4] == ""
     assert len({len(line) for line in lines[:4]}) == 1
-    assert f"{results[1]['trained']:,}" in lines[3]
-
-
-@pytest.mark.slow
-def test_the_command_line_runs_an_adapter_and_draws_the_picture(settings, capsys):
-    out = settings.out
-    status = finetune.main(
-        f"--adapter qr --data {settings.train_file} --eval-data {settings.eval_file} "
-        f"--model {settings.model} --epochs 1 --out {out} --quiet".split()
-    )
-    assert status == 0
-    assert "| QR-LoRA |" in capsys.readouterr().out
-    assert (out / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "table.md").read_text().startswith("| adapter |")
-    assert not list(out.rglob("*.tmp"))
-
-
-def test_a_wrong_command_line_is_a_plain_error(tmp_path, capsys):
-    table = tmp_path / "bad.tsv"
-    table.write_text("text\tlabel\n")
-    assert finetune.main(["--data", str(table), "--out", str(tmp_path)]) == 2
-    assert "got no rows" in capsys.readouterr().err
-    assert finetune.main(["--data", str(table), "--task", "rte"]) == 2
-    assert "exclude each other" in capsys.readouterr().err
-
-
-def test_lora_without_peft_is_left_out_of_all_and_refused_by_name(monkeypatch, capsys):
-    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
-    assert "lora" not in finetune.chosen(finetune.parse(["--demo"]))
-    assert "left out" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="pip install peft"):
-        finetune.chosen(finetune.parse(["--adapter", "lora"]))
+    accuracies = [r["scores"][-1]["accuracy"] for r in results[3:]]
+    deviation = np.std(accuracies, ddof=1)
+    assert cells[3][2] == f"{np.mean(accuracies):.3f} ± {deviation:.3f}"
+    assert deviation > 0.0
+    assert cells[3][4] == f"{results[3]['trained']:,}"
+    assert "seeds 0, 1, 2" in lines[5]
+    assert "±" not in report.table(results[:1])
 
 
 def test_peak_memory_sees_a_large_tensor():

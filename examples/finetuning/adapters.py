@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,49 +12,37 @@ from torch import nn
 
 import qrlora_kernels as qk
 
-from .settings import LORA_RANK, Settings
+from . import baselines
+from .methods import METHODS
+from .settings import Settings
+from .targets import target_names
 
 HEAD = "head"
+ENCODER = "encoder"
 
 
 def attach(model: nn.Module, settings: Settings) -> nn.Module:
     """Add the adapter to a fresh model in place; only it and the head train afterwards."""
     # The start draws random numbers (LoRA-XS's core, LoRA's A) that depend on the seed alone.
     torch.manual_seed(settings.seed)
-    if settings.adapter == "none":
+    encoder, method = model.get_submodule(ENCODER), METHODS[settings.adapter]
+    if not method.library:
+        encoder.requires_grad_(settings.adapter == "full")
         return model
-    if settings.adapter == "lora":
-        return _attach_lora(model, settings)
+    names = target_names(encoder, settings.targets, settings.layers)
+    options = {**method.defaults, **settings.options}
+    if method.library == "peft":
+        wrapped = baselines.attach(encoder, names, settings.adapter, options)
+        model.set_submodule(ENCODER, wrapped)
+        return model
     return qk.adapt(
         model,
-        targets(settings),
+        [f"{ENCODER}.{name}" for name in names],
         adapter=settings.adapter,
         trainable=[HEAD],
         progress=settings.progress,
-        **options(settings),
+        **options,
     )
-
-
-def options(settings: Settings) -> dict[str, Any]:
-    """What the command line sets of the adapter's options; the rest keep their defaults."""
-    given = {"rank": settings.rank, "tau": settings.tau}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def targets(settings: Settings) -> str | list[str]:
-    """A list of names, or the one expression; PEFT takes a string for nothing but that."""
-    first, *more = settings.targets
-    is_name = re.fullmatch(r"[\w.]+", first) is not None
-    return list(settings.targets) if more or is_name else first
-
-
-def _attach_lora(model: nn.Module, settings: Settings) -> nn.Module:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    rank = settings.rank or LORA_RANK
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets(settings))
-    inject_adapter_in_model(config, model.get_submodule("encoder"))
-    return model
 
 
 def trained_numbers(model: nn.Module) -> tuple[int, int]:
@@ -70,7 +56,7 @@ def save(model: nn.Module, settings: Settings) -> None:
     """Write what was trained to one file, under a temporary name first."""
     path = settings.adapter_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    if settings.adapter not in ("none", "lora"):
+    if METHODS[settings.adapter].library == "package":
         qk.save_adapter(model, path)
         return
     temporary = path.with_suffix(".tmp")
@@ -80,7 +66,7 @@ def save(model: nn.Module, settings: Settings) -> None:
 
 def load(model: nn.Module, settings: Settings) -> nn.Module:
     """Adapt a fresh model with what :func:`save` wrote."""
-    if settings.adapter not in ("none", "lora"):
+    if METHODS[settings.adapter].library == "package":
         return qk.load_adapter(model, settings.adapter_file)
     model = attach(model, settings)
     load_trained(model, settings.adapter_file)

@@ -1,15 +1,15 @@
-"""Sentences with a label or a score: from a TSV file, a GLUE task, or mined on this machine."""
+"""Sentences with a label or a score, from a TSV file or a GLUE task."""
 
 from __future__ import annotations
 
 import csv
 import os
 import random
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from .mining import mine_pairs
 
 TARGETS = ("label", "score", "similarity", "target", "gold")  # names of a target column
 SCORES = ("score", "similarity")  # whose numbers are no classes, even when all are whole
@@ -60,15 +60,6 @@ class Data:
         return [float(self.labels.index(target)) for target in split.targets]
 
 
-def mined(train: int, evaluation: int, seed: int, progress: bool = False) -> Data:
-    """Pairs from the docstrings of the installed libraries; see :mod:`.mining`."""
-    splits = []
-    for pairs in mine_pairs(train, evaluation, seed, progress=progress):
-        first, second = [p.first for p in pairs], [p.second for p in pairs]
-        splits.append(Split((first, second), [str(int(p.same)) for p in pairs]))
-    return Data(splits[0], splits[1], ("0", "1"))
-
-
 def read_tsv(path: Path, evaluation: Path | None = None, seed: int = 0) -> Data:
     """Read a tab-separated file with a header: one or two columns of text, a label or a score.
 
@@ -80,7 +71,8 @@ def read_tsv(path: Path, evaluation: Path | None = None, seed: int = 0) -> Data:
     ----------
     path : Path
     evaluation : Path, optional
-        A second file with the same columns. Without it 15 % of the rows are held out.
+        A second file with the same columns. Without it 15 % of the rows are held out, texts that
+        are the same but for case and punctuation on one side together.
     seed : int
         Decides which rows are held out.
 
@@ -91,9 +83,7 @@ def read_tsv(path: Path, evaluation: Path | None = None, seed: int = 0) -> Data:
     """
     train, name = _read_columns(path)
     if evaluation is None:
-        rows = random.Random(seed).sample(range(len(train)), len(train))
-        held_out = max(1, len(rows) * 15 // 100)
-        train, held = train.take(rows[held_out:]), train.take(rows[:held_out])
+        train, held = _held_out(train, seed)
     else:
         held, _ = _read_columns(evaluation)
     if len(held.texts) != len(train.texts):
@@ -102,6 +92,23 @@ def read_tsv(path: Path, evaluation: Path | None = None, seed: int = 0) -> Data:
             f"got {len(held.texts)}"
         )
     return _with_labels(train, held, is_score=name.lower() in SCORES)
+
+
+def same_text(texts: Sequence[str]) -> str:
+    """What texts that differ in case, punctuation and spaces alone have in common."""
+    return "\t".join(" ".join(re.findall(r"\w+", text.casefold())) or text for text in texts)
+
+
+def _held_out(split: Split, seed: int) -> tuple[Split, Split]:
+    rows_of = defaultdict(list)
+    for row, texts in enumerate(zip(*split.texts, strict=True)):
+        rows_of[same_text(texts)].append(row)
+    groups = random.Random(seed).sample(list(rows_of.values()), len(rows_of))
+    rows = [row for group in groups for row in group]
+    wanted, held_out = max(1, len(rows) * 15 // 100), 0
+    while held_out < wanted:
+        held_out += len(groups.pop(0))
+    return split.take(rows[held_out:]), split.take(rows[:held_out])
 
 
 def read_glue(task: str) -> Data:

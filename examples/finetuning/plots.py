@@ -1,4 +1,4 @@
-"""The picture of a comparison: loss curves, and QR-LoRA's spectra with the learned λ."""
+"""The picture of a comparison: loss curves, and QR-LoRA's spectra with the λ of one seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .report import Result, name_of
+from .report import Result, by_method
 
 COLUMNS = 4
 
@@ -39,11 +39,11 @@ def draw(results: Sequence[Result], path: Path) -> bool:
 
 
 def _draw_losses(axes: Any, results: Sequence[Result]) -> None:
-    for result in results:
-        losses = np.array(result["losses"])
+    for name, runs in by_method(results).items():
+        losses = np.mean([run["losses"] for run in runs], axis=0)
         window = max(1, len(losses) // 20)
-        axes.plot(_running_mean(losses, window), label=name_of(result))
-    axes.set(xlabel="step", ylabel="training loss (running mean)", title="Loss")
+        axes.plot(_running_mean(losses, window), label=name)
+    axes.set(xlabel="step", ylabel="training loss (running mean)", title="Loss, mean of the seeds")
     axes.legend()
 
 
@@ -56,11 +56,14 @@ def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float6
 
 
 def _draw_scores(axes: Any, results: Sequence[Result]) -> None:
+    """The mean of the seeds by epoch; the bars reach from the lowest to the highest."""
     metric = next(iter(results[0]["scores"][0]))
-    for result in results:
-        values = [scores[metric] for scores in result["scores"]]
-        axes.plot(range(1, len(values) + 1), values, marker="o", label=name_of(result))
-    epochs = range(1, 1 + max(len(result["scores"]) for result in results))
+    epochs = range(1, 1 + len(results[0]["scores"]))
+    for name, runs in by_method(results).items():
+        values = np.array([[scores[metric] for scores in run["scores"]] for run in runs])
+        mean = values.mean(axis=0)
+        reach = [mean - values.min(axis=0), values.max(axis=0) - mean]
+        axes.errorbar(epochs, mean, yerr=reach, marker="o", capsize=3, label=name)
     axes.set(xlabel="epoch", ylabel=metric, title="Evaluation", xticks=list(epochs))
 
 

@@ -1,15 +1,15 @@
-"""The results of several runs as one table, and as JSON."""
+"""The results of several runs as one table over the seeds, and as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
-from .settings import NAMES
+from .methods import METHODS
 
 Result = dict[str, Any]
 
@@ -27,31 +27,58 @@ def read_result(path: Path) -> Result:
     return result
 
 
+def append_line(path: Path, result: Result) -> None:
+    """Add the result to a file of JSON lines, one a run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+
+
 def name_of(result: Result) -> str:
-    return NAMES[result["settings"]["adapter"]]
+    return METHODS[result["settings"]["adapter"]].label
+
+
+def by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of each row, in the order of the first; runs of a row differ in their seed."""
+    rows: dict[str, list[Result]] = {}
+    for result in results:
+        rows.setdefault(name_of(result), []).append(result)
+    return rows
 
 
 def table(results: Sequence[Result]) -> str:
-    """A Markdown table, one row a run, with what its columns mean below."""
+    """A Markdown table, one row a method, with what its columns mean below."""
     metrics = list(results[0]["scores"][-1])
-    header = ["adapter", "trained", *metrics, "s/epoch", "s to start", "file", "peak memory"]
-    rows = [_row(result, metrics) for result in results]
+    header = ["method", *metrics, "trained", "seconds", "peak memory", "file"]
+    rows = [_row(name, runs, metrics) for name, runs in by_method(results).items()]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [_line(cells, widths) for cells in (header, rule, *rows)]
     return "\n".join([*lines, "", *_notes(results)])
 
 
-def _row(result: Result, metrics: list[str]) -> list[str]:
+def _row(name: str, runs: Sequence[Result], metrics: Sequence[str]) -> list[str]:
+    memory = [run["peak_memory"] for run in runs if run["peak_memory"] is not None]
     return [
-        name_of(result),
-        f"{result['trained']:,}",
-        *(f"{result['scores'][-1][metric]:.3f}" for metric in metrics),
-        f"{mean(result['seconds_an_epoch']):.1f}",
-        f"{result['seconds_to_start']:.2f}",
-        f"{result['adapter_bytes'] / 1024:.1f} KiB",
-        _mebibytes(result["peak_memory"]),
+        name,
+        *(with_spread(run["scores"][-1][metric] for run in runs) for metric in metrics),
+        f"{runs[0]['trained']:,}",
+        f"{mean(seconds(run) for run in runs):.1f}",
+        _size(max(memory)) if memory else "-",
+        _size(runs[0]["adapter_bytes"]),
     ]
+
+
+def with_spread(scores: Iterable[float]) -> str:
+    """The mean, and the standard deviation where there are several."""
+    values = list(scores)
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}"
+
+
+def seconds(result: Result) -> float:
+    """What starting the adapter and training it took."""
+    return float(result["seconds_to_start"] + sum(result["seconds_an_epoch"]))
 
 
 def _line(cells: list[str], widths: list[int]) -> str:
@@ -66,14 +93,20 @@ def _notes(results: Sequence[Result]) -> list[str]:
     first = results[0]
     settings, versions = first["settings"], first["versions"]
     train, held = first["rows"]
+    seeds = sorted({result["settings"]["seed"] for result in results})
     before = [r["memory_before"] for r in results if r["memory_before"] is not None]
-    loaded = f" ({_mebibytes(min(before))} of it libraries and base model)" if before else ""
+    loaded = f" ({_size(min(before))} of it libraries and base model)" if before else ""
+    spread = "; ± is the standard deviation over them" if len(seeds) > 1 else ""
+    epochs = settings["epochs"]
     return [
-        f"Trained: numbers besides the head's {first['head']:,}, which all runs train and all "
+        f"Score of {held:,} rows after {epochs} epoch{'s' * (epochs > 1)} of {train:,} rows"
+        f"{' of ' + settings['task'] if settings['task'] else ''}, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}{spread}.",
+        f"Trained: numbers besides the head's {first['head']:,}, which all rows train and all "
         "files hold.",
-        f"Peak memory: of {_owner(settings)} until training ends{loaded}.",
-        f"{train:,} training rows, epochs: {settings['epochs']}, {held:,} evaluation rows, seed "
-        f"{settings['seed']}, {settings['precision']}; {versions['machine']}; "
+        "Seconds: to start the adapter and to train, without evaluation. Peak memory: of "
+        f"{_owner(settings)} until training ends{loaded}.",
+        f"{settings['precision']}; {versions['machine']}; "
         f"torch {versions['torch']}, qrlora_kernels {versions['qrlora_kernels']}.",
     ]
 
@@ -82,5 +115,5 @@ def _owner(settings: dict[str, Any]) -> str:
     return "the whole process" if settings["device"] == "cpu" else "PyTorch on the device"
 
 
-def _mebibytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.0f} MiB"
+def _size(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 1024:.1f} KiB"

@@ -22,11 +22,22 @@ from .metrics import scores
 from .model import load_model, load_tokenizer
 from .report import write_result
 from .settings import Settings
-from .training import Encoded, Log, encode, faster_precision, predict, train
+from .training import (
+    Encoded,
+    Log,
+    encode,
+    evaluation_batches,
+    faster_precision,
+    predict,
+    predict_batches,
+    train,
+)
+from .warmup import warm_up
 
 # Largest difference of a reloaded model's predictions, relative to their largest magnitude. The
 # same bits are expected; a rebuilt factor may differ in its last digit on another machine.
 RELOAD_LIMIT = {"fp32": 1e-5, "bf16": 1e-2}
+RELOAD_STEP = 4  # every so many batches of evaluation are compared, short and long ones
 
 
 class ReloadError(RuntimeError):
@@ -57,7 +68,7 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
         settings = replace(settings, precision=faster_precision(settings.device))
     data = read_tsv(settings.train_file, settings.eval_file)
     train_set, eval_set = encoded(data, settings)
-    base = fresh_model(data, settings)
+    base = base_model(data, train_set, settings)
     before = peak_memory(settings.device)
     start = time.perf_counter()
     model = adapters.attach(base, settings)
@@ -79,7 +90,7 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
         "adapter_bytes": settings.adapter_file.stat().st_size,
         "peak_memory": peak,
         "memory_before": before,
-        "reload_difference": _check_reload(model, eval_set, data, settings),
+        "reload_difference": _check_reload(log, (train_set, eval_set), data, settings),
         "layers": _layers(model),
         "versions": _versions(),
     }
@@ -101,6 +112,13 @@ def fresh_model(data: Data, settings: Settings) -> nn.Module:
     return load_model(settings.model, outputs, settings.seed, settings.device)
 
 
+def base_model(data: Data, train_set: Encoded, settings: Settings) -> nn.Module:
+    """What the adapter is attached to: the pretrained model under its head, warmed up or not."""
+    model = fresh_model(data, settings)
+    warm_up(model, train_set, settings)
+    return model
+
+
 def _train_and_save(
     model: nn.Module,
     train_set: Encoded,
@@ -111,7 +129,8 @@ def _train_and_save(
 ) -> None:
     def after_epoch(epoch: int) -> None:
         target = np.array(data.values(data.evaluation))
-        reached = scores(predict(model, eval_set, settings).double().numpy(), target)
+        log.predictions = predict(model, eval_set, settings)
+        reached = scores(log.predictions.double().numpy(), target)
         adapters.save(model, settings)
         log.scores.append(reached)  # one entry an adapter that was saved
         print(f"epoch {epoch}: {_one_line(reached)}, saved {settings.adapter_file}", flush=True)
@@ -128,10 +147,13 @@ def _left_behind(log: Log, settings: Settings) -> str:
     return f"interrupted: {settings.adapter_file} holds the adapter of epoch {len(log.scores)}"
 
 
-def _check_reload(model: nn.Module, eval_set: Encoded, data: Data, settings: Settings) -> float:
+def _check_reload(log: Log, sets: tuple[Encoded, Encoded], data: Data, settings: Settings) -> float:
     """Load the saved file into a fresh base; the largest difference of its predictions."""
-    want = predict(model, eval_set, settings)
-    got = predict(adapters.load(fresh_model(data, settings), settings), eval_set, settings)
+    train_set, eval_set = sets
+    batches = evaluation_batches(eval_set)[::RELOAD_STEP]
+    want = log.predictions[[row for batch in batches for row in batch]]
+    model = adapters.load(base_model(data, train_set, settings), settings)
+    got = predict_batches(model, eval_set, batches, settings)
     difference = _relative(got, want)
     if not difference <= RELOAD_LIMIT[settings.precision]:
         raise ReloadError(

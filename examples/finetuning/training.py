@@ -17,6 +17,7 @@ from .data import Split
 from .settings import Settings
 
 WARMUP = 0.1  # share of the steps
+EVALUATED = 64  # rows of a batch
 POOL = 16  # batches that are sorted by length together
 
 
@@ -39,11 +40,12 @@ class Encoded:
 
 @dataclass
 class Log:
-    """What a run leaves behind: one loss a step, one entry an epoch."""
+    """What a run leaves behind: one loss a step, one of the others an epoch."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     scores: list[dict[str, float]] = field(default_factory=list)
+    predictions: Tensor = field(default_factory=lambda: torch.empty(0))  # of the last epoch
 
 
 def encode(tokenizer: Any, split: Split, values: list[float], max_length: int) -> Encoded:
@@ -129,14 +131,26 @@ def predict_batch(model: nn.Module, data: Encoded, rows: list[int], settings: Se
         return model(**inputs)
 
 
-@torch.no_grad()
 def predict(model: nn.Module, data: Encoded, settings: Settings) -> Tensor:
     """Predictions [rows, outputs] in fp32 on the CPU, in the order of the rows."""
-    model.eval()
+    batches = evaluation_batches(data)
+    rows = torch.tensor([row for batch in batches for row in batch])
+    return predict_batches(model, data, batches, settings)[rows.argsort()]
+
+
+def evaluation_batches(data: Encoded) -> list[list[int]]:
+    """All rows, those of similar length together."""
     order = sorted(range(len(data.targets)), key=data.length)
-    batches = [order[i : i + 64] for i in range(0, len(order), 64)]
-    parts = [predict_batch(model, data, rows, settings).cpu() for rows in batches]
-    return torch.cat(parts)[torch.tensor(order).argsort()]
+    return [order[i : i + EVALUATED] for i in range(0, len(order), EVALUATED)]
+
+
+@torch.no_grad()
+def predict_batches(
+    model: nn.Module, data: Encoded, batches: list[list[int]], settings: Settings
+) -> Tensor:
+    """Predictions of the rows of ``batches`` in their order."""
+    model.eval()
+    return torch.cat([predict_batch(model, data, rows, settings).cpu() for rows in batches])
 
 
 def faster_precision(device: str) -> str:
