@@ -76,7 +76,8 @@ class Basis {
   private:
     void append_orthonormal(const Panel& panel);
 
-    Panel transposed_;  // a block is appended at its end, and read where it lies
+    // A block is appended at its end, and read where it lies; the TILE_M rows behind it are zeros.
+    Panel transposed_;
     Panel coefficients_, gram_, inverse_, scaled_;
     int threads_;
 };
