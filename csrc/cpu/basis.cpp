@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/pivoted_qr.h"
 
 namespace qrlora {
