@@ -1,8 +1,9 @@
 # make test   set everything up in .venv and run the tests
-# make test-cpus   the numerical tests with the libraries told of lesser processors
 # make demo   set everything up and fine-tune MiniLM with each adapter on sentences of movie reviews
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
 # make wheel  build a wheel and try it in a clean environment outside the source tree
+# make test-cpus      the numerical tests, the libraries told of lesser processors (CPUS=short: one)
+# make test-sanitize  the native core's tests with AddressSanitizer and UBSan (SANITIZE=short: a part)
 PYTHON ?= python3
 # A bare "torch" pulls gigabytes of CUDA libraries on Linux; override for a GPU: make TORCH="torch"
 TORCH  ?= torch==2.13.0
@@ -12,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-cpus demo bench lint format wheel clean
+.PHONY: test test-cpus test-sanitize demo bench lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -29,7 +30,10 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-cpus: $(VENV)/.ready
-	.ci/test_cpus $(BIN)/python $(CPUS_ARGS)
+	bash .ci/test_cpus $(BIN)/python $(CPUS)
+
+test-sanitize: $(VENV)/.ready
+	bash .ci/sanitize $(BIN)/python $(SANITIZE)
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/finetune.py --demo

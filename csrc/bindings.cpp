@@ -8,6 +8,10 @@
 #include <map>
 #include <string>
 
+#include "qrlora/cpu/amx.h"
+#include "qrlora/cpu/buffer.h"
+#include "qrlora/isa.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -28,15 +32,49 @@ std::map<std::string, std::string> build_config() {
 #else
         {"openmp", "none: one thread"},
 #endif
+#ifdef QRLORA_SANITIZE
+        {"sanitizers", "address, undefined"},
+#endif
     };
     return config;
 }
+
+// Why each instruction set that there are CPU kernels for does not run here; empty where it does.
+std::map<std::string, std::string> instruction_sets() {
+    using qrlora::Isa;
+    std::map<std::string, std::string> sets{{"baseline", qrlora::obstacle(Isa::baseline)}};
+#if defined(__x86_64__)
+    sets["avx2"] = qrlora::obstacle(Isa::avx2);
+    sets["avx512"] = qrlora::obstacle(Isa::avx512);
+#endif
+#ifdef QRLORA_WITH_AMX
+    sets["amx"] = qrlora::amx::obstacle();
+#endif
+    return sets;
+}
+
+#ifdef QRLORA_SANITIZE
+// Reads what a kept buffer holds beyond the last request: no allocator knows of that end.
+int read_past_the_end() {
+    qrlora::AlignedBuffer<unsigned char> buffer;
+    buffer.reserve(4096);
+    const volatile unsigned char* data = buffer.reserve(100);
+    return data[100 + 4];
+}
+#endif
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Native kernels of qrlora_kernels (no torch dependency)";
     m.def("build_config", &build_config, "What this binary was built from and for");
+    m.def("instruction_sets", &instruction_sets,
+          "{set that there are CPU kernels for: why it does not run here, or nothing}");
+    m.def("amx_obstacle", &qrlora::amx::obstacle,
+          "Why bf16 products do not run on the AMX tile unit, or nothing");
+#ifdef QRLORA_SANITIZE
+    m.def("read_past_the_end", &read_past_the_end, "A fault, to prove that it would be noticed");
+#endif
     qrlora::bind_linalg(m);
     qrlora::bind_linear_add(m);
     qrlora::bind_kron(m);

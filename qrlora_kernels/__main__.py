@@ -27,6 +27,7 @@ def report() -> str:
         "",
         f"native core: {native.REASON}",
         *(f"  {key}: {value}" for key, value in sorted(native.build_config().items())),
+        *_instruction_sets(),
         "",
         "backends, in order of preference:",
     ]
@@ -39,6 +40,15 @@ def report() -> str:
         f"pivoted QR of CUDA tensors: {reason if there else f'torch operations, {reason}'}",
     ]
     return "\n".join(lines)
+
+
+def _instruction_sets() -> list[str]:
+    """Those that the core was built for, and what this machine lacks of each."""
+    if native.CORE is None:
+        return []
+    sets: dict[str, str] = native.CORE.instruction_sets()
+    names = native.build_config()["cpu_kernels"].split(",")
+    return [f"  kernels for {name}: {sets[name] or 'run here'}" for name in names]
 
 
 def _version(name: str) -> str:

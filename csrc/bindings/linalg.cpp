@@ -12,7 +12,7 @@
 #include <thread>
 
 #include "qrlora/bindings.h"
-#include "qrlora/cpu/basis.h"
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/pivoted_qr.h"
 
 namespace py = pybind11;

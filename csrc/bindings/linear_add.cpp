@@ -56,7 +56,7 @@ void on_tiles(const LinearAdd& d) {
 DType checked_dtype(int64_t number) {
     const auto dtype = static_cast<DType>(number);
     if (dtype == DType::bf16 && !amx::available())
-        throw std::runtime_error("AMX is not available on this machine");
+        throw std::runtime_error("bf16 on the AMX tile unit: " + amx::obstacle());
     return dtype;
 }
 
@@ -68,7 +68,6 @@ void linear_add(const LinearAdd& d) {
 }
 
 void bind_linear_add(py::module_& m) {
-    m.def("amx_available", &amx::available, "Whether bf16 products run on the AMX tile unit");
     m.def("linear_add", &call, "y = x Wᵀ + b + addend; see qrlora/cpu/linear_add.h");
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/pivoted_qr.h"
 
 namespace qrlora {
@@ -152,7 +153,8 @@ double condition2(const std::vector<double>& lower, const Panel& inverse) {
 }  // namespace
 
 Basis::Basis(int64_t rows, int64_t capacity, int threads) : threads_(threads) {
-    transposed_.shape(capacity, rows);
+    // Products read whole tiles of Qᵀ from any of its rows on.
+    transposed_.shape(capacity + TILE_M, rows);
     clear();
 }
 
@@ -211,8 +213,7 @@ void Basis::append_orthonormal(const Panel& panel) {
         std::fill(qt.row(first + j) + qt.columns, qt.row(first + j + 1), 0.0);
     }
     qt.rows += panel.columns;
-    // Products read whole tiles.
-    std::fill(qt.row(qt.rows), qt.row(round_up(qt.rows, TILE_M)), 0.0);
+    std::fill(qt.row(qt.rows), qt.row(qt.rows + TILE_M), 0.0);
 }
 
 }  // namespace qrlora

@@ -1,7 +1,9 @@
 // y = sum_t (L_t (X R_t)) per token: x is read once, S stays in the L1 cache, y is written once.
 #include <vector>
 
+#include "qrlora/cpu/arena.h"
 #include "qrlora/cpu/kron.h"
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/rows.h"
 #include "qrlora/cpu/small_gemm.h"
 
@@ -9,31 +11,38 @@ namespace qrlora::QRLORA_ISA {
 
 namespace {
 
+// One thread's working set: X, the S_t and Y of a token.
+template <typename T>
+struct Work {
+    T *x, *s, *y;
+    Work(const KronShape& d, int64_t ld, Arena& arena)
+        : x(arena.take<T>(d.r * d.k)),
+          s(arena.take<T>(d.terms * d.r * ld)),
+          y(arena.take<T>(d.n * ld)) {}
+};
+
 template <typename E, typename T>
 void forward(const KronShape& d, KronRows x, const T* left, const T* right, E* y) {
     const int64_t ld = padded<T>(d.r), depth = d.terms * d.r;
     std::vector<T> right_padded(d.terms * d.k * ld);
     load_rows(right, d.terms * d.k, d.r, right_padded.data(), ld);
-    const int64_t scratch = d.r * d.k + depth * ld + d.n * ld;
     const KronChunks chunks(d.tokens);
     const E* rows = static_cast<const E*>(x.data);
-#pragma omp parallel num_threads(chunks.threads(d.threads))
-    {
-        std::vector<T> buffer(scratch);
-        T *token = buffer.data(), *s = token + d.r * d.k, *out = s + depth * ld;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    in_parallel(chunks.threads(d.threads), arena_bytes<Work<T>>(d, ld), [&](Team team) {
+        Arena arena(team.scratch());
+        const Work<T> w(d, ld, arena);
+        team.for_dynamic(chunks.count, [&](int64_t chunk) {
             const int64_t first = chunk * chunks.tokens;
             for (int64_t m = first; m < first + chunks.tokens && m < d.tokens; ++m) {
-                load_rows(rows + m * x.stride, d.r, d.k, token, d.k);
+                load_rows(rows + m * x.stride, d.r, d.k, w.x, d.k);
                 for (int64_t t = 0; t < d.terms; ++t)
-                    small_gemm(d.r, ld, d.k, Strided<T>{token, d.k, 1},
-                               right_padded.data() + t * d.k * ld, ld, s + t * d.r * ld, ld);
-                small_gemm(d.n, ld, depth, Strided<T>{left, depth, 1}, s, ld, out, ld);
-                store_rows(out, ld, d.n, d.r, y + m * d.n * d.r);
+                    small_gemm(d.r, ld, d.k, Strided<T>{w.x, d.k, 1},
+                               right_padded.data() + t * d.k * ld, ld, w.s + t * d.r * ld, ld);
+                small_gemm(d.n, ld, depth, Strided<T>{left, depth, 1}, w.s, ld, w.y, ld);
+                store_rows(w.y, ld, d.n, d.r, y + m * d.n * d.r);
             }
-        }
-    }
+        });
+    });
 }
 
 }  // namespace

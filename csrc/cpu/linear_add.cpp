@@ -13,12 +13,15 @@ void run(const LinearAdd& d) {
     const auto x = layout<T>(d.x), weight = transposed_layout<T>(d.weight);
     const auto *bias = static_cast<const T*>(d.bias), *addend = static_cast<const T*>(d.addend);
     auto* y = static_cast<T*>(d.y);
-#pragma omp parallel num_threads(threads)
-    over_blocks(d.n, block_columns(d.m, weight, d.n, threads), [&](int64_t first, int64_t last) {
-        for (int64_t i = 0; i < d.m; ++i)
-            for (int64_t j = first; j < last; ++j)
-                y[i * d.n + j] = addend[i * d.n + j] + (bias ? bias[j] : T(0));
-        add_product(d.m, x, weight, d.k, first, last, y, d.n);
+    const int64_t block = block_columns(d.m, weight, d.n, threads);
+    in_parallel(threads, part_bytes<T>(d.m), [&](Team team) {
+        auto* part = reinterpret_cast<T*>(team.scratch());
+        over_blocks(team, d.n, block, [&](int64_t first, int64_t last) {
+            for (int64_t i = 0; i < d.m; ++i)
+                for (int64_t j = first; j < last; ++j)
+                    y[i * d.n + j] = addend[i * d.n + j] + (bias ? bias[j] : T(0));
+            add_product(d.m, x, weight, d.k, first, last, y, d.n, part);
+        });
     });
 }
 

@@ -34,42 +34,51 @@ struct Pass {
           scaling(static_cast<T>(shape.scaling)),
           threads(useful_threads(d.threads, d.m, d.n, d.k)) {}
 
+    // Calls body(team) on every thread.
+    template <typename Body>
+    void run(const Body& body) const {
+        in_parallel(threads, part_bytes<T>(d.m), body);
+    }
+
     // inner [m, r] = rows B, and with a diagonal gate mid = s inner ∘ λ.
-    void into_rank(Layout<T> rows, Layout<T> b, int64_t depth, T* inner, T* mid) const {
-        over_blocks(d.r, block_columns(d.m, b, d.r, threads), [&](int64_t first, int64_t last) {
-            start_columns<T>(d.m, nullptr, first, last, inner, d.r);
-            add_product(d.m, rows, b, depth, first, last, inner, d.r);
-            if (d.core) return;
-            for (int64_t i = 0; i < d.m; ++i)
-                for (int64_t j = first; j < last; ++j)
-                    mid[i * d.r + j] = scaling * gate[j] * inner[i * d.r + j];
-        });
+    void into_rank(Team team, Layout<T> rows, Layout<T> b, int64_t depth, T* inner, T* mid) const {
+        over_blocks(team, d.r, block_columns(d.m, b, d.r, threads),
+                    [&](int64_t first, int64_t last) {
+                        start_columns<T>(d.m, nullptr, first, last, inner, d.r);
+                        add_product(d.m, rows, b, depth, first, last, inner, d.r, part(team));
+                        if (d.core) return;
+                        for (int64_t i = 0; i < d.m; ++i)
+                            for (int64_t j = first; j < last; ++j)
+                                mid[i * d.r + j] = scaling * gate[j] * inner[i * d.r + j];
+                    });
     }
 
     // mid [m, r] = s inner G, for a core G.
-    void through_core(const T* inner, Layout<T> core, T* mid) const {
-        over_blocks(d.r, block_columns(d.m, core, d.r, threads), [&](int64_t first, int64_t last) {
-            start_columns<T>(d.m, nullptr, first, last, mid, d.r);
-            add_product(d.m, {inner, d.r, 1}, core, d.r, first, last, mid, d.r);
-            for (int64_t i = 0; i < d.m; ++i)
-                for (int64_t j = first; j < last; ++j) mid[i * d.r + j] *= scaling;
-        });
+    void through_core(Team team, const T* inner, Layout<T> core, T* mid) const {
+        over_blocks(
+            team, d.r, block_columns(d.m, core, d.r, threads), [&](int64_t first, int64_t last) {
+                start_columns<T>(d.m, nullptr, first, last, mid, d.r);
+                add_product(d.m, {inner, d.r, 1}, core, d.r, first, last, mid, d.r, part(team));
+                for (int64_t i = 0; i < d.m; ++i)
+                    for (int64_t j = first; j < last; ++j) mid[i * d.r + j] *= scaling;
+            });
     }
 
     // out [m, columns] = bias + rows B + mid B'.
-    void out_of_rank(Layout<T> rows, Layout<T> b, int64_t depth, const T* mid, Layout<T> up,
-                     const T* bias, int64_t columns, T* out) const {
-        over_blocks(columns, block_columns(d.m, b, columns, threads),
+    void out_of_rank(Team team, Layout<T> rows, Layout<T> b, int64_t depth, const T* mid,
+                     Layout<T> up, const T* bias, int64_t columns, T* out) const {
+        over_blocks(team, columns, block_columns(d.m, b, columns, threads),
                     [&](int64_t first, int64_t last) {
                         start_columns(d.m, bias, first, last, out, columns);
-                        add_product(d.m, rows, b, depth, first, last, out, columns);
-                        add_product(d.m, {mid, d.r, 1}, up, d.r, first, last, out, columns);
+                        add_product(d.m, rows, b, depth, first, last, out, columns, part(team));
+                        add_product(d.m, {mid, d.r, 1}, up, d.r, first, last, out, columns,
+                                    part(team));
                     });
     }
 
     // dλ = s Σ_m h ∘ g.
-    void diagonal_gradient(const T* h, const T* g, T* dlam) const {
-        over_blocks(d.r, 64, [&](int64_t first, int64_t last) {
+    void diagonal_gradient(Team team, const T* h, const T* g, T* dlam) const {
+        over_blocks(team, d.r, 64, [&](int64_t first, int64_t last) {
             double sum[64] = {};
             for (int64_t i = 0; i < d.m; ++i)
                 for (int64_t j = first; j < last; ++j)
@@ -80,9 +89,9 @@ struct Pass {
     }
 
     // dC = s hᵀ g, by its rows: threads that share a row of it write to the same cache lines.
-    void core_gradient(const T* h, const T* g, T* dcore) const {
+    void core_gradient(Team team, const T* h, const T* g, T* dcore) const {
         const bool at_once = d.m <= chunk;
-        over_blocks(d.r, at_once ? (d.r + threads - 1) / threads : core_block,
+        over_blocks(team, d.r, at_once ? (d.r + threads - 1) / threads : core_block,
                     [&](int64_t first, int64_t last) {
                         const int64_t rows = last - first;
                         T* out = dcore + first * d.r;
@@ -113,6 +122,8 @@ struct Pass {
         }
     }
 
+    static T* part(Team team) { return reinterpret_cast<T*>(team.scratch()); }
+
     static constexpr int64_t chunk = 1024, core_block = 64;
 };
 
@@ -122,17 +133,17 @@ void forward(const LowRank& d, const LowRankForward& io) {
     T *mid = scratch(large, d.m * d.r).reserve(d.m * d.r), *h = static_cast<T*>(io.h);
     const Pass<T> pass(d);
     const auto x = layout<T>(io.x);
-#pragma omp parallel num_threads(pass.threads)
-    {
-        pass.into_rank(x, transposed_layout<T>(d.down), d.k, h, mid);
-#pragma omp barrier
+    pass.run([&](Team team) {
+        pass.into_rank(team, x, transposed_layout<T>(d.down), d.k, h, mid);
+        team.barrier();
         if (d.core) {
-            pass.through_core(h, {pass.gate, d.r, 1}, mid);
-#pragma omp barrier
+            pass.through_core(team, h, {pass.gate, d.r, 1}, mid);
+            team.barrier();
         }
-        pass.out_of_rank(x, transposed_layout<T>(d.weight), d.k, mid, transposed_layout<T>(d.up),
-                         static_cast<const T*>(io.bias), d.n, static_cast<T*>(io.y));
-    }
+        pass.out_of_rank(team, x, transposed_layout<T>(d.weight), d.k, mid,
+                         transposed_layout<T>(d.up), static_cast<const T*>(io.bias), d.n,
+                         static_cast<T*>(io.y));
+    });
 }
 
 template <typename T>
@@ -141,23 +152,23 @@ void backward(const LowRank& d, const LowRankBackward& io) {
     T *g = scratch(large, 2 * d.m * d.r).reserve(2 * d.m * d.r), *mid = g + d.m * d.r;
     const Pass<T> pass(d);
     const auto dy = layout<T>(io.dy);
-#pragma omp parallel num_threads(pass.threads)
-    {
-        pass.into_rank(dy, layout<T>(d.up), d.n, g, mid);
-#pragma omp barrier
-        if (io.dgate && d.core)
-            pass.core_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
-        else if (io.dgate)
-            pass.diagonal_gradient(static_cast<const T*>(io.h), g, static_cast<T*>(io.dgate));
-        if (io.dx) {
-            if (d.core) {
-                pass.through_core(g, {pass.gate, 1, d.r}, mid);
-#pragma omp barrier
-            }
-            pass.out_of_rank(dy, layout<T>(d.weight), d.n, mid, layout<T>(d.down),
-                             static_cast<const T*>(nullptr), d.k, static_cast<T*>(io.dx));
+    const auto* h = static_cast<const T*>(io.h);
+    auto *dgate = static_cast<T*>(io.dgate), *dx = static_cast<T*>(io.dx);
+    pass.run([&](Team team) {
+        pass.into_rank(team, dy, layout<T>(d.up), d.n, g, mid);
+        team.barrier();
+        if (dgate && d.core)
+            pass.core_gradient(team, h, g, dgate);
+        else if (dgate)
+            pass.diagonal_gradient(team, h, g, dgate);
+        if (!dx) return;
+        if (d.core) {
+            pass.through_core(team, g, {pass.gate, 1, d.r}, mid);
+            team.barrier();
         }
-    }
+        pass.out_of_rank(team, dy, layout<T>(d.weight), d.n, mid, layout<T>(d.down), nullptr, d.k,
+                         dx);
+    });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/pivot_search.h"
 
 namespace qrlora {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/pivot_search.h"
 
 namespace qrlora {

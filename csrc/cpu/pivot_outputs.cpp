@@ -3,6 +3,7 @@
 // gives the same bits.
 #include <algorithm>
 
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/pivot_search.h"
 
 namespace qrlora {

@@ -11,6 +11,8 @@
 #include <functional>
 #include <numeric>
 
+#include "qrlora/cpu/parallel.h"
+
 namespace qrlora {
 
 // Columns that the basis can hold: an explicit search needs one block beyond where it begins.

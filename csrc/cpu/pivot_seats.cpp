@@ -3,6 +3,7 @@
 // accepted ones as their norms do, so that only newcomers are multiplied with everyone.
 #include <algorithm>
 
+#include "qrlora/cpu/parallel.h"
 #include "qrlora/cpu/pivot_search.h"
 
 namespace qrlora {

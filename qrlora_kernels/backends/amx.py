@@ -31,8 +31,8 @@ __all__ = [
 def available() -> tuple[bool, str]:
     if native.CORE is None:
         return False, native.REASON
-    if not native.CORE.amx_available():
-        return False, "AMX (bf16) and AVX512-BF16 are not offered by this CPU, kernel or build"
+    if obstacle := native.CORE.amx_obstacle():
+        return False, f"bf16 on the AMX tile unit: {obstacle}"
     return True, "bf16 products on the AMX tile unit"
 
 

@@ -2,7 +2,7 @@
 #include "qrlora/cpu/amx.h"
 #include "qrlora/isa.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(QRLORA_WITH_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -10,16 +10,24 @@
 
 namespace qrlora::amx {
 
-#if defined(QRLORA_WITH_AMX) && defined(__x86_64__) && defined(__linux__)
+#if defined(QRLORA_WITH_AMX)
 
 namespace {
 
-bool cpu_has_it() {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const bool tiles = (d >> 24 & 1) && (d >> 22 & 1);  // AMX-TILE, AMX-BF16
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-    return tiles && (a >> 5 & 1);  // AVX512-BF16
+struct Leaf {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    explicit Leaf(unsigned count) {
+        if (!__get_cpuid_count(7, count, &a, &b, &c, &d)) a = b = c = d = 0;
+    }
+};
+
+Features needed() {
+    Features all = features(Isa::avx512);
+    const Leaf first(0), second(1);
+    all.emplace_back("amx_tile", first.d >> 24 & 1);
+    all.emplace_back("amx_bf16", first.d >> 22 & 1);
+    all.emplace_back("avx512_bf16", second.a >> 5 & 1);
+    return all;
 }
 
 // Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
@@ -27,15 +35,25 @@ bool kernel_grants_it() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 }  // namespace
 
-bool available() {
-    static const bool ok = best_isa() == Isa::avx512 && cpu_has_it() && kernel_grants_it();
-    return ok;
+std::string obstacle() {
+    static const std::string reason = [] {
+        std::string lacks = lacking(needed());
+        if (lacks.empty()) lacks = qrlora::obstacle(Isa::avx512);
+        if (!lacks.empty()) return lacks;
+        return std::string(kernel_grants_it() ? "" : "Linux does not grant the tile registers");
+    }();
+    return reason;
 }
 
 #else
 
-bool available() { return false; }
+std::string obstacle() { return "this build has no kernels for it"; }
 
 #endif
+
+bool available() {
+    static const bool ok = obstacle().empty();
+    return ok;
+}
 
 }  // namespace qrlora::amx

@@ -8,23 +8,24 @@ namespace qrlora::amx {
 
 namespace {
 
+// One thread's working set: blocks of C, C^T, the tiles of A^T and copies of B's columns.
+struct Work {
+    float *blocks, *turned;
+    bf16 *right, *copies;
+    Work(const FewRows& few_rows, Arena& arena)
+        : blocks(arena.take<float>(few * side)),
+          turned(arena.take<float>(few * side)),
+          right(arena.take<bf16>((few_rows.tall * padded_depth(few_rows.g) + tile_depth) * 16)),
+          copies(arena.take<bf16>(side * padded_depth(few_rows.g))) {}
+};
+
 class Task : FewRows {
   public:
-    Task(const Gemm& gemm, Scratch& scratch) : FewRows(gemm) {
-        const int64_t depth = padded_depth(g);
-        auto* bytes = static_cast<char*>(
-            scratch.get(2 * few * side * sizeof(float) +
-                        ((tall * depth + tile_depth) * 16 + side * depth) * sizeof(bf16)));
-        blocks_ = reinterpret_cast<float*>(bytes);
-        turned_ = blocks_ + few * side;
-        right_ = reinterpret_cast<bf16*>(turned_ + few * side);
-        copies_ = right_ + (tall * depth + tile_depth) * 16;
-        pack_right();
-    }
+    Task(const Gemm& gemm, Arena arena) : FewRows(gemm), work_(*this, arena) { pack_right(); }
 
     void run(int64_t first, int64_t last) {
         for (int64_t j = first; j < last; j += side) {
-            bf16* copy = copies_;
+            bf16* copy = work_.copies;
             for (int t = 0; t < g.count; ++t) left_[t] = left_of(g.products[t], j, copy);
             if (tall == 1)
                 multiply_low<1>();
@@ -35,7 +36,7 @@ class Task : FewRows {
             else
                 multiply_tall<4>();
             turn();
-            finish_blocks(blocks_, j);
+            finish_blocks(work_.blocks, j);
         }
     }
 
@@ -48,8 +49,8 @@ class Task : FewRows {
 
     // The tiles of A^T. pack_b writes two tiles each time; where one is wanted, the next call
     // writes over the other.
-    void pack_right() {
-        bf16* to = right_;
+    void pack_right() const {
+        bf16* to = work_.right;
         for (int t = 0; t < g.count; ++t) {
             const Product& p = g.products[t];
             for (int64_t d = 0; d < p.depth; d += tile_depth, to += tall * 512)
@@ -76,7 +77,7 @@ class Task : FewRows {
     // add(rows, depth, tiles of A^T) for each stretch of the depth, from B's column `column` on.
     template <typename Add>
     void over_depth(int64_t column, const Add& add) const {
-        const bf16* right = right_;
+        const bf16* right = work_.right;
         for (int t = 0; t < g.count; ++t) {
             const Left& l = left_[t];
             add(Rows{l.inside.data + column * l.inside.ld, l.inside.ld}, l.depth, right);
@@ -106,11 +107,11 @@ class Task : FewRows {
                 }
             }
         });
-        float* below = turned_ + 16 * few;
-        _tile_stored(0, turned_, few * 4);
+        float *turned = work_.turned, *below = turned + 16 * few;
+        _tile_stored(0, turned, few * 4);
         _tile_stored(2, below, few * 4);
         if constexpr (TALL == 2) {
-            _tile_stored(1, turned_ + 16, few * 4);
+            _tile_stored(1, turned + 16, few * 4);
             _tile_stored(3, below + 16, few * 4);
         }
     }
@@ -136,7 +137,7 @@ class Task : FewRows {
                     }
                 }
             });
-            float* to = turned_ + column * few;
+            float* to = work_.turned + column * few;
             _tile_stored(0, to, few * 4);
             _tile_stored(1, to + 16, few * 4);
             _tile_stored(2, to + 32, few * 4);
@@ -150,15 +151,14 @@ class Task : FewRows {
             for (int64_t j = 0; j < side; j += 16) {
                 __m512i r[16];
                 for (int64_t l = 0; l < 16; ++l)
-                    r[l] = _mm512_load_si512(turned_ + (j + l) * few + i);
+                    r[l] = _mm512_load_si512(work_.turned + (j + l) * few + i);
                 transpose_words(r);
                 for (int64_t l = 0; l < 16; ++l)
-                    _mm512_store_si512(blocks_ + (i + l) * side + j, r[l]);
+                    _mm512_store_si512(work_.blocks + (i + l) * side + j, r[l]);
             }
     }
 
-    float *blocks_, *turned_;
-    bf16 *right_, *copies_;
+    const Work work_;
     Left left_[2];
 };
 
@@ -166,14 +166,12 @@ class Task : FewRows {
 
 void gemm_by_columns(const Gemm& g) {
     const int64_t chunk = std::min<int64_t>(256, round_up((g.n + g.threads - 1) / g.threads, side));
-#pragma omp parallel num_threads(g.threads)
-    {
-        thread_local Scratch scratch;
+    in_parallel(g.threads, arena_bytes<Work>(FewRows(g)), [&](Team team) {
         const TileScope scope;
-        Task task(g, scratch);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t j = 0; j < g.n; j += chunk) task.run(j, std::min(g.n, j + chunk));
-    }
+        Task task(g, Arena(team.scratch()));
+        team.for_dynamic(tiles(g.n, chunk),
+                         [&](int64_t i) { task.run(i * chunk, std::min(g.n, (i + 1) * chunk)); });
+    });
 }
 
 }  // namespace qrlora::amx

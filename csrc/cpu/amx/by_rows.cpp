@@ -20,25 +20,28 @@ bool is_cached(const Gemm& g) {
     return g.n * padded_depth(g) * static_cast<int64_t>(sizeof(bf16)) <= cached;
 }
 
+// One thread's working set: blocks of C, a panel's sums, pairs of B's rows and the tiles of A.
+struct Work {
+    float *blocks, *sums;
+    bf16 *pairs, *left;
+    Work(const FewRows& of, int64_t panel, Arena& arena)
+        : blocks(arena.take<float>(few * side)),
+          sums(arena.take<float>(panel * of.tall * of.rows)),
+          pairs(arena.take<bf16>(side * deepest)),
+          left(arena.take<bf16>(padded_depth(of.g) * of.tall * of.rows + side * tile_depth)) {}
+};
+
 class Task : FewRows {
   public:
-    Task(const Gemm& gemm, int64_t panel, Scratch& scratch) : FewRows(gemm) {
-        const int64_t sums = panel * tall * rows, left = padded_depth(g) * tall * rows;
-        auto* bytes = static_cast<char*>(
-            scratch.get(few * side * sizeof(float) + sums * sizeof(float) +
-                        (side * deepest + left + side * tile_depth) * sizeof(bf16)));
-        blocks_ = reinterpret_cast<float*>(bytes);
-        sums_ = blocks_ + few * side;
-        pairs_ = reinterpret_cast<bf16*>(sums_ + sums);
-        left_ = pairs_ + side * deepest;
+    Task(const Gemm& gemm, int64_t panel, Arena arena) : FewRows(gemm), work_(*this, panel, arena) {
         pack_left();
     }
 
     void run(int64_t first, int64_t last) {
         const int64_t block = side * tall * rows;
         const int64_t sweep = tall <= 2 && is_cached(g) ? deepest : tile_depth;
-        std::memset(sums_, 0, tiles(last - first, side) * block * sizeof(float));
-        const bf16* left = left_;
+        std::memset(work_.sums, 0, tiles(last - first, side) * block * sizeof(float));
+        const bf16* left = work_.left;
         for (int t = 0; t < g.count; ++t) {
             const Product& p = g.products[t];
             for (int64_t d = 0; d < p.depth; d += sweep) {
@@ -53,18 +56,18 @@ class Task : FewRows {
                 left += (deep ? 2 : 1) * tall * rows * tile_depth;
             }
         }
-        const float* sums = sums_;
+        const float* sums = work_.sums;
         for (int64_t j = first; j < last; j += side, sums += block) {
             collect(sums);
-            finish_blocks(blocks_, j);
+            finish_blocks(work_.blocks, j);
         }
     }
 
   private:
     // The tiles of A. pack_a writes 32 rows each time; those that are not wanted, the next call
     // writes over.
-    void pack_left() {
-        bf16* to = left_;
+    void pack_left() const {
+        bf16* to = work_.left;
         for (int t = 0; t < g.count; ++t) {
             const Product& p = g.products[t];
             for (int64_t d = 0; d < p.depth; d += tile_depth, to += tall * rows * tile_depth)
@@ -86,15 +89,16 @@ class Task : FewRows {
         if constexpr (DEEP * TALL > 3) QRLORA_TILE_LOAD(5, left + 3 * tile, 64);
         const int64_t half = TALL * rows * 16;
         const bf16* from = p.b.data + d * p.b.row + first * p.b.col;
-        float* sums = sums_;
+        float* sums = work_.sums;
+        bf16* pairs = work_.pairs;
         for (int64_t j = first; j < last; j += side, from += side * p.b.col, sums += 2 * half) {
-            pack_b(from, p.b.row, p.b.col, depth, g.n - j, pairs_);
+            pack_b(from, p.b.row, p.b.col, depth, g.n - j, pairs);
             if constexpr (TALL > 2) {
-                add_tall<TALL>(pairs_, sums);
-                add_tall<TALL>(pairs_ + 512, sums + half);
+                add_tall<TALL>(pairs, sums);
+                add_tall<TALL>(pairs + 512, sums + half);
             } else {
-                add_low<DEEP, TALL>(pairs_, sums);
-                add_low<DEEP, TALL>(pairs_ + 512, sums + half);
+                add_low<DEEP, TALL>(pairs, sums);
+                add_low<DEEP, TALL>(pairs + 512, sums + half);
             }
         }
     }
@@ -144,11 +148,10 @@ class Task : FewRows {
     void collect(const float* sums) {
         for (int64_t j = 0; j < side; j += 16)
             for (int64_t i = 0; i < tall * rows; ++i, sums += 16)
-                _mm512_store_ps(blocks_ + i * side + j, _mm512_load_ps(sums));
+                _mm512_store_ps(work_.blocks + i * side + j, _mm512_load_ps(sums));
     }
 
-    float *blocks_, *sums_;
-    bf16 *pairs_, *left_;
+    const Work work_;
 };
 
 }  // namespace
@@ -157,14 +160,12 @@ void gemm_by_rows(const Gemm& g) {
     const int64_t columns = (is_cached(g) ? narrow : wide) / round_up(g.m, 16);
     const int64_t panels = round_up(tiles(g.n, columns), g.threads);
     const int64_t panel = round_up(tiles(g.n, panels), side);
-#pragma omp parallel num_threads(g.threads)
-    {
-        thread_local Scratch scratch;
+    in_parallel(g.threads, arena_bytes<Work>(FewRows(g), panel), [&](Team team) {
         const TileScope scope(std::min<int64_t>(g.m, 16));
-        Task task(g, panel, scratch);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t j = 0; j < g.n; j += panel) task.run(j, std::min(g.n, j + panel));
-    }
+        Task task(g, panel, Arena(team.scratch()));
+        team.for_dynamic(tiles(g.n, panel),
+                         [&](int64_t i) { task.run(i * panel, std::min(g.n, (i + 1) * panel)); });
+    });
 }
 
 }  // namespace qrlora::amx

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "block.h"
+#include "qrlora/cpu/arena.h"
+#include "qrlora/cpu/parallel.h"
 
 namespace qrlora::amx {
 

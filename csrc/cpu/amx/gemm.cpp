@@ -57,18 +57,21 @@ Gemm part(const Gemm& g, int64_t from, int64_t to) {
     return narrowed;
 }
 
+// One thread's working set: a block of C, the sums that wait between segments, the tiles of B's
+// panel and copies of A's rows.
+struct Work {
+    float *block, *sums;
+    bf16 *tiles, *rows;
+    Work(const Cut& cut, Arena& arena)
+        : block(arena.take<float>(side * side)),
+          sums(arena.take<float>(cut.segments > 1 ? cut.rows * cut.panel : 0)),
+          tiles(arena.take<bf16>(cut.panel * cut.segment)),
+          rows(arena.take<bf16>(side * cut.segment)) {}
+};
+
 class Task {
   public:
-    Task(const Gemm& g, const Cut& cut, Scratch& scratch) : whole_(g), cut_(cut) {
-        const int64_t waiting = cut.segments > 1 ? cut.rows * cut.panel : 0;
-        auto* bytes =
-            static_cast<char*>(scratch.get(block_bytes + waiting * sizeof(float) +
-                                           (cut.panel + side) * cut.segment * sizeof(bf16)));
-        block_ = reinterpret_cast<float*>(bytes);
-        sums_ = block_ + side * side;
-        tiles_ = reinterpret_cast<bf16*>(sums_ + waiting);
-        rows_ = tiles_ + cut.panel * cut.segment;
-    }
+    Task(const Gemm& g, const Cut& cut, Arena arena) : whole_(g), cut_(cut), work_(cut, arena) {}
 
     void run(int64_t panel, int64_t chunk) {
         const int64_t j0 = panel * cut_.panel, j1 = std::min(whole_.n, j0 + cut_.panel);
@@ -78,7 +81,7 @@ class Task {
             g_ = part(whole_, from, to);
             depth_ = to - from;
             pack_panel(j0, j1);
-            float* sums = sums_;
+            float* sums = work_.sums;
             for (int64_t i = i0; i < i1; i += side, sums += side * cut_.panel)
                 run_rows(i, j0, j1, sums, s == 0, s + 1 == cut_.segments);
         }
@@ -89,31 +92,31 @@ class Task {
     // Blocks of C in rows from i on; what is summed so far is in `sums`, block by block.
     void run_rows(int64_t i, int64_t j0, int64_t j1, float* sums, bool first, bool last) {
         Rows a[2];
-        bf16* copy = rows_;
+        bf16* copy = work_.rows;
         for (int t = 0; t < g_.count; ++t)
             a[t] = rows_of(g_.products[t].a, g_.products[t].depth, i, g_.m, copy);
         for (int64_t j = j0; j < j1; j += side, sums += side * side) {
             first ? zero_block() : load_block(sums);
-            multiply_all(g_, a, tiles_ + (j - j0) * depth_, g_.m - i, g_.n - j);
+            multiply_all(g_, a, work_.tiles + (j - j0) * depth_, g_.m - i, g_.n - j);
             if (!last) {
                 store_block(sums);
                 continue;
             }
             finish_waiting();
-            store_block(block_);
+            store_block(work_.block);
             row_ = i, column_ = j;
         }
     }
 
     // A block is rounded while the tile unit is busy with the next one.
     void finish_waiting() {
-        if (row_ >= 0) finish(whole_, block_, row_, column_);
+        if (row_ >= 0) finish(whole_, work_.block, row_, column_);
         row_ = -1;
     }
 
     // Columns [j0, j1) of both B, in tile order, one group of 32 columns after the other.
     void pack_panel(int64_t j0, int64_t j1) {
-        bf16* to = tiles_;
+        bf16* to = work_.tiles;
         for (int t = 0; t < g_.count; ++t) {
             const Product& p = g_.products[t];
             // Where rows are contiguous, a strip of rows over all columns is read as it lies.
@@ -133,9 +136,8 @@ class Task {
     const Cut& cut_;
     Gemm g_;  // the segment's part of it
     int64_t depth_ = 0;
-    float *block_, *sums_;
     int64_t row_ = -1, column_ = 0;  // where the block goes; no block waits if row_ < 0
-    bf16 *tiles_, *rows_;
+    const Work work_;
 };
 
 // Waking a thread takes as long as some millions of multiplications.
@@ -153,15 +155,12 @@ void gemm(const Gemm& asked) {
     g.threads = useful_threads(asked);
     if (is_few(g)) return columns_contiguous(g) ? gemm_by_columns(g) : gemm_by_rows(g);
     const Cut cut(g);
-#pragma omp parallel num_threads(g.threads)
-    {
-        thread_local Scratch scratch;
-        const TileScope tiles;
-        Task task(g, cut, scratch);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t t = 0; t < cut.panels * cut.chunks; ++t)
-            task.run(t % cut.panels, t / cut.panels);
-    }
+    in_parallel(g.threads, arena_bytes<Work>(cut), [&](Team team) {
+        const TileScope scope;
+        Task task(g, cut, Arena(team.scratch()));
+        team.for_dynamic(cut.panels * cut.chunks,
+                         [&](int64_t i) { task.run(i % cut.panels, i / cut.panels); });
+    });
 }
 
 void column_dots(int64_t m, int64_t n, const bf16* u, int64_t u_row, const bf16* v, int64_t v_row,

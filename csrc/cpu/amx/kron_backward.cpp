@@ -5,6 +5,8 @@
 
 #include "kron_tiles.h"
 #include "qrlora/cpu/amx.h"
+#include "qrlora/cpu/arena.h"
+#include "qrlora/cpu/parallel.h"
 
 namespace qrlora::amx {
 
@@ -26,19 +28,19 @@ struct Sides {
 
 // One thread's working set. Everything starts as zero and padding is never written.
 struct Work {
-    Zeroed<bf16> x_rows, dy_rows, x_tiles, dy_tiles, s_transposed, t_transposed, t_rows;
-    Zeroed<float> square, t, dx;
-    Work(const KronShape& d, const Sides& c)
-        : x_rows(allocate(c.r * 16 * c.k_depth * 32)),
-          dy_rows(allocate(group * c.n * 16 * c.r_depth * 32)),
-          x_tiles(allocate(group * c.k * c.r_depth * tile_elements)),
-          dy_tiles(allocate(c.r * c.n_depth * tile_elements)),
-          s_transposed(allocate(group * c.r * c.r_depth * tile_elements)),
-          t_transposed(allocate(group * c.r * 16 * c.r_depth * 32)),
-          t_rows(allocate(c.r * 16 * d.terms * c.r_depth * 32)),
-          square(allocate<float>(c.r_depth * c.r_depth * 1024)),
-          t(allocate<float>(d.terms * c.r_depth * c.r_depth * 1024)),
-          dx(allocate<float>(c.r * 16 * c.k * 16)) {}
+    bf16 *x_rows, *dy_rows, *x_tiles, *dy_tiles, *s_transposed, *t_transposed, *t_rows;
+    float *square, *t, *dx;
+    Work(const KronShape& d, const Sides& c, Arena& arena)
+        : x_rows(arena.take<bf16>(c.r * 16 * c.k_depth * 32)),
+          dy_rows(arena.take<bf16>(group * c.n * 16 * c.r_depth * 32)),
+          x_tiles(arena.take<bf16>(group * c.k * c.r_depth * tile_elements)),
+          dy_tiles(arena.take<bf16>(c.r * c.n_depth * tile_elements)),
+          s_transposed(arena.take<bf16>(group * c.r * c.r_depth * tile_elements)),
+          t_transposed(arena.take<bf16>(group * c.r * 16 * c.r_depth * 32)),
+          t_rows(arena.take<bf16>(c.r * 16 * d.terms * c.r_depth * 32)),
+          square(arena.take<float>(c.r_depth * c.r_depth * 1024)),
+          t(arena.take<float>(d.terms * c.r_depth * c.r_depth * 1024)),
+          dx(arena.take<float>(c.r * 16 * c.k * 16)) {}
 };
 
 class Backward {
@@ -54,17 +56,18 @@ class Backward {
     }
 
     void run() {
-#pragma omp parallel num_threads(chunks_.threads(d_.threads))
-        {
+        const int64_t bytes = arena_bytes<Work>(d_, c_);
+        in_parallel(chunks_.threads(d_.threads), bytes, [&](Team team) {
+            std::memset(team.scratch(), 0, bytes);
+            Arena arena(team.scratch());
+            const Work w(d_, c_, arena);
             const TileScope scope;
-            Work w(d_, c_);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
+            team.for_dynamic(chunks_.count, [&](int64_t chunk) {
                 const int64_t last = std::min(d_.tokens, (chunk + 1) * chunks_.tokens);
                 for (int64_t m = chunk * chunks_.tokens; m < last; m += group)
                     add_group(m, std::min(group, last - m), chunk, w);
-            }
-        }
+            });
+        });
         if (args_.da)
             sum_chunks(da_.get(), size(c_.n, c_.r), d_.n, c_.r * 16, 1, args_.scaling, args_.da);
         if (args_.db) sum_chunks(db_.get(), size(c_.r, c_.k), d_.k, 1, c_.k * 16, 1.0, args_.db);
@@ -90,75 +93,71 @@ class Backward {
                    c_.k_depth, c_.r);
     }
 
-    void add_group(int64_t m, int64_t tokens, int64_t chunk, Work& w) {
+    void add_group(int64_t m, int64_t tokens, int64_t chunk, const Work& w) {
         for (int64_t g = 0; g < tokens; ++g) add_token(m + g, g, w);
         if (args_.da) {
             Operands o{dy(m),
                        d_.r,
                        args_.dy.stride,
-                       w.s_transposed.get(),
+                       w.s_transposed,
                        c_.r * c_.r_depth * tile_elements,
                        c_.r_depth,
                        tokens};
-            if (copies_dy()) o.a = w.dy_rows.get(), o.lda = ld_, o.a_step = c_.n * 16 * ld_;
+            if (copies_dy()) o.a = w.dy_rows, o.lda = ld_, o.a_step = c_.n * 16 * ld_;
             tile_product(o, c_.n, c_.r, da_.get() + chunk * size(c_.n, c_.r), c_.r * 16, true);
         }
         if (args_.db)
-            tile_product({w.t_transposed.get(), ld_, c_.r * 16 * ld_, w.x_tiles.get(),
+            tile_product({w.t_transposed, ld_, c_.r * 16 * ld_, w.x_tiles,
                           c_.k * c_.r_depth * tile_elements, c_.r_depth, tokens},
                          c_.r, c_.k, db_.get() + chunk * size(c_.r, c_.k), c_.k * 16, true);
     }
 
-    void add_token(int64_t m, int64_t g, Work& w) {
+    void add_token(int64_t m, int64_t g, const Work& w) {
         if (args_.da) prepare_da(m, g, w);
         if (!args_.db && !args_.dx) return;
-        pack_tiles(dy(m), d_.r, d_.n, d_.r, w.dy_tiles.get(), c_.n_depth, c_.r);
-        tile_product({left_t_.get(), c_.n_depth * 32, 0, w.dy_tiles.get(), 0, c_.n_depth, 1},
-                     d_.terms * c_.r_depth * 2, c_.r, w.t.get(), ld_);
+        pack_tiles(dy(m), d_.r, d_.n, d_.r, w.dy_tiles, c_.n_depth, c_.r);
+        tile_product({left_t_.get(), c_.n_depth * 32, 0, w.dy_tiles, 0, c_.n_depth, 1},
+                     d_.terms * c_.r_depth * 2, c_.r, w.t, ld_);
         if (args_.dx) store_dx(m, w);
         if (args_.db) prepare_db(m, g, w);
     }
 
     // S = X R_0, transposed to be the right operand of dA += dY S^T.
-    void prepare_da(int64_t m, int64_t g, Work& w) {
+    void prepare_da(int64_t m, int64_t g, const Work& w) {
         const bf16* rows = x(m);
         int64_t ld = d_.k;
         if (d_.r % 16 || d_.k % 32) {
             ld = c_.k_depth * 32;
-            copy_rows(rows, d_.k, d_.r, d_.k, w.x_rows.get(), c_.r * 16, ld);
-            rows = w.x_rows.get();
+            copy_rows(rows, d_.k, d_.r, d_.k, w.x_rows, c_.r * 16, ld);
+            rows = w.x_rows;
         }
-        tile_product({rows, ld, 0, right_.get(), 0, c_.k_depth, 1}, c_.r, c_.r, w.square.get(),
-                     ld_);
-        to_transposed_tiles(w.square.get(), ld_, c_.r, c_.r_depth,
-                            w.s_transposed.get() + g * c_.r * c_.r_depth * tile_elements);
+        tile_product({rows, ld, 0, right_.get(), 0, c_.k_depth, 1}, c_.r, c_.r, w.square, ld_);
+        to_transposed_tiles(w.square, ld_, c_.r, c_.r_depth,
+                            w.s_transposed + g * c_.r * c_.r_depth * tile_elements);
         if (copies_dy())
-            copy_rows(dy(m), d_.r, d_.n, d_.r, w.dy_rows.get() + g * c_.n * 16 * ld_, c_.n * 16,
-                      ld_);
+            copy_rows(dy(m), d_.r, d_.n, d_.r, w.dy_rows + g * c_.n * 16 * ld_, c_.n * 16, ld_);
     }
 
     // dX = [T_0 T_1] [R_0^T; R_1^T]
-    void store_dx(int64_t m, Work& w) {
+    void store_dx(int64_t m, const Work& w) {
         const int64_t depth = d_.terms * c_.r_depth;
         for (int64_t t = 0; t < d_.terms; ++t)
-            to_rows(w.t.get() + t * ld_ * ld_, ld_, c_.r * 16, c_.r_depth, w.t_rows.get() + t * ld_,
+            to_rows(w.t + t * ld_ * ld_, ld_, c_.r * 16, c_.r_depth, w.t_rows + t * ld_,
                     depth * 32);
-        tile_product({w.t_rows.get(), depth * 32, 0, right_t_.get(), 0, depth, 1}, c_.r, c_.k,
-                     w.dx.get(), c_.k * 16);
-        store_rounded(w.dx.get(), c_.k * 16, d_.r, d_.k,
-                      static_cast<bf16*>(args_.dx) + m * d_.r * d_.k);
+        tile_product({w.t_rows, depth * 32, 0, right_t_.get(), 0, depth, 1}, c_.r, c_.k, w.dx,
+                     c_.k * 16);
+        store_rounded(w.dx, c_.k * 16, d_.r, d_.k, static_cast<bf16*>(args_.dx) + m * d_.r * d_.k);
     }
 
     // dB^T += (T_0 + s T_1)^T X; T_0 is overwritten.
-    void prepare_db(int64_t m, int64_t g, Work& w) {
-        float* t = w.t.get();
+    void prepare_db(int64_t m, int64_t g, const Work& w) {
+        float* t = w.t;
         const int64_t square = ld_ * ld_;
         if (d_.terms == 2)
             for (int64_t i = 0; i < square; ++i)
                 t[i] += static_cast<float>(args_.scaling) * t[square + i];
-        to_transposed_rows(t, ld_, c_.r_depth, c_.r, w.t_transposed.get() + g * c_.r * 16 * ld_,
-                           ld_);
-        pack_tiles(x(m), d_.k, d_.r, d_.k, w.x_tiles.get() + g * c_.k * c_.r_depth * tile_elements,
+        to_transposed_rows(t, ld_, c_.r_depth, c_.r, w.t_transposed + g * c_.r * 16 * ld_, ld_);
+        pack_tiles(x(m), d_.k, d_.r, d_.k, w.x_tiles + g * c_.k * c_.r_depth * tile_elements,
                    c_.r_depth, c_.k);
     }
 

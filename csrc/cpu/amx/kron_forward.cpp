@@ -2,6 +2,8 @@
 // product to the second, and never leaves the L1 cache.
 #include "kron_tiles.h"
 #include "qrlora/cpu/amx.h"
+#include "qrlora/cpu/arena.h"
+#include "qrlora/cpu/parallel.h"
 
 namespace qrlora::amx {
 
@@ -31,41 +33,50 @@ class Forward {
 
     void run() {
         const KronChunks chunks(d_.tokens);
-#pragma omp parallel num_threads(chunks.threads(d_.threads))
-        {
+        const int64_t bytes = arena_bytes<Work>(*this);
+        in_parallel(chunks.threads(d_.threads), bytes, [&](Team team) {
+            std::memset(team.scratch(), 0, bytes);
+            Arena arena(team.scratch());
+            const Work work(*this, arena);
             const TileScope scope;
-            const auto token = allocate(r_tiles_ * 16 * k_depth_ * 32);
-            const auto s_tiles = allocate(r_tiles_ * depth_ * tile_elements);
-            // Rows of S past r stay zero: they pad the depth of the second product.
-            const auto s = allocate<float>(r_depth_ * 32 * r_tiles_ * 16);
-            const auto out = allocate<float>(n_tiles_ * 16 * r_tiles_ * 16);
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+            team.for_dynamic(chunks.count, [&](int64_t chunk) {
                 const int64_t first = chunk * chunks.tokens;
                 for (int64_t m = first; m < first + chunks.tokens && m < d_.tokens; ++m)
-                    one(m, token.get(), s.get(), s_tiles.get(), out.get());
-            }
-        }
+                    one(m, work);
+            });
+        });
     }
 
   private:
-    void one(int64_t m, bf16* token, float* s, bf16* s_tiles, float* out) {
+    // One thread's working set, of a token. Rows of S past r stay zero: they pad the depth of the
+    // second product.
+    struct Work {
+        bf16 *token, *s_tiles;
+        float *s, *out;
+        Work(const Forward& f, Arena& arena)
+            : token(arena.take<bf16>(f.r_tiles_ * 16 * f.k_depth_ * 32)),
+              s_tiles(arena.take<bf16>(f.r_tiles_ * f.depth_ * tile_elements)),
+              s(arena.take<float>(f.r_depth_ * 32 * f.r_tiles_ * 16)),
+              out(arena.take<float>(f.n_tiles_ * 16 * f.r_tiles_ * 16)) {}
+    };
+
+    void one(int64_t m, const Work& w) const {
         const bf16* x = static_cast<const bf16*>(x_.data) + m * x_.stride;
         int64_t ld = d_.k;
         if (d_.r % 16 || d_.k % 32) {
             ld = k_depth_ * 32;
-            copy_rows(x, d_.k, d_.r, d_.k, token, r_tiles_ * 16, ld);
-            x = token;
+            copy_rows(x, d_.k, d_.r, d_.k, w.token, r_tiles_ * 16, ld);
+            x = w.token;
         }
         const int64_t ldc = r_tiles_ * 16;
         for (int64_t t = 0; t < d_.terms; ++t) {
             const bf16* right = right_.get() + t * r_tiles_ * k_depth_ * tile_elements;
-            tile_product({x, ld, 0, right, 0, k_depth_, 1}, r_tiles_, r_tiles_, s, ldc);
-            to_tiles(s, ldc, r_depth_, r_tiles_, s_tiles, t * r_depth_, depth_);
+            tile_product({x, ld, 0, right, 0, k_depth_, 1}, r_tiles_, r_tiles_, w.s, ldc);
+            to_tiles(w.s, ldc, r_depth_, r_tiles_, w.s_tiles, t * r_depth_, depth_);
         }
-        tile_product({left_.get(), depth_ * 32, 0, s_tiles, 0, depth_, 1}, n_tiles_, r_tiles_, out,
-                     ldc);
-        store_rounded(out, ldc, d_.n, d_.r, y_ + m * d_.n * d_.r);
+        tile_product({left_.get(), depth_ * 32, 0, w.s_tiles, 0, depth_, 1}, n_tiles_, r_tiles_,
+                     w.out, ldc);
+        store_rounded(w.out, ldc, d_.n, d_.r, y_ + m * d_.n * d_.r);
     }
 
     const KronShape d_;

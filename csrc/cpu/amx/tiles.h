@@ -67,28 +67,6 @@ class TileScope {
     Config before_;
 };
 
-// A thread's scratch, kept between calls so that its pages are touched once.
-class Scratch {
-  public:
-    void* get(int64_t bytes) {
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = round_up(bytes, 4096);
-            data_ = std::aligned_alloc(4096, size_);
-            if (!data_) {
-                size_ = 0;
-                throw std::bad_alloc();
-            }
-        }
-        return data_;
-    }
-    ~Scratch() { std::free(data_); }
-
-  private:
-    void* data_ = nullptr;
-    int64_t size_ = 0;
-};
-
 struct Free {
     void operator()(void* p) const { std::free(p); }
 };

@@ -2,32 +2,25 @@
 // A kernel source wraps its code in `namespace qrlora::QRLORA_ISA`.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace qrlora {
 
 enum class Isa { baseline, avx2, avx512 };
 
+// What the compiler may use for a set beyond the baseline, named as in /proc/cpuinfo, and whether
+// this CPU and its operating system have it.
+using Features = std::vector<std::pair<const char*, bool>>;
+Features features(Isa isa);
+// "the CPU lacks ..." with each one that is not there; empty if none.
+std::string lacking(const Features& features);
+
 // The best instruction set this CPU has, or the one that QRLORA_ISA names if it is lower.
-inline Isa best_isa() {
-    static const Isa isa = [] {
-        Isa best = Isa::baseline;
-#if defined(__x86_64__)
-        __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
-        if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") &&
-            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl"))
-            best = Isa::avx512;
-#endif
-        const char* asked = std::getenv("QRLORA_ISA");
-        if (asked && !std::strcmp(asked, "baseline")) return Isa::baseline;
-        if (asked && !std::strcmp(asked, "avx2") && best == Isa::avx512) return Isa::avx2;
-        return best;
-    }();
-    return isa;
-}
+Isa best_isa();
+// Why the kernels of this set do not run here; empty if they could.
+std::string obstacle(Isa isa);
 
 }  // namespace qrlora
 

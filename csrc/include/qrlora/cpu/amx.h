@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "qrlora/cpu/kron.h"
 #include "qrlora/dtype.h"
@@ -11,6 +12,9 @@ namespace qrlora::amx {
 
 // Whether this CPU and this kernel offer AMX; asks the kernel for the tile state on the first call.
 bool available();
+// Why they do not, or this build does not, each thing that is missing named apart; empty if they
+// do.
+std::string obstacle();
 
 // A [m, depth] in memory as element (i, p) at data[i * row + p * col], B [depth, n] likewise; of
 // row and col at least one is 1.

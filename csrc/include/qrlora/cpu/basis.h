@@ -2,33 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <exception>
 #include <vector>
 
 #include "qrlora/cpu/buffer.h"
 #include "qrlora/cpu/dense.h"
 
 namespace qrlora {
-
-// Runs task(i) for 0 <= i < count on up to `threads` threads; rethrows what one of them threw.
-template <class Task>
-void parallel_for(int threads, int64_t count, const Task& task) {
-    if (threads == 1 || count == 1) {
-        for (int64_t i = 0; i < count; ++i) task(i);
-        return;
-    }
-    std::exception_ptr error;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) {
-        try {
-            task(i);
-        } catch (...) {
-#pragma omp critical(qrlora_parallel_for)
-            error = std::current_exception();
-        }
-    }
-    if (error) std::rethrow_exception(error);
-}
 
 // A row-major fp64 panel whose rows and columns are padded with zeros to whole tiles.
 class Panel {
@@ -76,7 +55,8 @@ class Basis {
   private:
     void append_orthonormal(const Panel& panel);
 
-    Panel transposed_;  // a block is appended at its end, and read where it lies
+    // A block is appended at its end, and read where it lies; the TILE_M rows behind it are zeros.
+    Panel transposed_;
     Panel coefficients_, gram_, inverse_, scaled_;
     int threads_;
 };

@@ -3,6 +3,10 @@
 
 #include <sys/mman.h>
 
+#ifdef QRLORA_SANITIZE
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -10,6 +14,18 @@
 #include <utility>
 
 namespace qrlora {
+
+// Memory that is allocated and belongs to nobody: under AddressSanitizer, touching it is an error.
+inline void close_off([[maybe_unused]] const void* from, [[maybe_unused]] int64_t bytes) {
+#ifdef QRLORA_SANITIZE
+    ASAN_POISON_MEMORY_REGION(from, static_cast<size_t>(bytes));
+#endif
+}
+inline void open_up([[maybe_unused]] const void* from, [[maybe_unused]] int64_t bytes) {
+#ifdef QRLORA_SANITIZE
+    ASAN_UNPOISON_MEMORY_REGION(from, static_cast<size_t>(bytes));
+#endif
+}
 
 // Uninitialised memory for free(). Large pages are asked for where it is much: a column of a matrix
 // kept by rows is otherwise a page of its own for every element.
@@ -19,6 +35,7 @@ inline void* allocate(size_t size) {
     const size_t bytes = (size + unit - 1) / unit * unit;
     void* data = std::aligned_alloc(unit, bytes);
     if (!data) throw std::bad_alloc();
+    close_off(static_cast<char*>(data) + size, static_cast<int64_t>(bytes - size));
 #ifdef MADV_HUGEPAGE
     if (unit == large_page) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
@@ -47,11 +64,13 @@ class AlignedBuffer {
             data_ = static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
             count_ = count;
         }
+        restrict_to(count);
         return data_;
     }
     // At least `count` elements, of which the first `kept` stay what they are.
     T* grow(int64_t count, int64_t kept) {
         if (count > count_) move_to(std::max(count, 2 * count_), kept);
+        restrict_to(count);
         return data_;
     }
     // Just `count` elements, all of them kept.
@@ -66,6 +85,12 @@ class AlignedBuffer {
     const T* data() const { return data_; }
 
   private:
+    // What is left of a larger request before is not this one's.
+    void restrict_to(int64_t count) {
+        constexpr auto size = static_cast<int64_t>(sizeof(T));
+        open_up(data_, count * size);
+        close_off(data_ + count, (count_ - count) * size);
+    }
     void move_to(int64_t count, int64_t kept) {
         AlignedBuffer other;
         other.reserve(count);

@@ -8,7 +8,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "qrlora/cpu/buffer.h"
 #include "qrlora/cpu/vec.h"
 
 namespace qrlora::QRLORA_ISA {
@@ -237,15 +236,13 @@ inline void add_rows(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t
 }
 
 // As add_rows, but stretches of B's rows are summed on their own: over 14,336 rows added straight
-// to C the error grows past twice that of a library's product.
+// to C the error grows past twice that of a library's product. `part` has room for the result.
 template <typename T>
 inline void add_stretches(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t first,
-                          int64_t last, T* c, int64_t ldc) {
+                          int64_t last, T* c, int64_t ldc, T* part) {
     constexpr int64_t stretch = 1024;
     if (depth <= stretch) return add_rows(m, a, b, depth, first, last, c, ldc);
-    thread_local AlignedBuffer<T> buffer;
     const int64_t columns = last - first;
-    T* part = buffer.reserve(m * columns);
     for (int64_t p = 0; p < depth; p += stretch) {
         std::fill_n(part, m * columns, T(0));
         add_rows<T>(m, {a.data + p * a.col, a.row, a.col},
@@ -256,15 +253,19 @@ inline void add_stretches(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, in
     }
 }
 
-// Columns [first, last) of C += A B, for so few rows at a time that they stay in the cache.
+constexpr int64_t ROWS_AT_ONCE = 32;  // of C, so few that they stay in the cache
+
+// Columns [first, last) of C += A B; `part` has room for ROWS_AT_ONCE rows of them.
 template <typename T>
 inline void add_product(int64_t m, Layout<T> a, Layout<T> b, int64_t depth, int64_t first,
-                        int64_t last, T* c, int64_t ldc) {
-    constexpr int64_t rows = 32;
-    for (int64_t i = 0; i < m; i += rows) {
+                        int64_t last, T* c, int64_t ldc, T* part) {
+    for (int64_t i = 0; i < m; i += ROWS_AT_ONCE) {
         const Layout<T> some{a.data + i * a.row, a.row, a.col};
-        const auto add = b.col == 1 ? add_stretches<T> : add_dots<T>;
-        add(std::min(rows, m - i), some, b, depth, first, last, c + i * ldc, ldc);
+        const int64_t rows = std::min(ROWS_AT_ONCE, m - i);
+        if (b.col == 1)
+            add_stretches(rows, some, b, depth, first, last, c + i * ldc, ldc, part);
+        else
+            add_dots(rows, some, b, depth, first, last, c + i * ldc, ldc);
     }
 }
 

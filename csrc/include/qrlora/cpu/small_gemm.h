@@ -68,12 +68,13 @@ inline void gemm_columns(int64_t rows, int64_t depth, Strided<T> a, const T* b, 
 }
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns is a multiple of the vector's
-// lanes. A long sum is made of short ones, which keeps its error low.
+// lanes. A long sum is made of short ones, which keeps its error low; an empty one is zero.
 template <typename T>
 inline void small_gemm(int64_t rows, int64_t columns, int64_t depth, Strided<T> a, const T* b,
                        int64_t ldb, T* c, int64_t ldc, bool accumulate = false) {
     constexpr int64_t lanes = Vec<T>::lanes, longest = 64;
-    for (int64_t p = 0; p < depth; p += longest) {
+    int64_t p = 0;
+    do {
         const int64_t steps = depth - p < longest ? depth - p : longest;
         const Strided<T> left{a.data + p * a.col, a.row, a.col};
         const T* right = b + p * ldb;
@@ -82,7 +83,8 @@ inline void small_gemm(int64_t rows, int64_t columns, int64_t depth, Strided<T> 
         for (; j + 2 * lanes <= columns; j += 2 * lanes)
             gemm_columns<T, 2>(rows, steps, left, right + j, ldb, c + j, ldc, add);
         if (j < columns) gemm_columns<T, 1>(rows, steps, left, right + j, ldb, c + j, ldc, add);
-    }
+        p += longest;
+    } while (p < depth);
 }
 
 }  // namespace qrlora::QRLORA_ISA
