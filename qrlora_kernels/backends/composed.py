@@ -226,11 +226,14 @@ def add_base(update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _fuses_bias(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in HALF and x.numel() > 0 and _onednn_runs(x.dtype)
+    return x.device.type == "cpu" and x.dtype in HALF and 0 not in x.shape and _onednn_runs(x.dtype)
 
 
 def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
+    # oneDNN takes the bias as N elements from its address on, whatever its stride; the other three
+    # operands it reorders itself.
+    dense = bias.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, dense, "add")
     return y
 
 
