@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..native import pointers
+
 MATRIX_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -18,7 +20,8 @@ def named_matrices(weights: Tensor | Sequence[Tensor]) -> tuple[list[tuple[str, 
     Raises
     ------
     TypeError
-        Not a tensor or sequence of tensors, or not a dense tensor of a floating dtype.
+        Not a tensor or sequence of tensors, or not a dense tensor of a floating dtype that has its
+        elements in memory.
     ValueError
         Not 2-D, empty, or on the meta device. The message names the matrix of the list.
     """
@@ -29,7 +32,8 @@ def named_matrices(weights: Tensor | Sequence[Tensor]) -> tuple[list[tuple[str, 
     names = ["weights"] if single else [f"weights[{i}]" for i in range(len(items))]
     for name, item in zip(names, items, strict=True):
         _check_matrix(name, item)
-    return [(name, item.detach()) for name, item in zip(names, items, strict=True)], single
+    named = zip(names, items, strict=True)
+    return [(name, pointers.checked(item.detach(), name)) for name, item in named], single
 
 
 @contextmanager
