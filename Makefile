@@ -1,6 +1,7 @@
 # make test   set everything up in .venv and run the tests
 # make demo   set everything up and fine-tune MiniLM with each adapter on text found on this machine
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
+# make fuzz   10,000 calls with operands that are not what they seem (make test makes 600)
 # make wheel  build a wheel and try it in a clean environment outside the source tree
 PYTHON ?= python3
 # A bare "torch" pulls gigabytes of CUDA libraries on Linux; override for a GPU: make TORCH="torch"
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo bench lint format wheel clean
+.PHONY: test fuzz demo bench lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -26,6 +27,9 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.ready
+	$(BIN)/python -X faulthandler python_tests/fuzz.py --calls 10000 --first 20000
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/finetune.py --demo

@@ -71,8 +71,9 @@ def check_finite(name: str, weight: Tensor) -> None:
 def _check_matrix(name: str, weight: object) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.is_quantized or weight.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {weight.dtype}, {weight.layout}")
+    if weight.is_nested or weight.is_quantized or weight.layout is not torch.strided:
+        kind = "nested" if weight.is_nested else f"{weight.dtype}, {weight.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if weight.dtype not in MATRIX_DTYPES:
         raise TypeError(f"{name} must have a dtype of {_names(MATRIX_DTYPES)}, got {weight.dtype}")
     if weight.device.type == "meta":
