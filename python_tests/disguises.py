@@ -100,7 +100,7 @@ def _freed_behind(t: Tensor) -> Tensor:
 
 def _cut(t: Tensor) -> Tensor:
     t = t.clone(memory_format=torch.contiguous_format)
-    t.untyped_storage().resize_(t.nbytes - t.element_size())
+    t.untyped_storage().resize_(max(0, t.nbytes - t.element_size()))
     return t
 
 
