@@ -2,6 +2,7 @@
 # make demo   set everything up and fine-tune MiniLM with each adapter on sentences of movie reviews
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
 # make wheel  build a wheel and try it in a clean environment outside the source tree
+# make fuzz           10,000 calls with operands that are not what they seem (make test makes 600)
 # make test-cpus      the numerical tests, the libraries told of lesser processors (CPUS=short: one)
 # make test-sanitize  the native core's tests with AddressSanitizer and UBSan (SANITIZE=short: a part)
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-cpus test-sanitize demo bench lint format wheel clean
+.PHONY: test test-cpus test-sanitize fuzz demo bench lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -34,6 +35,9 @@ test-cpus: $(VENV)/.ready
 
 test-sanitize: $(VENV)/.ready
 	bash .ci/sanitize $(BIN)/python $(SANITIZE)
+
+fuzz: $(VENV)/.ready
+	$(BIN)/python -X faulthandler python_tests/fuzz.py --calls 10000 --first 20000
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/finetune.py --demo

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import disguises
 import helpers
 import pytest
 import torch
@@ -119,6 +120,22 @@ def test_kron_linear(
     if not start:
         given.pop("a0"), given.pop("b0")
     check("kron_linear", given)
+
+
+@pytest.mark.parametrize("disguise", ["negated", "every second"])
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_operands_that_are_views(chip: Chip, op: str, disguise: str) -> None:
+    """Negated, or with strides in vectors and gates as well."""
+    given = helpers.operands(op, 7, 24, 36, 3, torch.float32)
+    check(op, {name: disguises.SAME[disguise](t) for name, t in given.items()})
+
+
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_operands_without_memory_are_refused(chip: Chip, op: str) -> None:
+    given = helpers.operands(op, 7, 24, 36, 3, torch.float32)
+    for name, t in given.items():
+        with pytest.raises(TypeError, match="an operand must"):
+            run(op, given | {name: disguises.REFUSED["freed"](t)}, t)
 
 
 def test_kron_factor_longer_than_one_chunk(chip: Chip) -> None:

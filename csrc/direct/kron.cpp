@@ -47,7 +47,7 @@ bool operands(PyObject* weight, PyObject* const* factors, PyObject* scaling, Pro
             return false;
         *to[i] = t->data;
     }
-    return number(scaling, p.factors.scaling) && matrix(weight, p.dtype, p.n, p.k, p.weight);
+    return number(scaling, p.factors.scaling) && matrix(*w, p.dtype, p.weight);
 }
 
 }  // namespace

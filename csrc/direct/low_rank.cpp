@@ -21,7 +21,7 @@ bool operands(bool core, PyObject* const* frozen, PyObject* gate, PyObject* scal
     if (d.n < 1 || d.k < 1 || d.r < 1 || (core && g->shape[1] != d.r)) return false;
     d.gate = g->data, d.gate_dtype = *dtype_of(*g), d.core = core;
     // Public order: (q [n, r], r [r, k]) for QR-LoRA, (a [r, k], b [n, r]) for LoRA-XS.
-    return number(scaling, d.scaling) && matrix(frozen[0], d.dtype, d.n, d.k, d.weight) &&
+    return number(scaling, d.scaling) && matrix(*w, d.dtype, d.weight) &&
            matrix(frozen[core ? 1 : 2], d.dtype, d.r, d.k, d.down) &&
            matrix(frozen[core ? 2 : 1], d.dtype, d.n, d.r, d.up);
 }

@@ -55,6 +55,13 @@ bool set_torch(py::object capsule, py::object tensor, py::object parameter, py::
     return true;
 }
 
+// (tensor or None, ...) -> whether all of them are plain; false before set_torch.
+PyObject* are_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    bool plain = choices != nullptr;
+    for (Py_ssize_t i = 0; plain && i < count; ++i) plain = args[i] == Py_None || is_plain(args[i]);
+    return PyBool_FromLong(plain);
+}
+
 void forget_choices() {
     if (choices) choices->forget();
 }
@@ -64,6 +71,8 @@ PyMethodDef methods[] = {
     {"low_rank_backward_call", fast<low_rank_backward_call, 10>(), METH_FASTCALL, nullptr},
     {"kron_forward_call", fast<kron_forward_call, 8>(), METH_FASTCALL, nullptr},
     {"kron_backward_call", fast<kron_backward_call, 11>(), METH_FASTCALL, nullptr},
+    {"are_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&are_plain)),
+     METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -13,13 +13,17 @@ bool rows(const dlpack::Tensor& t, int64_t& m, int64_t& columns, Strided2d& out)
     return m > 0 && (t.ndim == 2 || is_contiguous(t));
 }
 
+bool matrix(const dlpack::Tensor& t, DType dtype, Strided2d& out) {
+    if (t.ndim != 2 || dtype_of(t) != dtype) return false;
+    if (t.strides[0] != 1 && t.strides[1] != 1) return false;
+    out = {t.data, t.strides[0], t.strides[1]};
+    return true;
+}
+
 bool matrix(PyObject* object, DType dtype, int64_t rows, int64_t columns, Strided2d& out) {
     const auto t = read(object);
-    if (!t || t->ndim != 2 || dtype_of(*t) != dtype) return false;
-    if (t->shape[0] != rows || t->shape[1] != columns) return false;
-    if (t->strides[0] != 1 && t->strides[1] != 1) return false;
-    out = {t->data, t->strides[0], t->strides[1]};
-    return true;
+    return t && t->ndim == 2 && t->shape[0] == rows && t->shape[1] == columns &&
+           matrix(*t, dtype, out);
 }
 
 bool bias(PyObject* object, DType dtype, int64_t n, const void*& out) {

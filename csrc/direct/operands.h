@@ -11,7 +11,9 @@ namespace qrlora {
 
 // Tokens in rows of contiguous elements: [..., columns] as [m, columns], m > 0.
 bool rows(const dlpack::Tensor& t, int64_t& m, int64_t& columns, Strided2d& out);
-// [rows, columns] with one of the two contiguous
+// A matrix with one of its dimensions contiguous
+bool matrix(const dlpack::Tensor& t, DType dtype, Strided2d& out);
+// [rows, columns], likewise
 bool matrix(PyObject* object, DType dtype, int64_t rows, int64_t columns, Strided2d& out);
 // [n] contiguous, or None, which gives null
 bool bias(PyObject* object, DType dtype, int64_t n, const void*& out);

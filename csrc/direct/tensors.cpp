@@ -23,6 +23,61 @@ py::object empty(PyObject* like, const int64_t* sizes, int count) {
         PyObject_VectorcallMethod(name, arguments.data(), count + 1, nullptr));
 }
 
+// What a method without arguments answers; null, and no error, where it fails.
+py::object ask(PyObject* object, PyObject* method) {
+    PyObject* self[] = {object};
+    auto answer =
+        py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(method, self, 1, nullptr));
+    if (!answer) PyErr_Clear();
+    return answer;
+}
+
+bool is_plain_type(PyObject* object) {
+    return Py_TYPE(object) == torch_hooks.tensor || Py_TYPE(object) == torch_hooks.parameter;
+}
+
+// A negation that is still to be done, of which DLPack tells nothing: the imaginary part of a
+// conjugate is such a view. Once detached, saved for backward or loaded from a file it is no view
+// of anything any more, so every tensor is asked. Whatever is no plain tensor counts as negated.
+bool is_negated(PyObject* object) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    return !is_plain_type(object) || ask(object, name).ptr() != Py_False;
+}
+
+// What DLPack says of a plain tensor, wherever it is.
+std::optional<dlpack::Tensor> described(PyObject* object) {
+    dlpack::Tensor t;
+    if (torch_hooks.api->dltensor_from_py_object_no_sync(object, &t) == 0 && t.byte_offset == 0)
+        return t;
+    PyErr_Clear();
+    return {};
+}
+
+// The same, if it is on the CPU and of a dtype that kernels take. Without data it is empty, or a
+// wrapper of something else.
+std::optional<dlpack::Tensor> kernel_operand(PyObject* object) {
+    const auto t = described(object);
+    if (!t || t->device.type != dlpack::device_cpu || !t->data || !dtype_of(*t)) return {};
+    return t;
+}
+
+bool is_empty(const dlpack::Tensor& t) {
+    return std::find(t.shape, t.shape + t.ndim, 0) != t.shape + t.ndim;
+}
+
+// Whether the storage holds the last element: it can be freed or cut short under its tensors.
+bool storage_reaches(PyObject* object, const dlpack::Tensor& t) {
+    static PyObject* const storage_of = PyUnicode_InternFromString("untyped_storage");
+    static PyObject* const offset_of = PyUnicode_InternFromString("storage_offset");
+    const py::object storage = ask(object, storage_of), offset = ask(object, offset_of);
+    const Py_ssize_t bytes = storage ? PyObject_Size(storage.ptr()) : -1;
+    const int64_t first = offset ? PyLong_AsLongLong(offset.ptr()) : -1;
+    if (PyErr_Occurred()) PyErr_Clear();
+    int64_t end = first + 1;
+    for (int i = 0; i < t.ndim; ++i) end += (t.shape[i] - 1) * t.strides[i];
+    return first >= 0 && end <= bytes / (t.dtype.bits / 8);
+}
+
 }  // namespace
 
 TorchHooks torch_hooks;
@@ -66,17 +121,20 @@ int num_threads() {
     return threads < 1 ? 1 : static_cast<int>(threads);
 }
 
+bool is_plain(PyObject* object) {
+    if (is_negated(object)) return false;
+    const auto t = described(object);
+    if (!t) return false;
+    const bool floating =
+        t->dtype.code == dlpack::code_float || t->dtype.code == dlpack::code_bfloat;
+    if (!floating || t->dtype.lanes != 1 || t->dtype.bits < 8) return false;
+    return is_empty(*t) || (t->data && storage_reaches(object, *t));
+}
+
 std::optional<dlpack::Tensor> read(PyObject* object) {
-    const TorchHooks& torch = torch_hooks;
-    if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return {};
-    dlpack::Tensor t;
-    if (torch.api->dltensor_from_py_object_no_sync(object, &t) != 0) {
-        PyErr_Clear();
-        return {};
-    }
-    if (t.device.type != dlpack::device_cpu || t.byte_offset != 0) return {};
-    if (!t.data || !dtype_of(t)) return {};  // without data: empty, or a wrapper of something else
-    return t;
+    if (is_negated(object)) return {};
+    const auto t = kernel_operand(object);
+    return t && storage_reaches(object, *t) ? t : std::nullopt;
 }
 
 std::optional<DType> dtype_of(const dlpack::Tensor& t) {
@@ -111,7 +169,7 @@ py::object new_matrix(PyObject* like, int64_t rows, int64_t last) {
 
 void* data(const py::object& made) {
     if (!made) throw py::error_already_set();
-    const auto t = read(made.ptr());
+    const auto t = kernel_operand(made.ptr());
     if (!t) throw std::runtime_error("a new tensor cannot be read");
     return t->data;
 }

@@ -32,7 +32,11 @@ bool answers_true(PyObject* function);
 bool requires_grad(PyObject* tensor);
 int num_threads();
 
-// A plain CPU tensor of a dtype that kernels take.
+// Whether a floating tensor is what it seems: no subclass, no wrapper, no negation still to be
+// done, and a storage that holds every element. On any device. qrlora_kernels/native/pointers.py
+// asks this, and says what is wrong where it is not so.
+bool is_plain(PyObject* object);
+// Such a tensor, if it is on the CPU, of a dtype that kernels take, and not empty.
 std::optional<dlpack::Tensor> read(PyObject* object);
 std::optional<DType> dtype_of(const dlpack::Tensor& t);
 bool is_contiguous(const dlpack::Tensor& t);

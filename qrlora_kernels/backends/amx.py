@@ -88,7 +88,6 @@ def kron_linear_bwd(
 
 def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
     """y = x Wᵀ + b + addend on x [M, K], addend [M, N]."""
-    addend = addend.contiguous()
-    y = torch.empty_like(addend)
+    y = x.new_empty(addend.shape)
     linear_add(x, weight, bias, addend, out=y)
     return y

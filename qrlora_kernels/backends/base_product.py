@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .low_rank import DTYPES, matrix, pointer, rows
+from ..native import pointers
+from .low_rank import DTYPES
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor, out: Tensor) -> None:
-    """out = x Wᵀ + b + addend on x [M, K]; addend and out [M, N] are contiguous, or the same.
+    """out = x Wᵀ + b + addend on x [M, K]; addend and out [M, N] may be the same.
 
     fp32 and fp64, for few tokens; bf16 where there is AMX.
     """
-    bias = None if bias is None else bias.contiguous()
-    # The tensors are held until the kernel returns: they may be copies in a layout that it reads.
-    held, operands = zip(matrix(rows(x)), matrix(weight), strict=True)
+    held, (tokens, w, vectors) = zip(
+        pointers.rows(x, "x"), pointers.matrix(weight, "weight"), pointers.dense(bias, addend),
+        strict=True,
+    )  # fmt: skip
     native.core().linear_add(
-        (*out.shape, x.shape[1], DTYPES[x.dtype], torch.get_num_threads()), *operands,
-        pointer(bias), addend.data_ptr(), out.data_ptr(),
+        (*out.shape, x.shape[1], DTYPES[x.dtype], torch.get_num_threads()),
+        tokens, w, *vectors, *pointers.out(out),
     )  # fmt: skip
     del held

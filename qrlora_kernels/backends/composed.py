@@ -251,7 +251,7 @@ def _on_half_cpu(x: Tensor) -> bool:
 
 def _bias_in_one_rounding(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
     """x Wᵀ + b + addend in half precision on the CPU."""
-    if x.numel() > 0 and _onednn_runs(x.dtype):
+    if 0 not in x.shape and _onednn_runs(x.dtype):
         return _linear_bias_add(x, weight, bias, addend)
     # A CPU without half-precision products: PyTorch's own add the bias to a rounded y. In fp32 the
     # sum is rounded once, and from 4 tokens on the product is the faster one too.
@@ -260,7 +260,10 @@ def _bias_in_one_rounding(x: Tensor, weight: Tensor, bias: Tensor, addend: Tenso
 
 
 def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, bias, "add")
+    # oneDNN takes the bias as N elements from its address on, whatever its stride; the other three
+    # operands it reorders itself.
+    dense = bias.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, dense, "add")
     return y
 
 

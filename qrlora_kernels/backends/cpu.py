@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import pointers
 from ..reference import accumulation_dtype
 from .base_product import linear_add
 from .composed import add_base
@@ -18,10 +19,8 @@ from .low_rank import (
     DTYPES,
     lora_xs_linear_bwd,
     lora_xs_linear_fwd,
-    pointer,
     qr_linear_bwd,
     qr_linear_fwd,
-    rows,
 )
 from .measured import streams_base
 from .problem import Problem
@@ -82,12 +81,10 @@ def kron_update(
     tiles: bool = False,
 ) -> Tensor:
     """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x [M, N] on x [M, K]; ``tiles``: on the AMX tile unit, in bf16."""
-    xs = _rows(x)
+    xs, tokens = _rows(x)
     update = xs.new_empty(x.shape[0], a.numel())
     held, factors = _factors(a, b, a0, b0, scaling)
-    native.core().kron_forward(
-        _shape(xs, a, b), (xs.data_ptr(), xs.stride(0)), factors, update.data_ptr(), tiles
-    )
+    native.core().kron_forward(_shape(xs, a, b), tokens, factors, *pointers.out(update), tiles)
     del held
     return update.to(x.dtype)
 
@@ -136,7 +133,7 @@ def kron_gradients(
     if not (need_dx or need_da or need_db):
         return None, None, None
     wide = accumulation_dtype(x.dtype)
-    xs, dys = _rows(x), _rows(dy)
+    (xs, tokens), (dys, rows_of_dy) = _rows(x), _rows(dy)
     # Without dx the start does not matter: dA and dB are those of the whole product.
     start = (a0, b0) if need_dx else (None, None)
     held, factors = _factors(a, b, *start, scaling)
@@ -144,10 +141,10 @@ def kron_gradients(
     da = xs.new_empty(a.shape, dtype=wide) if need_da else None
     db = xs.new_empty(b.shape, dtype=wide) if need_db else None
     native.core().kron_backward(
-        _shape(xs, a, b), (dys.data_ptr(), dys.stride(0)), (xs.data_ptr(), xs.stride(0)), factors,
-        pointer(dx), pointer(da), pointer(db), tiles,
+        _shape(xs, a, b), rows_of_dy, tokens, factors,
+        *pointers.out(dx, da, db), tiles,
     )  # fmt: skip
-    del held
+    del held, dys
     return (
         None if dx is None else dx.to(x.dtype),
         None if da is None else da.to(a.dtype),
@@ -164,15 +161,22 @@ def _shape(x: Tensor, a: Tensor, b: Tensor) -> tuple[int, ...]:
 
 def _factors(
     a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float
-) -> tuple[list[Tensor], tuple[int, int, int, int, int, float]]:
+) -> tuple[list[Tensor | None], tuple[int | float, ...]]:
     """The tensors to hold until the kernel returns, and their addresses, type and s."""
-    given = [a, b] if a0 is None or b0 is None else [a, b, a0, b0]
-    held = [_rows(t).contiguous() for t in given]
-    first, second, *start = (t.data_ptr() for t in held)
-    at_a0, at_b0 = start or (0, 0)
-    return held, (first, second, at_a0, at_b0, DTYPES[held[0].dtype], scaling)
+    given: tuple[Tensor | None, ...] = (a, b, a0, b0)
+    if a0 is None or b0 is None:
+        given = (a, b, None, None)
+    if a.dtype not in DTYPES:
+        given = tuple(None if t is None else _typed(t) for t in given)
+    held, addresses = pointers.dense(*given)
+    return held, (*addresses, DTYPES[held[0].dtype], scaling)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """``t`` in a type the kernels read (fp16 is converted to fp32 and back), rows contiguous."""
-    return rows(t if t.dtype in DTYPES else t.float())
+def _rows(t: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    held, (at, row, _) = pointers.rows(_typed(t))
+    return held, (at, row)
+
+
+def _typed(t: Tensor) -> Tensor:
+    """``t`` in a type that the kernels read: fp16 is converted to fp32, and results back."""
+    return t if t.dtype in DTYPES else pointers.checked(t).float()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..native import pointers
 from . import composed
 from .problem import Problem
 
@@ -102,29 +103,31 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """``gate`` is λ [r] or C [r, r]."""
     (m, k), n, r = x.shape, weight.shape[0], in_factor.shape[0]
-    x, out_factor, in_factor = (_unit_columns(t) for t in (x, out_factor, in_factor))
-    bias, gate = None if bias is None else bias.contiguous(), gate.contiguous()
+    device = x.device
+    # What is held may be a copy: it has to live until the launches are in the stream.
+    x, (x_at, x_row, _) = pointers.rows(x, "x", device)
+    weight, (weight_at, weight_row, _) = pointers.rows(weight, "weight", device)
+    out_factor, (out_at, out_row, _) = pointers.rows(out_factor, device=device)
+    in_factor, (in_at, in_row, _) = pointers.rows(in_factor, device=device)
+    held, (bias_at, gate_at) = pointers.dense(bias, gate, device=device)
     y, h = x.new_empty(m, n), x.new_empty(m, r)
     mid = x.new_empty(m, -(-r // 8) * 8)
     wide = x.new_empty(m, r, dtype=torch.float32) if gate.dim() == 2 else None
     native.core().cuda_decode(
         _DTYPES[x.dtype],
         *(m, n, k, r),
-        *(x.data_ptr(), x.stride(0)),
-        *(weight.data_ptr(), weight.stride(0)),
-        0 if bias is None else bias.data_ptr(),
-        *(out_factor.data_ptr(), out_factor.stride(0)),
-        *(in_factor.data_ptr(), in_factor.stride(0)),
-        *(gate.data_ptr(), gate.dim() == 2, gate.dtype == torch.float32),
+        *(x_at, x_row),
+        *(weight_at, weight_row),
+        bias_at,
+        *(out_at, out_row),
+        *(in_at, in_row),
+        *(gate_at, gate.dim() == 2, gate.dtype == torch.float32),
         scaling,
-        *(y.data_ptr(), h.data_ptr()),
-        *(mid.data_ptr(), mid.stride(0)),
-        0 if wide is None else wide.data_ptr(),
+        *pointers.out(y, h, device=device),
+        *(*pointers.out(mid, device=device), mid.stride(0)),
+        *pointers.out(wide, device=device),
         x.get_device(),
         torch.cuda.current_stream(x.device).cuda_stream,
     )
+    del held
     return y, h
-
-
-def _unit_columns(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 else t.contiguous()

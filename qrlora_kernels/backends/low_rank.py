@@ -7,10 +7,13 @@ the time, so each step makes one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import native
+from ..native import pointers
 from ..reference import accumulation_dtype
 
 # Element types as csrc/include/qrlora/dtype.h numbers them.
@@ -82,16 +85,14 @@ def _forward(
     gate: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    m, r, dtype = x.shape[0], gate.shape[-1], x.dtype
+    m, r = x.shape[0], gate.shape[-1]
+    held, (tokens, *frozen, (gate_at, bias_at)) = _read(x, weight, down, up, gate, bias)
     # On the device of x: the default device may be another.
     y, h = x.new_empty(m, weight.shape[0]), x.new_empty(m, r)
-    # The tensors are held until the kernel returns: they may be copies in a layout that it reads.
-    gate, bias = gate.contiguous(), None if bias is None else bias.contiguous()
-    held, operands = zip(matrix(rows(x)), matrix(weight), matrix(down), matrix(up), strict=True)
     native.core().low_rank_forward(
-        (m, *weight.shape, r, DTYPES[dtype], torch.get_num_threads()), *operands,
-        (gate.data_ptr(), DTYPES[gate.dtype], gate.dim() == 2, scaling),
-        pointer(bias), y.data_ptr(), h.data_ptr(),
+        (m, *weight.shape, r, DTYPES[x.dtype], torch.get_num_threads()), tokens, *frozen,
+        (gate_at, DTYPES[gate.dtype], gate.dim() == 2, scaling),
+        bias_at, *pointers.out(y, h),
     )  # fmt: skip
     del held
     return y, h
@@ -111,35 +112,28 @@ def _backward(
     if not (need_dx or need_dgate):
         return None, None
     m, dtype = dy.shape[0], dy.dtype
+    held, (rows_of_dy, *frozen, (gate_at, h_at)) = _read(dy, weight, down, up, gate, h)
     dx = dy.new_empty(m, weight.shape[1]) if need_dx else None
     dgate = dy.new_empty(gate.shape, dtype=accumulation_dtype(dtype)) if need_dgate else None
-    gate_, h = gate.contiguous(), h.contiguous()
-    held, operands = zip(matrix(rows(dy)), matrix(weight), matrix(down), matrix(up), strict=True)
     native.core().low_rank_backward(
-        (m, *weight.shape, gate.shape[-1], DTYPES[dtype], torch.get_num_threads()), *operands,
-        (gate_.data_ptr(), DTYPES[gate.dtype], gate.dim() == 2, scaling),
-        h.data_ptr(), pointer(dx), pointer(dgate),
+        (m, *weight.shape, gate.shape[-1], DTYPES[dtype], torch.get_num_threads()),
+        rows_of_dy, *frozen, (gate_at, DTYPES[gate.dtype], gate.dim() == 2, scaling),
+        h_at, *pointers.out(dx, dgate),
     )  # fmt: skip
     del held
     return dx, None if dgate is None else dgate.to(gate.dtype)
 
 
-# --- operands as the native core takes them -----------------------------------------------------
-
-
-def rows(t: Tensor) -> Tensor:
-    """``t`` with contiguous rows."""
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
-def matrix(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """``t`` (a copy where neither dimension is contiguous), and its address and strides."""
-    row, column = t.stride()
-    if row != 1 and column != 1:
-        t = t.clone(memory_format=torch.contiguous_format)
-        row, column = t.stride()
-    return t, (t.data_ptr(), row, column)
-
-
-def pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _read(
+    tokens: Tensor, weight: Tensor, down: Tensor, up: Tensor, *dense: Tensor | None
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The tensors to hold until the kernel returns, and what it is given of them."""
+    held, given = zip(
+        pointers.rows(tokens),
+        pointers.matrix(weight, "weight"),
+        pointers.matrix(down),
+        pointers.matrix(up),
+        pointers.dense(*dense),
+        strict=True,
+    )
+    return held, given

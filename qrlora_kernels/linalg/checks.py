@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..native import pointers
+
 MATRIX_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -18,7 +20,8 @@ def named_matrices(weights: Tensor | Sequence[Tensor]) -> tuple[list[tuple[str, 
     Raises
     ------
     TypeError
-        Not a tensor or sequence of tensors, or not a dense tensor of a floating dtype.
+        Not a tensor or sequence of tensors, or not a dense tensor of a floating dtype that has its
+        elements in memory.
     ValueError
         Not 2-D, empty, or on the meta device. The message names the matrix of the list.
     """
@@ -29,7 +32,8 @@ def named_matrices(weights: Tensor | Sequence[Tensor]) -> tuple[list[tuple[str, 
     names = ["weights"] if single else [f"weights[{i}]" for i in range(len(items))]
     for name, item in zip(names, items, strict=True):
         _check_matrix(name, item)
-    return [(name, item.detach()) for name, item in zip(names, items, strict=True)], single
+    named = zip(names, items, strict=True)
+    return [(name, pointers.checked(item.detach(), name)) for name, item in named], single
 
 
 @contextmanager
@@ -67,8 +71,9 @@ def check_finite(name: str, weight: Tensor) -> None:
 def _check_matrix(name: str, weight: object) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.is_quantized or weight.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {weight.dtype}, {weight.layout}")
+    if weight.is_nested or weight.is_quantized or weight.layout is not torch.strided:
+        kind = "nested" if weight.is_nested else f"{weight.dtype}, {weight.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if weight.dtype not in MATRIX_DTYPES:
         raise TypeError(f"{name} must have a dtype of {_names(MATRIX_DTYPES)}, got {weight.dtype}")
     if weight.device.type == "meta":

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..native import CORE
+from ..native import CORE, pointers
 from .blocked import Pivots
 
 # As enum DType of csrc/include/qrlora/dtype.h and enum RankRule of qrlora/cpu/pivoted_qr.h.
@@ -52,6 +52,8 @@ def search(
         Called with the number of matrices done; an exception from it ends the search.
     """
     assert CORE is not None
+    # Held until the core returns: they may be copies.
+    weights = [pointers.checked(weight, "a matrix") for weight in weights]
     found = CORE.pivot_search(
         [_matrix(weight) for weight in weights],
         list(limits),
@@ -102,4 +104,4 @@ def _factors(made: tuple[Array, Array, list[float]], weight: Tensor, dtype: torc
 
 
 def _matrix(weight: Tensor) -> tuple[int, int, int, int, int, int]:
-    return (weight.data_ptr(), _DTYPES[weight.dtype], *weight.shape, *weight.stride())
+    return (pointers.address(weight), _DTYPES[weight.dtype], *weight.shape, *weight.stride())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native import CORE, runs_on
+from ..native import CORE, pointers, runs_on
 from .blocked import Pivots
 
 # As enum DType of csrc/include/qrlora/dtype.h.
@@ -94,7 +94,7 @@ def _search(
     for batch in _batches(weights, limits, factors=False):
         columns = weights[batch.members[0]].shape[1]
         bounds = batch.empty(batch.count, columns, dtype=torch.float64)
-        batch.open(tau, bounds.data_ptr())
+        batch.open(tau, batch.address(bounds))
         batch.core.start()
         batch.run(len(found), report)
         batch.core.store_bounds()
@@ -135,8 +135,8 @@ def factors(
         batch.norms.zero_()  # stays 0 from a pivot on that depends on those before it
         batch.open(0.0, 0)
         batch.run(len(made), report)
-        pointers = batch.pointers(q), batch.pointers(r)
-        batch.core.store_factors(_DTYPES[out_dtype], *(p.data_ptr() for p in pointers))
+        addresses = batch.addresses(q), batch.addresses(r)
+        batch.core.store_factors(_DTYPES[out_dtype], *(batch.address(t) for t in addresses))
         for row, member in enumerate(batch.members):
             made[member] = (q[row], r[row], batch.norms[row, : limits[member]].clone())
         report(len(made))
@@ -173,22 +173,26 @@ class _Batch:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
 
-    def pointers(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Their addresses, as an array on the device."""
-        return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64).to(self.device)
+    def address(self, tensor: Tensor) -> int:
+        return pointers.address(tensor, device=self.device)
+
+    def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
+        """As an array on the device."""
+        found = [self.address(tensor) for tensor in tensors]
+        return torch.tensor(found, dtype=torch.int64).to(self.device)
 
     def open(self, tau: float, bounds: int) -> None:
         """Give the core its arrays on the current stream."""
         self.core = _core(self.weights[0], self.count, max(self.limits), tau, self.factors)
         self.workspace = self.empty(self.core.workspace_bytes(), dtype=torch.uint8)
-        self.matrices = self.pointers(self.weights)
+        self.matrices = self.addresses(self.weights)
         self.core.bind(
-            matrices=self.matrices.data_ptr(),
-            states=self.states.data_ptr(),
-            pivots=self.pivots.data_ptr(),
-            norms=self.norms.data_ptr(),
+            matrices=self.address(self.matrices),
+            states=self.address(self.states),
+            pivots=self.address(self.pivots),
+            norms=self.address(self.norms),
             bounds=bounds,
-            workspace=self.workspace.data_ptr(),
+            workspace=self.address(self.workspace),
         )
 
     def run(self, before: int, report: Report) -> None:

@@ -12,15 +12,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.chooser import plain_choice
+from ..native import pointers
 from ..reference import HALF
 
 _DTYPES = (torch.float32, torch.float64, *HALF)
 
 
-def flatten(x: Tensor) -> Tensor:
+def flatten(x: Tensor, name: str = "x") -> Tensor:
     """[..., K] to [M, K]."""
+    if x.dim() == 2:
+        return x
+    check_memory(**{name: x})  # which reshaping may read
     # The product, not -1: that is ambiguous where K = 0.
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def restore(y: Tensor, x: Tensor) -> Tensor:
@@ -30,8 +34,9 @@ def restore(y: Tensor, x: Tensor) -> Tensor:
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """x [..., K], weight [N, K], bias [N] or None, one floating dtype, one device."""
-    check_tensor("x", x)
-    check_tensor("weight", weight)
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        check_tensor("x", x)
+        check_tensor("weight", weight)
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if weight.dim() != 2:
@@ -50,7 +55,8 @@ def check_operand(
     name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, or_fp32: bool = False
 ) -> None:
     """``tensor`` has ``shape`` and x's device and dtype (or fp32, for trainables over half)."""
-    check_tensor(name, tensor)
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
     if tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device:
         return  # on the path of every call, where each question takes a fraction of a microsecond
     if tensor.shape != shape:
@@ -65,6 +71,19 @@ def check_operand(
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_memory(**operands: Tensor | None) -> None:
+    """Refuse a tensor whose elements are not there, before anything reads them.
+
+    Wrappers answer for themselves, and so does the meta device, which reads nothing.
+    """
+    if torch.compiler.is_compiling() or pointers.are_plain(*operands.values()):
+        return
+    for name, t in operands.items():
+        # What is no tensor is named by the checks, which come after.
+        if isinstance(t, Tensor) and not (t.is_meta or pointers.is_wrapper(t)):
+            pointers.checked(t, name)
 
 
 def check_scaling(scaling: object) -> None:
@@ -96,6 +115,12 @@ def autocast(*tensors: Tensor | None) -> Sequence[Any]:
         else t
         for t in tensors
     ]
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """Σ dy over all tokens [N]."""
+    check_memory(dy=dy)
+    return flatten(dy, "dy").sum(0)
 
 
 def wants_gradient(*operands: Tensor | None) -> bool:

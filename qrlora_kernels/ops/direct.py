@@ -77,8 +77,7 @@ def is_open(backend: str | None) -> bool:
     """Whether the native core may be asked at all; what is left it finds out itself."""
     return (
         AVAILABLE
-        and not torch.compiler.is_compiling()
-        and chooser.pinned_backend(backend) is None
+        and not (backend or chooser._forced or torch.compiler.is_compiling())
         and forward_ad._current_level < 0
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import chooser
 from . import direct
-from .common import flatten
+from .common import bias_gradient, flatten
 
 
 class DirectKron(direct.DirectCall):
@@ -39,7 +39,7 @@ class DirectKron(direct.DirectCall):
         done = direct.CORE.kron_backward_call(dy, *operands) if direct.is_open(None) else None
         weight, needed = operands[1], operands[-3:]
         if done is None:
-            found = self.bwd(flatten(dy), *operands, None)
+            found = self.bwd(flatten(dy, "dy"), *operands, None)
             dx, da, db = (t if need else None for t, need in zip(found, needed, strict=True))
             return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[1]), da, db
         dx, da, db, whole = done
@@ -85,7 +85,7 @@ class _Record(torch.autograd.Function):
             dx, da, db = ctx.call.gradients(
                 dy, *ctx.saved_tensors, ctx.scaling, need_dx, *need_factors
             )
-        dbias = flatten(dy).sum(0) if need_dbias else None
+        dbias = bias_gradient(dy) if need_dbias else None
         return dx, dbias, da, db, None, None, None, None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import chooser
 from . import direct
-from .common import flatten, restore
+from .common import bias_gradient, flatten, restore
 from .operator import Operator
 
 
@@ -60,7 +60,8 @@ class DirectLowRank(direct.DirectCall):
             done = direct.CORE.low_rank_backward_call(self.core, dy, *operands)
         if type(done) is tuple:
             return done
-        rows, need_dx = flatten(dy), operands[-2]
+        need_dx = operands[-2]
+        rows = flatten(dy, "dy")
         if done is None:
             dx, dgate = self.bwd(rows, *operands, None)
         else:
@@ -99,7 +100,7 @@ class _Record(torch.autograd.Function):
         dx = dgate = None
         if need_dx or need_dgate:
             dx, dgate = ctx.call.gradients(dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
-        dbias = flatten(dy).sum(0) if need_dbias else None
+        dbias = bias_gradient(dy) if need_dbias else None
         return dx, dbias, dgate if need_dgate else None, None, None, None, None
 
 

@@ -12,7 +12,9 @@ from ..backends.chooser import pinned_backend
 from ..reference import kron_linear_ref
 from .common import (
     autocast,
+    bias_gradient,
     check_linear,
+    check_memory,
     check_operand,
     check_scaling,
     check_tensor,
@@ -95,7 +97,7 @@ class KronLinearFunction(torch.autograd.Function):
         return (
             dx if need_dx else None,
             None,
-            dy.sum(0) if need_dbias else None,
+            bias_gradient(dy) if need_dbias else None,
             da if need_da else None,
             db if need_db else None,
             None,
@@ -150,6 +152,7 @@ def kron_linear(
     if y is not None:
         return y
     check_scaling(scaling)
+    check_memory(x=x, weight=weight, bias=bias, a=a, b=b, a0=a0, b0=b0)
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)
     _check_factors(x, weight, a, b, a0, b0)

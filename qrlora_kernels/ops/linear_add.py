@@ -16,7 +16,9 @@ from ..backends.chooser import pinned_backend
 from ..reference import linear_add_ref
 from .common import (
     autocast,
+    bias_gradient,
     check_linear,
+    check_memory,
     check_operand,
     flatten,
     plain_reason,
@@ -61,10 +63,11 @@ class LinearAddFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_dx, _, need_dbias, need_daddend, _ = ctx.needs_input_grad
         (weight,) = ctx.saved_tensors
+        check_memory(dy=dy, weight=weight)
         return (
             dy @ weight if need_dx else None,
             None,
-            dy.sum(0) if need_dbias else None,
+            bias_gradient(dy) if need_dbias else None,
             dy if need_daddend else None,
             None,
         )
@@ -100,6 +103,7 @@ def linear_add(
     TypeError, ValueError
         If an operand's type, shape, dtype or device does not fit the others; the message names it.
     """
+    check_memory(x=x, weight=weight, bias=bias, addend=addend)
     x, weight, bias, addend = autocast(x, weight, bias, addend)
     check_linear(x, weight, bias)
     check_operand("addend", addend, (*x.shape[:-1], weight.shape[0]), x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, library
 
 from ..backends.chooser import run
 from ..backends.problem import Problem
+from ..native import pointers
 from .common import autocast_enabled
 
 LIBRARY = library.Library("qrlora", "DEF")
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
 
 
 class Operator:
@@ -24,7 +26,10 @@ class Operator:
     Calling this object in eager mode runs the implementation at once. Tracing (``torch.compile``,
     ``torch.jit.trace``, fake tensors, dispatch modes, tensor subclasses, batches of gradients) goes
     through the dispatcher and sees one operator; that detour costs about 15 µs a call, more than a
-    small layer itself.
+    small layer itself. The class of a wrapper tensor answers the operator there, or refuses it.
+
+    The implementation is what every backend stands behind, library products included: tensors whose
+    elements are not in their memory are refused here, by name.
 
     Parameters
     ----------
@@ -50,18 +55,36 @@ class Operator:
         self.op, self.step = op, step
         self.weight_at, self.trainable_at = weight_at, trainable_at
         name = f"{op}_{step}"
+        arguments = schema[1 : schema.index(")")].split(", ")
+        # The tensors come first.
+        self.tensors = [text.split()[1] for text in arguments if text.startswith("Tensor")]
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         library.register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
         self.registered = getattr(torch.ops.qrlora, name)
 
     def __call__(self, *operands: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_traced(operands[0]):
+        if torch.compiler.is_compiling():
             return self.registered(*operands)
-        return self._run(*operands)
+        return self._dispatched(operands) if _is_traced(operands) else self._run(*operands)
+
+    def _dispatched(self, operands: Sequence[Any]) -> Any:
+        try:
+            return self.registered(*operands)
+        except NotImplementedError as error:
+            for name, t in zip(self.tensors, operands, strict=False):
+                if t is not None and pointers.is_wrapper(t):
+                    raise TypeError(
+                        f"{name} must be a plain tensor or of a class that answers "
+                        f"{self.registered}, got {type(t).__name__}"
+                    ) from error
+            raise
 
     def _run(self, *arguments: Any) -> Any:
         *operands, backend = arguments
+        if operands[0].device.type != "meta":
+            count = len(self.tensors)
+            operands[:count] = pointers.all_checked(self.tensors, operands[:count])
         rows: Tensor = operands[0]
         n, k = operands[self.weight_at].shape
         r = operands[self.trainable_at].shape[-1]
@@ -78,11 +101,11 @@ class Operator:
         return tuple(placeholder(rows) if t is None else t for t in results)
 
 
-def _is_traced(tensor: Tensor) -> bool:
+def _is_traced(operands: Sequence[Any]) -> bool:
     """Whether someone other than the backends must see this call as one operator."""
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    plain = set(map(type, operands)) <= _PLAIN_TYPES
     watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    return not plain or watched or _is_batched(tensor)
+    return not plain or watched or _is_batched(operands[0])
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -12,7 +12,9 @@ from ..backends.chooser import pinned_backend
 from ..reference import qr_linear_ref
 from .common import (
     autocast,
+    bias_gradient,
     check_linear,
+    check_memory,
     check_operand,
     check_scaling,
     check_tensor,
@@ -90,7 +92,7 @@ class QRLinearFunction(torch.autograd.Function):
         return (
             dx if need_dx else None,
             None,
-            dy.sum(0) if need_dbias else None,
+            bias_gradient(dy) if need_dbias else None,
             None,
             None,
             dlam if need_dlam else None,
@@ -144,6 +146,7 @@ def qr_linear(
     if y is not None:
         return y
     check_scaling(scaling)
+    check_memory(x=x, weight=weight, bias=bias, q=q, r=r, lam=lam)
     x, weight, bias, q, r = autocast(x, weight, bias, q, r)
     check_linear(x, weight, bias)
     check_tensor("lam", lam)

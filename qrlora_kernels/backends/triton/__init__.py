@@ -181,6 +181,8 @@ def kron_linear_bwd(
 
 def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
     """y [M, N] = x Wᵀ + b + addend, rounded once."""
+    from .common import readable
     from .two_phase import two_phase
 
+    x, weight, bias, addend = readable(x, weight, bias, addend)
     return two_phase(x, weight, bias=bias, start=addend)

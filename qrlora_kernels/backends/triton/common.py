@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...native import pointers
 from .tables import Chip
 
 # The interpreter keeps bf16 as raw uint16 bits, so a dot on them is garbage, and it truncates when
@@ -146,6 +147,11 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta:
         kernel[(programs,)](*args, enable_fp_fusion=True, **meta)
 
 
+def readable(*operands: Tensor | None) -> Any:
+    """The operands as kernels may read them, in any strides, or a ``TypeError``."""
+    return [None if t is None else pointers.checked(t) for t in operands]
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a kernel's output; ``.to(dtype)`` after the launch is free on a GPU."""
     if INTERPRETED.value and dtype == torch.bfloat16:
@@ -179,7 +185,7 @@ def tma_ready(chip: Chip, *tensors: Tensor) -> bool:
         and t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
+        and pointers.is_aligned(t, 16)
         for t in tensors
     )
 

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...native import pointers
 from . import common
 from .kron_kernels import _kron_bwd_kernel, _kron_fwd_kernel
 from .sums import sum_parts
@@ -27,6 +28,7 @@ def kron_linear_fwd(
     scaling: float,
 ) -> Tensor:
     """y [M, N] = x Wᵀ + bias + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x; a [N/r, r], b [K/r, r]."""
+    x, weight, bias, a, b, a0, b0 = common.readable(x, weight, bias, a, b, a0, b0)
     update = kron_update(x, a, b, a0, b0, scaling)
     if bias is None:
         # The library adds onto the update in its fp32 accumulator and rounds once.
@@ -95,6 +97,7 @@ def kron_linear_bwd(
     Where a factor is so large that its gradient leaves no registers for dx, dx takes a pass over
     dy of its own; so does each gradient where the compiler would spill.
     """
+    dy, x, weight, a, b, a0, b0 = common.readable(dy, x, weight, a, b, a0, b0)
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
     a, b = a.contiguous(), b.contiguous()
     factors = (a, b, *_contiguous(a0, b0))
@@ -180,7 +183,7 @@ def _tma_ready(chip: Chip, *grids: tuple[Tensor | None, tuple[int, ...]]) -> boo
     return chip.has_tma and all(
         t.numel() > 0
         and max(block) <= 256
-        and t.data_ptr() % 16 == 0
+        and pointers.is_aligned(t, 16)
         and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:2])
         for t, block in grids
         if t is not None

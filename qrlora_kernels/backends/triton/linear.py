@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import common
 from .skinny import low_rank_back, low_rank_in
 from .two_phase import two_phase
 
@@ -21,7 +22,10 @@ def gated_fwd(
 
     ``gate`` is λ [r] or C [r, r]; ``out_factor`` [N, r], ``in_factor`` [r, K].
     """
-    h, scaled = low_rank_in(x, in_factor, gate, scaling)
+    x, weight, bias, out_factor, in_factor, gate = common.readable(
+        x, weight, bias, out_factor, in_factor, gate
+    )
+    h, scaled = low_rank_in(x, in_factor, gate.contiguous(), scaling)
     return two_phase(x, weight, scaled, out_factor, bias), h
 
 
@@ -39,6 +43,10 @@ def gated_bwd(
     """dx = dy W + s·(g∘λ or g Cᵀ) in_factor and the gate's gradient, g = dy out_factor."""
     if not need_dx and not need_dgate:
         return None, None
+    dy, weight, out_factor, in_factor, gate, h = common.readable(
+        dy, weight, out_factor, in_factor, gate, h
+    )
+    gate, h = gate.contiguous(), h.contiguous()
     scaled, dgate = low_rank_back(
         dy, out_factor.t(), gate, h, scaling, need_scaled=need_dx, need_grad=need_dgate
     )

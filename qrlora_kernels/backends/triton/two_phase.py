@@ -100,6 +100,7 @@ def two_phase(
     """
     m, k = x.shape
     n = w.shape[0]
+    bias = None if bias is None else bias.contiguous()
     device = x.device
     chip = common.chip_of(device)
     tile = gemm_tile(chip, m, n, x.element_size())

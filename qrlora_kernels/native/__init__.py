@@ -10,7 +10,7 @@ import torch  # loaded first, so that the core shares its OpenMP runtime
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    note = Path(__file__).with_name("_build_note.txt")
+    note = Path(__file__).parents[1] / "_build_note.txt"
     try:
         core = importlib.import_module("qrlora_kernels._C")
     except ImportError as error:
