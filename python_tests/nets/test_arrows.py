@@ -172,7 +172,6 @@ def test_the_rooms_have_an_order() -> None:
     assert {room(_named(name)) for name, _ in modules(SOURCES)} == set(ROOMS)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="goes away with native/pointers.py")
 def test_one_module_makes_pointers() -> None:
     assert (SOURCES / "native" / "pointers.py").is_file()
     assert pointers_outside(SOURCES) == []
