@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <exception>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <thread>
@@ -103,10 +104,10 @@ std::vector<MatrixView> as_views(const std::vector<MatrixArgs>& args) {
 
 // Bytes that keep their memory where it is.
 py::array_t<unsigned char> as_array(AlignedBuffer<unsigned char> buffer, int64_t bytes) {
-    auto* owned = new AlignedBuffer<unsigned char>(std::move(buffer));
-    const py::capsule owner(owned,
-                            [](void* p) { delete static_cast<AlignedBuffer<unsigned char>*>(p); });
-    return py::array_t<unsigned char>(bytes, owned->data(), owner);
+    using Buffer = AlignedBuffer<unsigned char>;
+    auto owned = std::make_unique<Buffer>(std::move(buffer));
+    const py::capsule owner(owned.get(), [](void* p) { delete static_cast<Buffer*>(p); });
+    return py::array_t<unsigned char>(bytes, owned.release()->data(), owner);
 }
 
 // (q, r, diagonal), or None
