@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qrlora_kernels import backends, functional
+from qrlora_kernels import backends, functional, linalg
 from qrlora_kernels.backends import Problem, chooser
 
 OPS = ("qr_linear", "lora_xs_linear", "kron_linear", "linear_add")
@@ -35,6 +35,12 @@ TRAINABLES = {
     "lora_xs_linear": ("core",),
     "kron_linear": ("a", "b"),
     "linear_add": ("addend",),
+}
+# Starts of a matrix [32, 32].
+STARTS = {
+    "pivoted_qr": lambda w: linalg.pivoted_qr(w, 4),
+    "truncated_svd": lambda w: linalg.truncated_svd(w, 4),
+    "kron_factors": lambda w: linalg.kron_factors(w, 4),
 }
 
 Operands = dict[str, Any]
@@ -262,3 +268,8 @@ def cpu_backends(op: str, dtype: torch.dtype, m: int = 7, n: int = 32, k: int = 
     """The backends that run this problem here."""
     problem = Problem(op, torch.device("cpu"), dtype, m, n, k, 4)
     return [name for name in backends.BACKENDS if chooser.load(name).supports(problem)[0]]
+
+
+def ways(op: str, dtype: torch.dtype) -> list[str | None]:
+    """Nobody's choice, which may be one native call, and each backend by name."""
+    return [None, *cpu_backends(op, dtype)]

@@ -148,8 +148,11 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta:
 
 
 def readable(*operands: Tensor | None) -> Any:
-    """The operands as kernels may read them, in any strides, or a ``TypeError``."""
-    return [None if t is None else pointers.checked(t) for t in operands]
+    """The operands as kernels may read them, in any strides, or a ``TypeError``.
+
+    On the meta device kernels are compiled ahead of time, and none is launched.
+    """
+    return [t if t is None or t.is_meta else pointers.checked(t) for t in operands]
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
