@@ -32,3 +32,10 @@ def emulated_cuda(
         return emulated.build(folder)
     except FileNotFoundError as missing:
         pytest.skip(f"the emulation of CUDA cannot be built: {missing}")
+
+
+def pytest_collection_finish() -> None:
+    """Which backends run here is asked while tests are collected, and must not hang on a test."""
+    assert "TRITON_INTERPRET" not in os.environ or torch.cuda.is_available(), (
+        "a test module set TRITON_INTERPRET while it was imported"
+    )

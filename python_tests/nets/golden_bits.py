@@ -27,7 +27,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+if __name__ == "__main__":  # not in the tests' process, where others choose backends too
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import torch
 from torch import Tensor
