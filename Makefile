@@ -2,6 +2,7 @@
 # make test-cpus   the numerical tests with the libraries told of lesser processors
 # make demo   set everything up and fine-tune MiniLM with each adapter on sentences of movie reviews
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
+# make papers   the tables and figures of the three papers, in kind (PAPERS_ARGS=--quick: small ones)
 # make wheel  build a wheel and try it in a clean environment outside the source tree
 PYTHON ?= python3
 # A bare "torch" pulls gigabytes of CUDA libraries on Linux; override for a GPU: make TORCH="torch"
@@ -12,7 +13,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-cpus demo bench lint format wheel clean
+.PHONY: test test-cpus demo bench papers lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -36,6 +37,9 @@ demo: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench
+
+papers: $(VENV)/.ready
+	$(BIN)/python -m bench.papers $(PAPERS_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
