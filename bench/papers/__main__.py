@@ -14,25 +14,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 from finetuning.cells import INTERRUPTED, Stopped
 
 from ..machine import REPOSITORY
+from .page import AnyTable, write
 from .records import Records
 from .runner import Workshop, share_cores
 from .scale import FULL, QUICK, Scale
-from .table import Table
 from .tables import TABLES
 
 OUT = REPOSITORY / "bench" / "out" / "papers"
 RESULTS = REPOSITORY / "bench" / "results" / "papers.jsonl"
+PAGE = REPOSITORY / "docs" / "papers.md"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     args = _parse(argv)
+    # PEFT reads a name that transformers renames: nothing that a reader of the page can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     scale = replace(QUICK if args.quick else FULL, model=args.model)
     tables = [TABLES[name] for name in args.table or TABLES]
     path = args.results or (OUT / "quick.jsonl" if args.quick else RESULTS)
@@ -49,8 +53,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"papers: {error}", file=sys.stderr)
         return 2
-    _show(workshop, tables, scale)
+    written = args.results.with_suffix(".md") if args.results else _page_of(args.quick)
+    write(written, TABLES.values(), scale, workshop.records)
+    print(f"written: {written}")
     return status
+
+
+def _page_of(quick: bool) -> Path:
+    return OUT / "papers.md" if quick else PAGE
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -68,34 +78,26 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--page", action="store_true", help="write the page from the results and run nothing")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     add("--model", default="", help="a folder or hub name (default: the packaged MiniLM-L6)")
-    add("--results", type=Path, help="the file of JSON lines to add to")
+    add("--results", type=Path, help="a file of JSON lines, the page beside it")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     return args
 
 
-def _list(workshop: Workshop, tables: list[Table], scale: Scale) -> None:
+def _list(workshop: Workshop, tables: list[AnyTable], scale: Scale) -> None:
     for table in tables:
-        cells = table.cells(scale)
-        missing = len(workshop.missing(cells))
-        print(f"{table.name:16} {missing:4} of {len(cells):4} runs to do   {table.title}")
+        missing, whole = table.missing(workshop, scale)
+        print(f"{table.name:16} {missing:4} of {whole:4} runs to do   {table.title}")
 
 
-def _run(workshop: Workshop, tables: list[Table], scale: Scale, jobs: int) -> int:
+def _run(workshop: Workshop, tables: list[AnyTable], scale: Scale, jobs: int) -> int:
     share_cores(jobs)
     failed = 0
     for table in tables:
         print(f"== {table.name}: {table.title}", flush=True)
-        failed += workshop.run(table.cells(scale), jobs)
+        failed += table.run(workshop, scale, jobs)
     return 1 if failed else 0
-
-
-def _show(workshop: Workshop, tables: list[Table], scale: Scale) -> None:
-    for table in tables:
-        print(f"\n{table.name}: {table.title}")
-        for line in table.lines(scale, workshop.records.runs(table.cells(scale))):
-            print("  " + " | ".join(f"{name} {value}" for name, value in line.items()))
 
 
 if __name__ == "__main__":

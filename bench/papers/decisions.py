@@ -8,9 +8,10 @@ from typing import Any
 
 from .cell import ALL_LINEAR, QUERY_VALUE, Cell
 from .choices import SETTINGS, TAU
+from .grid import spread, trained
 from .records import Run
 from .scale import Scale
-from .table import Line, Table, spread, trained
+from .table import Line, TrainedTable
 
 DECIDED_ON = ("movies", "tweets", "reviews")
 RULES = ("magnitude", "energy")
@@ -89,8 +90,8 @@ def _mean(runs: Sequence[Run]) -> float:
     return mean(run.score or 0.0 for run in runs)
 
 
-def _table(keyed: Callable[[Scale], Keyed], columns: Sequence[str], **about: str) -> Table:
-    return Table(
+def _table(keyed: Callable[[Scale], Keyed], columns: Sequence[str], **about: str) -> TrainedTable:
+    return TrainedTable(
         cells=lambda scale: [cell for _, cell in keyed(scale)],
         lines=_best_rates(keyed, columns),
         **about,
