@@ -20,7 +20,12 @@ from .table import NOT_AT_HAND, Line
 PAPER = "LoRA-XS"
 RANKS = (4, 8, 16, 25)
 LONG = 4  # epochs where scores are compared by epoch
-BASES = {"svd": "SVD of W", "random_svd": "SVD of a random matrix", "random": "random factors"}
+BASES = {
+    "svd": "SVD of W",
+    "random_svd": "SVD of a random matrix",
+    "random": "random factors",
+    "gradient": "SVD of the mean gradient",
+}
 _TWO = (TASKS[0], TASKS[2])
 _OTHER_MODEL = "The paper's models and tasks: --model takes a folder or hub name."
 
@@ -118,7 +123,7 @@ TABLES = (
         name="xs-start",
         paper=f"{PAPER}, tables 4 and 10 to 14",
         title="Where the frozen factors come from, by epoch",
-        about="Whether the SVD of W converges earlier: the score after each epoch.",
+        about="Whether the SVD of W converges earlier, and the basis that theorem 3.1 calls best.",
         not_shown=_OTHER_MODEL,
         lines=by_epoch(_START),
         draw=pictures.score_by_epoch(_START),

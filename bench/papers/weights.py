@@ -9,14 +9,12 @@ from statistics import mean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from finetuning import adapters
+from finetuning import adapters, gradients
 from finetuning.data import read_tsv
 from finetuning.methods import METHODS
 from finetuning.model import load_model
 from finetuning.run import encoded, fresh_model
 from finetuning.targets import target_names
-from finetuning.training import predict_batch
 from torch import Tensor, nn
 
 import qrlora_kernels as qk
@@ -36,7 +34,6 @@ from .table import NOT_AT_HAND, Line, MeasuredTable
 TAUS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)
 PAPER_SHARES = {0.5: ".185", 0.7: ".341", 0.8: ".440"}  # of W_o's width, QR-LoRA's tables 1 and 2
 W_O = "attention.output.dense"
-GRADIENT_ROWS = 64  # sentences that the mean gradient is of
 MILLION = 10**6
 
 
@@ -147,11 +144,9 @@ def mean_gradients(scale: Scale, workshop: Workshop) -> list[tuple[str, Tensor, 
     settings = cell.settings(workshop.files(cell), workshop.folder)
     data = read_tsv(settings.train_file, settings.eval_file)
     train_set, _ = encoded(data, settings)
-    model = fresh_model(data, settings).requires_grad_(True).eval()
-    rows = list(range(min(GRADIENT_ROWS, len(data.train))))
-    outputs = predict_batch(model, train_set, rows, settings)
-    F.cross_entropy(outputs, train_set.targets[rows].long()).backward()
+    model = fresh_model(data, settings)
     encoder = model.get_submodule(adapters.ENCODER)
+    gradients.accumulate(encoder, model, train_set, settings)
     found = []
     for name in target_names(encoder, cell.targets, "all"):
         weight = encoder.get_submodule(name).weight
@@ -241,9 +236,9 @@ TABLES = (
         paper="LoRA-XS, theorem 3.1",
         title="The projection theorem, and the basis that it calls best",
         about=f"The core that brings U C Vᵀ nearest to a given update is Uᵀ ΔW V. ΔW is the mean "
-        f"gradient of {GRADIENT_ROWS} sentences at the pretrained weights; what part of its square "
-        f"a basis of r = {RANK} holds is what one step of gradient descent can reach.",
-        not_shown="Training from the gradient's basis: LoRA-XS has no such option yet.",
+        f"gradient of {gradients.ROWS} sentences at the pretrained weights; what part of its "
+        f"square a basis of r = {RANK} holds is what one step of gradient descent can reach.",
+        not_shown="The paper's models; what training from each basis gives is in `xs-start`.",
         measure=theorem_rows,
         lines=theorem_lines,
         remark=theorem_remark,

@@ -14,9 +14,10 @@ from ..linalg.checks import check_finite, check_rank_fits
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, energy, one_of
+from .frozen import frozen_matrix, is_conv1d
 
 Sigma = Literal["in", "out", "split", "none"]
-Basis = Literal["svd", "random_svd", "random"]
+Basis = Literal["svd", "random_svd", "random", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,11 @@ class LoRAXSLinear(AdapterLinear):
             Which singular vectors make the basis (the paper's ablation).
         sigma : "in", "out", "split" or "none"
             Σ_r on the input side (the paper), the output side, its root on both, or left out.
-        basis : "svd", "random_svd" or "random"
-            The SVD of W, the SVD of a Gaussian matrix of W's shape and scale, or Gaussian factors
-            with columns of unit expected norm.
+        basis : "svd", "random_svd", "random" or "gradient"
+            The SVD of W, the SVD of a Gaussian matrix of W's shape and scale, Gaussian factors
+            with columns of unit expected norm, or the SVD of ``linear.weight.grad`` brought to the
+            norm of W: what a few batches' backward left there before (on several ranks, their
+            mean). It is the basis that holds most of the first step of full fine-tuning.
         init_std : float
             Standard deviation σ of the core's start.
         seed : int
@@ -109,6 +112,12 @@ class LoRAXSLinear(AdapterLinear):
         """
         options = LoRAXSOptions(dropout, rank, alpha, vectors, sigma, basis, init_std, seed)
         return cls._from_linear(linear, options)
+
+    @classmethod
+    def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
+        if options.basis != "gradient":
+            return super().start_matrices(layers, options)
+        return {name: _scaled_gradient(name, layer) for name, layer in layers.items()}
 
     @classmethod
     def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
@@ -149,6 +158,9 @@ class LoRAXSLinear(AdapterLinear):
         b = self.scaling * self.b.to(dtype) @ self.core.to(dtype).mT
         return self.a.to(dtype), b
 
+    def rebuildable(self) -> bool:
+        return self.options.basis != "gradient"
+
     def energy_kept(self) -> float | None:
         """Σ of the chosen σ_i² over ‖W‖², where the basis is W's and carries Σ."""
         if self.options.basis != "svd" or self.options.sigma not in ("in", "out"):
@@ -176,6 +188,26 @@ def _bases(
         out_dtype=torch.float64,
     )
     return [_place_sigma(u, s, vh, options.sigma) for u, s, vh in results]
+
+
+def _scaled_gradient(name: str, linear: nn.Module) -> Tensor:
+    """The weight's gradient [N, K] in the weight's dtype and norm: Σ is then of W's size."""
+    weight, gradient = frozen_matrix(linear), getattr(linear.weight, "grad", None)
+    if gradient is None:
+        raise ValueError(
+            f"basis 'gradient' needs the mean gradient of some batches in {name}.weight.grad (call "
+            "requires_grad_ and backward before), got None"
+        )
+    wide = gradient.detach().to(accumulation_dtype(weight.dtype))
+    wide = wide.t() if is_conv1d(linear) else wide
+    norm = torch.linalg.vector_norm(wide)
+    if not (torch.isfinite(norm) and norm > 0):
+        raise ValueError(
+            f"basis 'gradient' needs a finite gradient other than zero in {name}.weight.grad, got "
+            f"one of norm {float(norm)}"
+        )
+    scale = torch.linalg.vector_norm(weight.to(wide.dtype)) / norm
+    return (wide * scale).to(weight.dtype)
 
 
 def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, Tensor]:
