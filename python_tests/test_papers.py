@@ -23,6 +23,7 @@ from tiny_archive import write_archive
 from tiny_encoder import WORDS, write_model
 
 import qrlora_kernels as qk
+from bench.papers import __main__ as command
 from bench.papers import page, runner
 from bench.papers.cell import Cell
 from bench.papers.records import Records, Run
@@ -232,6 +233,37 @@ def test_the_whole_has_three_seeds_and_fits_its_time():
         cells = {cell.digest(): cell for table in TRAINED for cell in table.cells(scale)}
         assert len(cells) <= most
     assert {cell.seed for table in TRAINED for cell in table.cells(FULL)} >= {0, 1, 2}
+
+
+def test_the_page_agrees_with_the_recorded_rows(tmp_path):
+    """There is a page where there are rows, and it is the one that they give."""
+    assert command.PAGE.exists() == command.RESULTS.exists()
+    if command.RESULTS.exists():
+        written = tmp_path / "papers.md"
+        page.write(written, TABLES.values(), FULL, Records.read(command.RESULTS))
+        assert written.read_text() == command.PAGE.read_text()
+
+
+def test_remarks_say_who_is_ahead_and_by_how_much(toy):
+    """From rows with scores that are made up: energy 0.1 ahead on one task, LoRA on another."""
+    scale = replace(toy.scale, seeds=3)
+
+    def told(name: str, score: Any) -> str:
+        cells = TABLES[name].cells(scale)
+        runs = [Run(c, {"cell": c.claims(), "scores": [score(c)], "trained": 1}) for c in cells]
+        return TABLES[name].remark(scale, runs)
+
+    def by_rule(cell: Cell) -> float:
+        ahead = cell.options["rank_rule"] == "energy" and cell.task == "movies"
+        return 0.5 + 0.1 * ahead + 0.01 * (cell.lr == 0.1)
+
+    assert "movies +0.100 ± 0.000; reviews +0.000 ± 0.000" in told("rules", by_rule)
+
+    def by_method(cell: Cell) -> float:
+        behind = cell.adapter == "qr" and cell.task == "movies"
+        return 0.8 - 0.1 * behind + 0.01 * cell.seed
+
+    assert "on 1 of 2 tasks: movies -0.100 (deviation 0.010)" in told("qr-pretrained", by_method)
 
 
 def test_the_page_says_which_tables_have_no_rows(toy, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from .cell import ALL_LINEAR, QUERY_VALUE, Cell
@@ -90,7 +90,33 @@ def _mean(runs: Sequence[Run]) -> float:
     return mean(run.score or 0.0 for run in runs)
 
 
-def _table(keyed: Callable[[Scale], Keyed], columns: Sequence[str], **about: str) -> TrainedTable:
+def energy_against_magnitude(scale: Scale, runs: Sequence[Run]) -> str:
+    """The difference on each task, seed by seed, both at their best rate."""
+    told = []
+    for task in scale.of_tasks(DECIDED_ON):
+        best = {rule: _best(runs, rule, task) for rule in RULES}
+        shared = sorted(best["energy"].keys() & best["magnitude"].keys())
+        if not shared:
+            continue
+        gains = [best["energy"][seed] - best["magnitude"][seed] for seed in shared]
+        error = f" ± {stdev(gains) / len(gains) ** 0.5:.3f}" if len(gains) > 1 else ""
+        told.append(f"{task} {mean(gains):+.3f}{error}")
+    if not told:
+        return ""
+    return f"Energy over magnitude (mean of the seeds ± its standard error): {'; '.join(told)}."
+
+
+def _best(runs: Sequence[Run], rule: str, task: str) -> dict[int, float]:
+    """The scores by seed at the rate of the best mean."""
+    by_rate: dict[float, dict[int, float]] = {}
+    for run in runs:
+        if run.cell.task == task and run.cell.options["rank_rule"] == rule:
+            scores = by_rate.setdefault(run.record["cell"]["lr"], {})
+            scores[run.cell.seed] = run.score or 0.0
+    return max(by_rate.values(), key=lambda scores: mean(scores.values()), default={})
+
+
+def _table(keyed: Callable[[Scale], Keyed], columns: Sequence[str], **about: Any) -> TrainedTable:
     return TrainedTable(
         cells=lambda scale: [cell for _, cell in keyed(scale)],
         lines=_best_rates(keyed, columns),
@@ -111,12 +137,13 @@ TABLES = (
             "three rates."
         ),
         not_shown="The rate is chosen on the rows that the score is of, for both rules alike.",
+        remark=energy_against_magnitude,
     ),
     _table(
         _rates,
         ("adapter", "scope"),
         name="rates",
-        paper="none of the three",
+        paper="no paper: defaults of this package",
         title="Learning rates",
         about="Every adapter at three rates, on query and value and on all linear layers.",
         not_shown="The best rate at this length of training may not be that of a longer one.",

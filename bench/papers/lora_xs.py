@@ -124,7 +124,8 @@ TABLES = (
         paper=f"{PAPER}, tables 4 and 10 to 14",
         title="Where the frozen factors come from, by epoch",
         about="Whether the SVD of W converges earlier, and the basis that theorem 3.1 calls best.",
-        not_shown=_OTHER_MODEL,
+        not_shown=_OTHER_MODEL + " A rate of its own for each basis: a gradient's singular values "
+        "fall faster than a weight's of the same norm.",
         lines=by_epoch(_START),
         draw=pictures.score_by_epoch(_START),
     ),

@@ -60,7 +60,7 @@ def _intro(scale: Scale, results: Path) -> str:
 def section(table: AnyTable, scale: Scale, records: Records, folder: Path) -> str:
     """One table: what it is, its lines and picture, and what could not be shown."""
     results: Sequence[Any] = table.results(scale, records)
-    parts = [f"## {table.title}\n", f"`{table.name}`, after {table.paper}. {table.about}\n"]
+    parts = [f"## {table.title}\n", f"`{table.name}` ({table.paper}). {table.about}\n"]
     if not results:
         parts.append("No rows yet.\n")
     else:
