@@ -62,7 +62,7 @@ def test_random_bases_follow_the_seed_and_not_the_weight(basis):
 
 
 @pytest.mark.parametrize("conv1d", [False, True])
-def test_a_gradient_basis_is_the_svd_of_the_gradient_at_the_norm_of_the_weight(conv1d):
+def test_a_gradient_basis_is_the_svd_of_the_gradient_as_large_as_that_of_the_weight(conv1d):
     linear = base(torch.float64)
     gradient = torch.randn_like(linear.weight)
     if conv1d:
@@ -71,9 +71,9 @@ def test_a_gradient_basis_is_the_svd_of_the_gradient_at_the_norm_of_the_weight(c
     linear.weight.grad = gradient.T.clone() if conv1d else gradient
     layer = qk.LoRAXSLinear.from_linear(linear, 4, basis="gradient")
     u, s, vh = torch.linalg.svd(gradient)
-    scale = linear.weight.norm() / gradient.norm()
+    scale = torch.linalg.svdvals(linear.weight.detach())[0] / s[0]
     want = u[:, :4] @ (scale * s[:4, None] * vh[:4])
-    torch.testing.assert_close(layer.b @ layer.a, want, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(layer.b @ layer.a, want, rtol=1e-5, atol=1e-7)
     assert layer.energy_kept() is None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..linalg.checks import check_finite, check_rank_fits
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, energy, one_of
-from .frozen import frozen_matrix, is_conv1d
+from .frozen import is_conv1d
 
 Sigma = Literal["in", "out", "split", "none"]
 Basis = Literal["svd", "random_svd", "random", "gradient"]
@@ -95,9 +96,9 @@ class LoRAXSLinear(AdapterLinear):
             Σ_r on the input side (the paper), the output side, its root on both, or left out.
         basis : "svd", "random_svd", "random" or "gradient"
             The SVD of W, the SVD of a Gaussian matrix of W's shape and scale, Gaussian factors
-            with columns of unit expected norm, or the SVD of ``linear.weight.grad`` brought to the
-            norm of W: what a few batches' backward left there before (on several ranks, their
-            mean). It is the basis that holds most of the first step of full fine-tuning.
+            with columns of unit expected norm, or the SVD of ``linear.weight.grad`` (what backward
+            left there before, on every rank the same) brought to W's largest singular value: the
+            basis that holds most of the first step of full fine-tuning.
         init_std : float
             Standard deviation σ of the core's start.
         seed : int
@@ -115,9 +116,10 @@ class LoRAXSLinear(AdapterLinear):
 
     @classmethod
     def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
+        weights = super().start_matrices(layers, options)
         if options.basis != "gradient":
-            return super().start_matrices(layers, options)
-        return {name: _scaled_gradient(name, layer) for name, layer in layers.items()}
+            return weights
+        return _scaled_gradients(layers, weights, options.seed)
 
     @classmethod
     def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
@@ -190,24 +192,41 @@ def _bases(
     return [_place_sigma(u, s, vh, options.sigma) for u, s, vh in results]
 
 
-def _scaled_gradient(name: str, linear: nn.Module) -> Tensor:
-    """The weight's gradient [N, K] in the weight's dtype and norm: Σ is then of W's size."""
-    weight, gradient = frozen_matrix(linear), getattr(linear.weight, "grad", None)
+def _scaled_gradients(
+    layers: dict[str, nn.Module], weights: dict[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Each weight's gradient [N, K] in its dtype, scaled to the largest singular value of W.
+
+    Σ is then as large as W's where it is largest: a gradient's falls much faster, and at W's
+    Frobenius norm its first direction would outweigh what the others' learning rate is made for.
+    """
+    gradients = {name: _gradient(name, layer) for name, layer in layers.items()}
+    both = [*weights.values(), *gradients.values()]
+    tops = [found.s[0] for found in linalg.truncated_svd(both, 1, seed=seed)]
+    return {
+        name: (gradients[name] * (of_weight / of_gradient)).to(weight.dtype)
+        for (name, weight), of_weight, of_gradient in zip(
+            weights.items(), tops[: len(weights)], tops[len(weights) :], strict=True
+        )
+    }
+
+
+def _gradient(name: str, linear: nn.Module) -> Tensor:
+    """``linear.weight.grad`` as [N, K], in fp32 or wider."""
+    gradient: Tensor | None = cast(Tensor, linear.weight).grad
     if gradient is None:
         raise ValueError(
             f"basis 'gradient' needs the mean gradient of some batches in {name}.weight.grad (call "
             "requires_grad_ and backward before), got None"
         )
-    wide = gradient.detach().to(accumulation_dtype(weight.dtype))
-    wide = wide.t() if is_conv1d(linear) else wide
-    norm = torch.linalg.vector_norm(wide)
-    if not (torch.isfinite(norm) and norm > 0):
+    wide = gradient.detach().to(accumulation_dtype(gradient.dtype))
+    norm = float(torch.linalg.vector_norm(wide))
+    if not (math.isfinite(norm) and norm > 0.0):
         raise ValueError(
             f"basis 'gradient' needs a finite gradient other than zero in {name}.weight.grad, got "
-            f"one of norm {float(norm)}"
+            f"one of norm {norm}"
         )
-    scale = torch.linalg.vector_norm(weight.to(wide.dtype)) / norm
-    return (wide * scale).to(weight.dtype)
+    return wide.t() if is_conv1d(linear) else wide
 
 
 def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, Tensor]:
