@@ -1,6 +1,7 @@
 # make test   set everything up in .venv and run the tests
 # make demo   set everything up and fine-tune MiniLM with each adapter on sentences of movie reviews
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
+# make papers   the tables and figures of the three papers, in kind (PAPERS_ARGS=--quick: small ones)
 # make wheel  build a wheel and try it in a clean environment outside the source tree
 # make fuzz           10,000 calls with operands that are not what they seem (make test makes 600)
 # make test-cpus      the numerical tests, the libraries told of lesser processors (CPUS=short: one)
@@ -14,7 +15,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-cpus test-sanitize fuzz demo bench lint format wheel clean
+.PHONY: test test-cpus test-sanitize fuzz demo bench papers lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -44,6 +45,9 @@ demo: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench
+
+papers: $(VENV)/.ready
+	$(BIN)/python -m bench.papers $(PAPERS_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -44,6 +44,7 @@ slow for all of them every sample is divided by how slow it was. Where an altern
   runs under `torch.autocast`.
 - *lycoris* rebuilds the weight (its default), */bypass* does not, */kernels* is its Triton kernels.
 - `lokr` is OHoRA's product without its start, which is what PEFT and LyCORIS compute.
+- *r-kron* is OHoRA's layer with its N × K product formed, the rival that its paper times.
 - *saved* is what the layer keeps for its backward beyond weights and factors, *peak* what a step
   takes at most beyond what was there before it, *disk* the saved file. On a CPU the peak is one of
   resident pages, libraries' scratch included, to a MiB; in the memory suite each is of a process of

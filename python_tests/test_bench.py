@@ -21,6 +21,7 @@ from bench.problem import LayerProblem, Runner
 from bench.registry import Case, Effort
 from bench.rows import RED, SKIPPED, Row
 from bench.suites import decode, layer, start
+from bench.suites import memory as suite_of_memory
 from bench.suites.common import Options, results
 
 CASE = Case(16, 32, 48, 4, "fp32")
@@ -72,6 +73,19 @@ def test_a_right_kernel_under_another_name_stays_green() -> None:
     with temporarily(wrong(lambda update: update)):
         found = layer.run(CASE, options(gate_only=True))
     assert {row.status for row in found} == {rows.OK}
+
+
+def test_the_formed_product_is_gated_against_the_same_numbers_and_keeps_more() -> None:
+    ours = options(adapters=("ohora",), variants=("r-kron", "qrlora_kernels"))
+    assert {row.status for row in layer.run(CASE, ours)} == {rows.OK}
+    saved = {
+        row.variant: row.value
+        for row in suite_of_memory.run(CASE, ours)
+        if row.metric == "saved" and row.adapter
+    }
+    assert saved["r-kron"] > saved["qrlora_kernels"]
+    left_out = [row for row in decode.run(CASE, ours) if row.variant == "r-kron"]
+    assert [row.status for row in left_out] == [SKIPPED]
 
 
 def test_a_start_without_greedy_pivots_turns_red() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,11 @@ def test_a_run_that_is_killed_says_so(settings, monkeypatch, capsys):
     monkeypatch.setattr(cells, "_context", lambda: type("Context", (), {"Process": Killed}))
     assert cells.run_alone(settings) == 1
     assert "killed by signal 9" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_says_to_its_log_that_it_diverged(settings, tmp_path, capfd):
+    log = tmp_path / "logs" / "run.txt"
+    assert cells.run_alone(replace(settings, lr=1e30), log) == cells.DIVERGED
+    assert "try a smaller --lr" in log.read_text()
+    assert capfd.readouterr() == ("", "")

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import tarfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finetuning import corpora
-from finetuning.corpora import INNER, MEMBER, load_task
+from finetuning.corpora import MEMBER, load_task
 from finetuning.data import Data, same_text
+from tiny_archive import write_archive
 
 REVIEWS = MEMBER.format(corpus="amazonReviewSnippets")
 MOVIES = MEMBER.format(corpus="movieReviewSnippets")
-
-
-def _archive(path: Path, files: Mapping[str, str | tarfile.TarInfo]) -> Path:
-    """A source distribution as the real one: a tar of the corpora inside of a zip."""
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
-        for name, content in files.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
-            info = tarfile.TarInfo(name)
-            info.size = len(content.encode())
-            tar.addfile(info, io.BytesIO(content.encode()))
-    with zipfile.ZipFile(path, "w") as outer:
-        outer.writestr(INNER, inner.getvalue())
-    return path
 
 
 def _lines(rows: list[tuple[str, float, str]]) -> str:
@@ -50,7 +33,7 @@ def archive(tmp_path) -> Path:
     rows.append(("30_0", 3.0, "TEXT 3 of 2"))  # a copy but for case and punctuation
     rows.append(("31_0", 0.5, "Fish &amp; chips: 'clichés'"))
     movies = [(str(i), i / 50 - 1, f"Movie number {i}") for i in range(100)]
-    return _archive(tmp_path / "a.zip", {REVIEWS: _lines(rows), MOVIES: _lines(movies)})
+    return write_archive(tmp_path / "a.zip", {REVIEWS: _lines(rows), MOVIES: _lines(movies)})
 
 
 def _document(text: str) -> str:
@@ -133,7 +116,7 @@ def _link() -> tarfile.TarInfo:
 )
 def test_an_archive_with_other_contents_is_refused(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
-        load_task("movies", 1, 1, _archive(tmp_path / "a.zip", files))
+        load_task("movies", 1, 1, write_archive(tmp_path / "a.zip", files))
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from finetuning import adapters, run, warmup
+from finetuning import adapters, gradients, run, warmup
 from finetuning.methods import DEMO, METHODS, OPTIONS
 from finetuning.model import load_model
 from finetuning.settings import Settings
@@ -117,6 +117,20 @@ def test_the_model_starts_unchanged(settings, adapter):
         load_model(settings.model, 2, 0), replace(settings, adapter=adapter, options={"rank": 4})
     )
     torch.testing.assert_close(model(**inputs), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_basis_takes_the_gradient_of_the_first_rows(settings):
+    options = {"rank": 3, "basis": "gradient"}
+    result = run.fine_tune(replace(settings, adapter="lora_xs", options=options))
+    assert (result["trained"], result["reload_difference"]) == (4 * 3**2, 0.0)
+    data = run.read_tsv(settings.train_file, settings.eval_file)
+    train_set, _ = run.encoded(data, settings)
+    model = run.fresh_model(data, settings)
+    gradients.accumulate(model.encoder, model, train_set, settings)
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    with_one = {n for n, p in model.encoder.named_parameters() if p.grad is not None}
+    names = target_names(model.encoder, settings.targets, settings.layers)
+    assert with_one == {f"{name}.weight" for name in names}
 
 
 def test_svd_lora_starts_from_the_first_singular_directions(settings):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import helpers
 import pytest
 import torch
 from test_layers import K, N, base, tokens, trained
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import qrlora_kernels as qk
 
@@ -55,6 +59,53 @@ def test_random_bases_follow_the_seed_and_not_the_weight(basis):
     inside = (same.a @ span.T).norm() / same.a.norm()
     assert float(inside) < 0.9
     assert same.energy_kept() is None
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_a_gradient_basis_is_the_svd_of_the_gradient_as_large_as_that_of_the_weight(conv1d):
+    linear = base(torch.float64)
+    gradient = torch.randn_like(linear.weight)
+    if conv1d:
+        as_linear, linear = linear, Conv1D(linear.out_features, linear.in_features).double()
+        linear.weight.data = as_linear.weight.detach().T.contiguous()
+    linear.weight.grad = gradient.T.clone() if conv1d else gradient
+    layer = qk.LoRAXSLinear.from_linear(linear, 4, basis="gradient")
+    u, s, vh = torch.linalg.svd(gradient)
+    scale = torch.linalg.svdvals(linear.weight.detach())[0] / s[0]
+    want = u[:, :4] @ (scale * s[:4, None] * vh[:4])
+    torch.testing.assert_close(layer.b @ layer.a, want, rtol=1e-5, atol=1e-7)
+    assert layer.energy_kept() is None
+
+
+def test_a_gradient_basis_is_stored_and_never_rebuilt(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    model = nn.Sequential(base())
+    model[0].weight.grad = torch.randn_like(model[0].weight)
+    fresh = copy.deepcopy(model)
+    assert fresh[0].weight.grad is None
+    qk.adapt(model, ["0"], adapter="lora_xs", rank=4, basis="gradient", progress=False)
+    with pytest.raises(ValueError, match=r"factors must be 'auto' or 'stored' for 0, .*'rebuild'"):
+        qk.save_adapter(model, path, factors="rebuild")
+    assert not path.exists()
+    qk.save_adapter(model, path)
+    loaded = qk.load_adapter(fresh, path)
+    assert helpers.same_bits(loaded[0].a, model[0].a)
+    assert helpers.same_bits(loaded[0].b, model[0].b)
+
+
+def test_a_gradient_basis_needs_a_gradient():
+    linear = base()
+    make = functools.partial(qk.LoRAXSLinear.from_linear, rank=4, basis="gradient")
+    for gradient, said in (
+        (None, r"linear\.weight\.grad .* got None"),
+        (torch.zeros_like(linear.weight), "norm 0.0"),
+        (torch.full_like(linear.weight, torch.nan), "norm nan"),
+    ):
+        linear.weight.grad = gradient
+        with pytest.raises(ValueError, match=said):
+            make(linear)
+    with pytest.raises(ValueError, match="got None"):
+        qk.LoRAXSLinear(8, 8, rank=4, basis="gradient")
 
 
 def test_starts_do_not_disturb_the_global_generator():

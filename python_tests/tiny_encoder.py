@@ -12,18 +12,18 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "eats", "the"]
 
 
-def write_model(folder: Path) -> Path:
-    """A folder with a random two-layer BERT and its tokenizer."""
+def write_model(folder: Path, width: int = 32, layers: int = 2) -> Path:
+    """A folder with a random BERT, its MLP twice as wide, and its tokenizer."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
+        hidden_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=64,
+        intermediate_size=2 * width,
         max_position_embeddings=32,
         initializer_range=0.3,  # large enough for attention to matter
     )

@@ -53,7 +53,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: Factor
     Raises
     ------
     ValueError
-        If the model has no adapted layer or ``factors`` is none of the three.
+        If the model has no adapted layer, ``factors`` is none of the three, or it is "rebuild" for
+        factors that do not follow from the base, as those of a gradient.
     """
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
@@ -67,6 +68,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str], factors: Factor
     manifest: Manifest = {"layers": {}, "extra": sorted(extra)}
     for name, layer in layers.items():
         store = factors == "stored" or (factors == "auto" and not layer.compact)
+        if not store and not layer.rebuildable():
+            raise ValueError(
+                f"factors must be 'auto' or 'stored' for {name}, whose basis does not follow from "
+                f"its weight, got {factors!r}"
+            )
         saved = (*layer.trainables, *(layer.factors if store else layer.compact))
         tensors |= {f"{name}.{key}": getattr(layer, key) for key in saved}
         manifest["layers"][name] = _describe(layer, store)

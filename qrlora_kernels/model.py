@@ -12,7 +12,6 @@ from .linalg import StartRunner
 from .matching import Targets, find_targets, within
 from .nn import ADAPTERS, AdapterLinear
 from .nn.base import Options
-from .nn.frozen import frozen_matrix
 
 
 def adapt(
@@ -75,8 +74,8 @@ def adapt(
             raise ValueError(f"trainable names {name!r}, but the model has no such module")
     layers = find_targets(model, target_modules, exclude=trainable)
     _check_disjoint(model, layers, trainable)
-    weights = {name: frozen_matrix(layer) for name, layer in layers.items()}
-    states = kind.start_named(weights, opts, StartRunner(progress, cache, distributed))
+    matrices = kind.start_matrices(layers, opts)
+    states = kind.start_named(matrices, opts, StartRunner(progress, cache, distributed))
     adapted = zip(layers.items(), states, strict=True)
     install(model, {name: kind.from_state(base, opts, state) for (name, base), state in adapted})
     for name, parameter in model.named_parameters():

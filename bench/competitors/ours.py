@@ -17,7 +17,7 @@ from qrlora_kernels.nn.ohora import OHoRAOptions
 from qrlora_kernels.nn.qr import QROptions
 
 from ..problem import TRAINABLES, LayerProblem, Runner, Unavailable
-from .registry import LAYERS, Layer
+from .registry import LAYERS, R_KRON, Layer
 
 NAME = "qrlora_kernels"
 _TYPES: dict[str, tuple[type[AdapterLinear], Callable[[int], Options]]] = {
@@ -49,6 +49,15 @@ def _layer(adapter: str, problem: LayerProblem) -> Runner:
         operation=_OPERATIONS[adapter],
         rank=rank,
     )
+
+
+def _r_kron(problem: LayerProblem) -> Runner:
+    state = problem.operands("ohora")
+    options = OHoRAOptions(rank=state["a"].shape[-1], product="materialised")
+    layer = qk.OHoRALinear.from_state(problem.linear(), options, state)
+    model = nn.Sequential(OrderedDict(linear=layer))
+    trainables = {name: getattr(layer, name) for name in TRAINABLES["ohora"]}
+    return Runner(layer, trainables, save=functools.partial(_save, model))
 
 
 def _save(model: nn.Module, folder: object) -> None:
@@ -113,3 +122,4 @@ def each_backend(backends: list[str]) -> Iterator[None]:
 
 LAYERS += [Layer(NAME, name, functools.partial(_layer, name)) for name in _TYPES]
 LAYERS.append(Layer(NAME, "lokr", functools.partial(_operation, "lokr")))
+LAYERS.append(Layer(R_KRON, "ohora", _r_kron, not_in=("grid", "decode", "overhead")))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..problem import LayerProblem, Runner, Unavailable
 
+R_KRON = "r-kron"  # OHoRA's layer with its product formed, the rival that its paper times
 _PROVIDERS = ("plain", "ours", "peft_adapters", "lycoris_lokr", "starts")
 
 

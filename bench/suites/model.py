@@ -19,8 +19,9 @@ from qrlora_kernels.model import replace_module
 from qrlora_kernels.nn.base import AdapterLinear
 
 from ..competitors.plain import EAGER
-from ..competitors.registry import require
+from ..competitors.registry import R_KRON, require
 from ..gate import judge
+from ..losses import OURS
 from ..memory import disk_bytes, peak_bytes
 from ..models import base_model, inputs
 from ..problem import TRAINABLES, Unavailable
@@ -107,8 +108,9 @@ def _variants(options: Options) -> list[tuple[str, str, Callable[[nn.Module, Mod
     found = [(FLOOR, "", lambda model, case: Trained(model))]
     for family in FAMILIES:
         ours = functools.lru_cache(1)(functools.partial(_ours, family))
-        found.append(("qrlora_kernels", family, ours))
+        found.append((OURS, family, ours))
         found.append(("eager", family, functools.partial(_eager, ours)))
+    found.append((R_KRON, "ohora", functools.partial(_ours, "ohora", product="materialised")))
     for mode in ("", "/off", "/autocast"):
         found.append((f"peft{mode}", "lora", functools.partial(_peft, mode)))
     return [
@@ -125,10 +127,11 @@ def _variants(options: Options) -> list[tuple[str, str, Callable[[nn.Module, Mod
 # --- variants
 
 
-def _ours(family: str, base: nn.Module, case: ModelCase) -> Trained:
+def _ours(family: str, base: nn.Module, case: ModelCase, **more: Any) -> Trained:
     model = copy.deepcopy(base)
     # The paper's leading columns give some of MiniLM's layers a zero start, which adapt refuses.
     options: dict[str, Any] = {"columns": "selected"} if family == "ohora" else {"rank": case.r}
+    options |= more
     begin = time.perf_counter()
     qk.adapt(model, "all-linear", adapter=family, progress=False, **options)
     seconds = _since(begin, model)
@@ -197,7 +200,7 @@ def _gated(row: Row, trained: Trained, embeds: Tensor) -> Row:
     status = OK if verdict.ok else RED
     note = row.note if verdict.ok else verdict.detail
     choice = qk.backends.last_choice(_OPERATION[row.adapter])
-    backend = choice.name if choice and fused else ""
+    backend = choice.name if choice and row.variant == OURS else ""
     return replace(row, status=status, gate=verdict.excess, note=note, backend=backend)
 
 

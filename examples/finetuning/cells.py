@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # Windows has no ForkServerContext
     from multiprocessing.context import ForkServerContext, SpawnContext
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+DIVERGED = 3  # the loss was no number: a result of the learning rate, not a fault
 # Where processes can fork, one server imports these once and every run starts from it.
 IMPORTED_ONCE = ("torch", "safetensors.torch", "transformers.modeling_utils", "qrlora_kernels")
 
@@ -52,13 +53,20 @@ def run_cells(cells: Iterable[Settings], lines: Path) -> Iterator[Result]:
         yield result
 
 
-def run_alone(settings: Settings) -> int:
-    """One run in a process of its own; its exit status."""
+def run_alone(settings: Settings, log: Path | None = None) -> int:
+    """One run in a process of its own; its exit status.
+
+    Parameters
+    ----------
+    settings : Settings
+    log : Path, optional
+        A file for what the run says; by default it says it where this process does.
+    """
     # Threads that spin while they wait slow every other job on the machine, and each other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not settings.model or Path(settings.model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to ask the hub for
-    process = _context().Process(target=_child, args=(settings,))
+    process = _context().Process(target=_child, args=(settings, log))
     process.start()
     try:
         process.join()
@@ -80,7 +88,10 @@ def _context() -> ForkServerContext | SpawnContext:
     return context
 
 
-def _child(settings: Settings) -> None:
+def _child(settings: Settings, log: Path | None) -> None:
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
     # PEFT reads a name that transformers renames: nothing that a reader of the table can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from .run import Interrupted, ReloadError, fine_tune
@@ -92,4 +103,4 @@ def _child(settings: Settings) -> None:
         sys.exit(INTERRUPTED)
     except (ValueError, TypeError, ReloadError, FloatingPointError, ImportError) as error:
         print(f"finetune.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(DIVERGED if isinstance(error, FloatingPointError) else 1)

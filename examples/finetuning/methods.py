@@ -67,7 +67,11 @@ OPTIONS: dict[str, Option] = {
     "max_rank": Option(int, "upper bound on what the rank rule chooses"),
     "vectors": Option(str, "LoRA-XS: which singular vectors", ("top", "middle", "bottom")),
     "sigma": Option(str, "LoRA-XS: where the singular values go", ("in", "out", "split", "none")),
-    "basis": Option(str, "LoRA-XS: the SVD of what", ("svd", "random_svd", "random")),
+    "basis": Option(
+        str,
+        "LoRA-XS: the SVD of what",
+        ("svd", "random_svd", "random", "gradient"),
+    ),
     "init_std": Option(float, "LoRA-XS: deviation of the core's start"),
     "columns": Option(str, "OHoRA: columns of R in the start", ("leading", "selected")),
     "start": Option(str, "OHoRA: the start", ("qr", "svd", "random", "kaiming")),

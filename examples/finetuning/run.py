@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qrlora_kernels as qk
 
-from . import adapters
+from . import adapters, gradients
 from .data import Data, read_tsv
 from .memory import peak_memory
 from .metrics import scores
@@ -71,7 +71,10 @@ def fine_tune(settings: Settings) -> dict[str, Any]:
     base = base_model(data, train_set, settings)
     before = peak_memory(settings.device)
     start = time.perf_counter()
+    if settings.options.get("basis") == "gradient":
+        gradients.accumulate(base.get_submodule(adapters.ENCODER), base, train_set, settings)
     model = adapters.attach(base, settings)
+    model.zero_grad()
     seconds_to_start = time.perf_counter() - start
     log = Log()
     _train_and_save(model, train_set, eval_set, data, settings, log)

@@ -86,7 +86,7 @@ def train(
         batches = shuffled(data, settings.batch_size, generator)
         bar = tqdm(batches, f"epoch {epoch + 1}/{settings.epochs}", disable=not settings.progress)
         for rows in bar:
-            loss = _loss(predict_batch(model, data, rows, settings), targets, rows)
+            loss = loss_of(predict_batch(model, data, rows, settings), targets, rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -118,7 +118,8 @@ def _rate(step: int, steps: int) -> float:
     return min((step + 1) / (WARMUP * steps + 1), 1.0) * (1.0 - step / steps)
 
 
-def _loss(outputs: Tensor, targets: Tensor, rows: list[int]) -> Tensor:
+def loss_of(outputs: Tensor, targets: Tensor, rows: list[int]) -> Tensor:
+    """Of the outputs of ``rows``; see :func:`train`."""
     if outputs.shape[1] > 1:
         return F.cross_entropy(outputs, targets[rows].long())
     scaled = (targets[rows] - targets.mean()) / targets.std()

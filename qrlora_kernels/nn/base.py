@@ -92,14 +92,21 @@ class AdapterLinear(nn.Linear):
         """
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         opts = self.options_type(**options)
-        (state,) = self.start([frozen_matrix(base)], opts, StartRunner())
+        (matrix,) = self.start_matrices({"linear": base}, opts).values()
+        (state,) = self.start([matrix], opts, StartRunner())
         self._take_over(base, opts, state)
 
     @classmethod
     def _from_linear(cls, linear: nn.Module, options: Options) -> Any:
         check_base(linear)
-        (state,) = cls.start_named({"linear": frozen_matrix(linear)}, options, StartRunner())
+        matrices = cls.start_matrices({"linear": linear}, options)
+        (state,) = cls.start_named(matrices, options, StartRunner())
         return cls.from_state(linear, options, state)
+
+    @classmethod
+    def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
+        """What :meth:`start` factorises of each layer, [N, K]: its weight."""
+        return {name: frozen_matrix(layer) for name, layer in layers.items()}
 
     @classmethod
     def start_named(
@@ -281,6 +288,10 @@ class AdapterLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Never re-initialise a pretrained base (``nn.Linear`` would)."""
+
+    def rebuildable(self) -> bool:
+        """Whether the factors follow from the base's weight, so that a file can go without them."""
+        return True
 
     def energy_kept(self) -> float | None:
         """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from ..linalg.checks import check_finite, check_rank_fits
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from .base import AdapterLinear, Options, State, check_alpha, energy, one_of
+from .frozen import is_conv1d
 
 Sigma = Literal["in", "out", "split", "none"]
-Basis = Literal["svd", "random_svd", "random"]
+Basis = Literal["svd", "random_svd", "random", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,11 @@ class LoRAXSLinear(AdapterLinear):
             Which singular vectors make the basis (the paper's ablation).
         sigma : "in", "out", "split" or "none"
             Σ_r on the input side (the paper), the output side, its root on both, or left out.
-        basis : "svd", "random_svd" or "random"
-            The SVD of W, the SVD of a Gaussian matrix of W's shape and scale, or Gaussian factors
-            with columns of unit expected norm.
+        basis : "svd", "random_svd", "random" or "gradient"
+            The SVD of W, the SVD of a Gaussian matrix of W's shape and scale, Gaussian factors
+            with columns of unit expected norm, or the SVD of ``linear.weight.grad`` (what backward
+            left there before, on every rank the same) brought to W's largest singular value: the
+            basis that holds most of the first step of full fine-tuning.
         init_std : float
             Standard deviation σ of the core's start.
         seed : int
@@ -109,6 +113,13 @@ class LoRAXSLinear(AdapterLinear):
         """
         options = LoRAXSOptions(dropout, rank, alpha, vectors, sigma, basis, init_std, seed)
         return cls._from_linear(linear, options)
+
+    @classmethod
+    def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
+        weights = super().start_matrices(layers, options)
+        if options.basis != "gradient":
+            return weights
+        return _scaled_gradients(layers, weights, options.seed)
 
     @classmethod
     def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
@@ -149,6 +160,9 @@ class LoRAXSLinear(AdapterLinear):
         b = self.scaling * self.b.to(dtype) @ self.core.to(dtype).mT
         return self.a.to(dtype), b
 
+    def rebuildable(self) -> bool:
+        return self.options.basis != "gradient"
+
     def energy_kept(self) -> float | None:
         """Σ of the chosen σ_i² over ‖W‖², where the basis is W's and carries Σ."""
         if self.options.basis != "svd" or self.options.sigma not in ("in", "out"):
@@ -176,6 +190,43 @@ def _bases(
         out_dtype=torch.float64,
     )
     return [_place_sigma(u, s, vh, options.sigma) for u, s, vh in results]
+
+
+def _scaled_gradients(
+    layers: dict[str, nn.Module], weights: dict[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Each weight's gradient [N, K] in its dtype, scaled to the largest singular value of W.
+
+    Σ is then as large as W's where it is largest: a gradient's falls much faster, and at W's
+    Frobenius norm its first direction would outweigh what the others' learning rate is made for.
+    """
+    gradients = {name: _gradient(name, layer) for name, layer in layers.items()}
+    both = [*weights.values(), *gradients.values()]
+    tops = [found.s[0] for found in linalg.truncated_svd(both, 1, seed=seed)]
+    return {
+        name: (gradients[name] * (of_weight / of_gradient)).to(weight.dtype)
+        for (name, weight), of_weight, of_gradient in zip(
+            weights.items(), tops[: len(weights)], tops[len(weights) :], strict=True
+        )
+    }
+
+
+def _gradient(name: str, linear: nn.Module) -> Tensor:
+    """``linear.weight.grad`` as [N, K], in fp32 or wider."""
+    gradient: Tensor | None = cast(Tensor, linear.weight).grad
+    if gradient is None:
+        raise ValueError(
+            f"basis 'gradient' needs the mean gradient of some batches in {name}.weight.grad (call "
+            "requires_grad_ and backward before), got None"
+        )
+    wide = gradient.detach().to(accumulation_dtype(gradient.dtype))
+    norm = float(torch.linalg.vector_norm(wide))
+    if not (math.isfinite(norm) and norm > 0.0):
+        raise ValueError(
+            f"basis 'gradient' needs a finite gradient other than zero in {name}.weight.grad, got "
+            f"one of norm {norm}"
+        )
+    return wide.t() if is_conv1d(linear) else wide
 
 
 def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, Tensor]:
