@@ -9,6 +9,8 @@
 PYTHON ?= python3
 # A bare "torch" pulls gigabytes of CUDA libraries on Linux; override for a GPU: make TORCH="torch"
 TORCH  ?= torch==2.13.0
+# Processes that share the tests, a file at a time; 0: all of them in one.
+WORKERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -29,7 +31,7 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE)
 	touch $@
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-cpus: $(VENV)/.ready
 	bash .ci/test_cpus $(BIN)/python $(CPUS)

@@ -29,8 +29,8 @@ def test_error_bound_rejects_one_wrong_element_of_each_tensor(op, dtype):
     helpers.assert_error_bound(op, given, dy, got)
     for name, tensor in got.items():
         wrong = {n: t.clone() for n, t in got.items()}
-        # bf16 keeps h and S, and with them the trainables' gradients, to two digits.
-        fault = 0.5 if dtype == torch.bfloat16 else 0.05
+        # bf16 stores h and S: a gradient that sums them up may be off by most of a typical element.
+        fault = 1.0 if dtype == torch.bfloat16 else 0.05
         wrong[name].view(-1)[-1] += fault * tensor.double().square().mean().sqrt()
         _rejected(op, given, dy, name, wrong)
 
