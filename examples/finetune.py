@@ -147,7 +147,7 @@ def load_data(args: argparse.Namespace) -> data.Data:
 def chosen(adapters: Sequence[str]) -> list[str]:
     """The methods to run; "all" leaves PEFT's out where PEFT is not installed, as the demo does."""
     names = list(METHODS) if "all" in adapters else list(dict.fromkeys(adapters))
-    peft = [name for name in names if METHODS[name].library == "peft"]
+    peft = [name for name in names if METHODS[name].provider == "peft"]
     if not peft or importlib.util.find_spec("peft") is not None:
         return names
     if "all" not in adapters and names != list(DEMO):

@@ -102,7 +102,7 @@ def test_peft_is_left_out_of_the_demo_and_refused_by_name(monkeypatch, capsys):
     monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
     for adapters in (["all"], list(DEMO)):
         left = finetune.chosen(adapters)
-        assert all(METHODS[name].library != "peft" for name in left)
+        assert all(METHODS[name].provider != "peft" for name in left)
         assert {"qr", "lora_xs", "ohora", "none"} <= set(left)
         assert "left out" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"'lora' needs .* pip install peft"):

@@ -107,7 +107,7 @@ def test_targets_that_are_not_there_are_named(settings):
         target_names(encoder, ("query",), "last:3")
 
 
-@pytest.mark.parametrize("adapter", [n for n, m in METHODS.items() if m.library])
+@pytest.mark.parametrize("adapter", [n for n, m in METHODS.items() if m.provider])
 def test_the_model_starts_unchanged(settings, adapter):
     """But for rounding, and for LoRA-XS's core of 1e-5."""
     ids = torch.arange(5, 15).reshape(2, 5)

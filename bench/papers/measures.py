@@ -72,7 +72,7 @@ def updates(settings: Settings) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, weight before and its update, [N, K] in fp64, of each target of a finished run."""
     tuned = trained_model(settings).get_submodule(ENCODER)
     base = _base(settings).get_submodule(ENCODER)
-    if METHODS[settings.adapter].library == "peft":
+    if METHODS[settings.adapter].provider == "peft":
         tuned = tuned.get_base_model()
     for name in target_names(base, settings.targets, settings.layers):
         before = base.get_submodule(name).weight.detach().double()

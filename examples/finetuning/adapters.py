@@ -26,12 +26,12 @@ def attach(model: nn.Module, settings: Settings) -> nn.Module:
     # The start draws random numbers (LoRA-XS's core, LoRA's A) that depend on the seed alone.
     torch.manual_seed(settings.seed)
     encoder, method = model.get_submodule(ENCODER), METHODS[settings.adapter]
-    if not method.library:
+    if not method.provider:
         encoder.requires_grad_(settings.adapter == "full")
         return model
     names = target_names(encoder, settings.targets, settings.layers)
     options = {**method.defaults, **settings.options}
-    if method.library == "peft":
+    if method.provider == "peft":
         wrapped = baselines.attach(encoder, names, settings.adapter, options)
         model.set_submodule(ENCODER, wrapped)
         return model
@@ -56,7 +56,7 @@ def save(model: nn.Module, settings: Settings) -> None:
     """Write what was trained to one file, under a temporary name first."""
     path = settings.adapter_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    if METHODS[settings.adapter].library == "package":
+    if METHODS[settings.adapter].provider == "package":
         qk.save_adapter(model, path)
         return
     temporary = path.with_suffix(".tmp")
@@ -66,7 +66,7 @@ def save(model: nn.Module, settings: Settings) -> None:
 
 def load(model: nn.Module, settings: Settings) -> nn.Module:
     """Adapt a fresh model with what :func:`save` wrote."""
-    if METHODS[settings.adapter].library == "package":
+    if METHODS[settings.adapter].provider == "package":
         return qk.load_adapter(model, settings.adapter_file)
     model = attach(model, settings)
     load_trained(model, settings.adapter_file)

@@ -14,11 +14,11 @@ from typing import Any
 class Method:
     """One row: its name in tables, its learning rate, the options it takes and has here.
 
-    ``library`` is what attaches it: "package" (this one), "peft", or empty for plain training.
+    ``provider`` is what attaches it: "package" (this one), "peft", or empty for plain training.
     """
 
     label: str
-    library: str
+    provider: str
     rate: float
     options: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
