@@ -26,7 +26,8 @@ from finetuning.methods import DEMO, METHODS, OPTIONS
 from finetuning.settings import ALL_LAYERS, Settings
 
 TASKS = [*corpora.TASKS, *data.GLUE]
-# So much that five methods and three seeds take less than four minutes on two cores.
+# So much that five methods and three seeds should take about four minutes on two quiet cores: an
+# estimate, not yet timed there.
 DEMO_DEFAULTS: dict[str, Any] = {
     "adapter": list(DEMO),
     "seeds": [0, 1, 2],
@@ -82,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--demo", action="store_true", help="five methods, three seeds, about four minutes")
+    add("--demo", action="store_true", help="five methods, three seeds")
     about = "; ".join(f"{name}: {task.about}" for name, task in corpora.TASKS.items())
     add(
         "--task", choices=TASKS, metavar="TASK", help=f"{about}; or of GLUE: {', '.join(data.GLUE)}"

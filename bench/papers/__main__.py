@@ -1,7 +1,7 @@
 """The tables and figures of the three papers, in kind, on MiniLM-L6 and sentences rated by people.
 
-    python -m bench.papers                  all of it: under four hours on two quiet cores
-    python -m bench.papers --quick          all of it at a small size: under ten minutes
+    python -m bench.papers                  all of it: counted at under four hours, two quiet cores
+    python -m bench.papers --quick          all of it at a small size: counted at under ten minutes
     python -m bench.papers --table rules    one table (--list names them)
     python -m bench.papers --page           the page alone, from the results that there are
 
