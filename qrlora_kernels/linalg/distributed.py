@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..fingerprint import fingerprint
+from ..fingerprint import digest_of
 from .cache import Store
 from .checks import named_matrices
 from .ranks import Ranks
@@ -44,7 +44,7 @@ def distributed_start(
     cache : path, optional
         A folder as :func:`cached_start` takes it, one for all ranks or one of each. A result that
         any rank finds there is not computed again; where ranks find different bits, all take the
-        lowest one's.
+        lowest one's. A rank that cannot write there warns, one of several with the same folder.
     **options
         As ``start`` takes them. A progress bar is shown by rank 0, for its share.
 
@@ -75,17 +75,19 @@ def distributed_start(
         return _share(ranks, start, weights, {}, [{}] * ranks.size, options)
     store = ranks.together(lambda: Store(cache))
     keys = _shared_keys(ranks, store, start, weights, options)
-    found = ranks.together(lambda: _read(store, start, keys, weights))
+    found = ranks.together(lambda: store.read(start, keys, weights))
     digests = ranks.gather(lambda: {i: _digest(result) for i, result in found.items()})
     results = _share(ranks, start, weights, found, digests, options)
 
-    def keep() -> None:
+    def keep() -> str | None:
+        lacking = {}
         for i, result in enumerate(results):
             held = [digest.get(i) for digest in digests]
             if held[ranks.rank] is None or held[ranks.rank] != _first(held):
-                store.write(keys[i], result)
+                lacking[keys[i]] = result
+        return store.keep(lacking)
 
-    ranks.together(keep)
+    _tell_unkept(ranks, ranks.gather(keep))
     return results
 
 
@@ -144,20 +146,16 @@ def _shared_keys(
     return [shares[owner][i] for i, owner in enumerate(owners)]
 
 
-def _read(
-    store: Store, start: Start, keys: Sequence[str], weights: Sequence[Tensor]
-) -> dict[int, Any]:
-    read = (
-        store.read(start, key, weight.device) for key, weight in zip(keys, weights, strict=True)
-    )
-    return {i: result for i, result in enumerate(read) if result is not None}
+def _tell_unkept(ranks: Ranks, unkept: Sequence[str | None]) -> None:
+    """Warn of what a rank could not keep, once where several ranks say the same."""
+    own = unkept[ranks.rank]
+    if own is not None and own not in unkept[: ranks.rank]:
+        warnings.warn(own, stacklevel=3)
 
 
 def _digest(result: Any) -> str:
     tensors, values = to_record(result)
-    prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    text = json.dumps([prints, values], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest_of(tensors, json.dumps(values, sort_keys=True))
 
 
 def _first(held: Sequence[str | None]) -> str | None:
