@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from ..files import save_tensors
 from ..fingerprint import digest_of, fingerprint
 from .checks import named_matrices
-from .records import Start, check_start, from_record, start_some, to_record
+from .parallel import in_threads
+from .records import Start, check_start, from_record, shaping_options, start_some, to_record
 
 # Part of every key: raise it when the same options come to mean other factors.
 FORMAT = 3
@@ -91,7 +91,7 @@ class Store:
 
     def keys(self, start: Start, weights: Sequence[Tensor], options: dict[str, Any]) -> list[str]:
         """The name of each matrix's file."""
-        shaping = {name: str(value) for name, value in options.items() if name != "progress"}
+        shaping = shaping_options(options)
 
         def key(weight: Tensor) -> str:
             text = json.dumps(
@@ -99,16 +99,14 @@ class Store:
             )
             return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-        with _threads() as pool:
-            return list(pool.map(key, weights))
+        return in_threads(key, weights)
 
     def path(self, key: str) -> Path:
         return self.root / f"{key}.safetensors"
 
     def read(self, start: Start, keys: Sequence[str], weights: Sequence[Tensor]) -> dict[int, Any]:
         """The stored results by index, on the devices of the weights; no more than are whole."""
-        with _threads() as pool:
-            results = list(pool.map(lambda key, w: self._read(start, key, w.device), keys, weights))
+        results = in_threads(lambda key, w: self._read(start, key, w.device), keys, weights)
         return {i: result for i, result in enumerate(results) if result is not None}
 
     def _read(self, start: Start, key: str, device: torch.device) -> Any:
@@ -153,8 +151,3 @@ class Store:
 def _digest(key: str, tensors: Mapping[str, Tensor], values: str) -> str:
     """Of everything in a file, and of the place it was written for."""
     return digest_of(tensors, f"{key} {values}")
-
-
-def _threads() -> ThreadPoolExecutor:
-    """A thread per matrix: hashing and reading release the GIL."""
-    return ThreadPoolExecutor(torch.get_num_threads())

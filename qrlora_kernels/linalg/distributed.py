@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..fingerprint import digest_of
+from .agreement import require_agreement
 from .cache import Store
-from .checks import named_matrices
 from .ranks import Ranks
-from .records import Start, check_start, from_record, start_some, to_record
+from .records import Start, check_start, from_record, shaping_options, start_some, to_record
 
 
 def distributed_start(
@@ -29,16 +29,16 @@ def distributed_start(
 ) -> list[Any]:
     """``start(weights, **options)`` shared over the ranks of a process group.
 
-    Every rank calls it with the same weights and options. A matrix is factorised by one rank, which
-    sends the result to the others, so that different machines do not start from different bits. An
-    error on one rank is raised on all.
+    Every rank calls it with the same weights and options, which is checked. A matrix is factorised
+    by one rank, which sends the result to the others, so that different machines do not start from
+    different bits. An error on one rank is raised on all.
 
     Parameters
     ----------
     start : pivoted_qr, truncated_svd or kron_factors
     weights : sequence of Tensor [N, K]
-        Equal on all ranks. Where the group's backend cannot send from their device, results go
-        over one that it can.
+        Equal on all ranks, bit for bit. Where the group's backend cannot send from their device,
+        results go over one that it can.
     group : ProcessGroup, optional
         The default group if None.
     cache : path, optional
@@ -58,7 +58,7 @@ def distributed_start(
     RuntimeError
         ``torch.distributed`` is not initialised, or another rank had an error of another kind.
     TypeError, ValueError
-        As ``start`` raises them, or the ranks' matrices differ in number, shape or dtype.
+        As ``start`` raises them, or ranks differ in ``start``, options or weights; on all ranks.
     """
     check_start(start)
     if not (dist.is_available() and dist.is_initialized()):
@@ -68,9 +68,8 @@ def distributed_start(
     ranks = Ranks(group)
     if ranks.rank != 0:
         options = {**options, "progress": False}
-    layouts = ranks.gather(lambda: [(w.shape, w.dtype) for _, w in named_matrices(weights)[0]])
-    if any(layout != layouts[0] for layout in layouts):
-        raise ValueError("weights must have the same shapes and dtypes on all ranks")
+    facts = {"factorisation": start.__name__, "cache": "none" if cache is None else "a folder"}
+    require_agreement(ranks, weights, facts | shaping_options(options))
     if cache is None:
         return _share(ranks, start, weights, {}, [{}] * ranks.size, options)
     store = ranks.together(lambda: Store(cache))

@@ -113,6 +113,8 @@ class AdapterLinear(nn.Linear):
         cls, weights: dict[str, Tensor], options: Options, run: StartRunner
     ) -> list[State]:
         """:meth:`start`, with errors that name the layer instead of a position in the list."""
+        # What no start sees, as a strength, must agree too, or the ranks' models differ.
+        run.require_agreement(facts={"adapter": cls.kind} | options.to_dict())
         with renamed_matrices([f"{name}.weight" for name in weights]):
             return cls.start(list(weights.values()), options, run)
 

@@ -177,6 +177,7 @@ def _bases(
     """(a, b) for each weight, with Σ on the side that the options ask for."""
     rank = options.rank
     if options.basis == "random":
+        run.require_agreement(weights)  # no start does
         flat = run.drawn(lambda: _random_factors(weights, rank, options.seed))
         return list(zip(flat[::2], flat[1::2], strict=True))
     if options.basis == "random_svd":
