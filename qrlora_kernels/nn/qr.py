@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
+from ..linalg.exponents import rounded
 from ..ops.common import check_scaling
 from ..reference import accumulation_dtype, qr_delta_ref
 from .base import AdapterLinear, Options, State, energy, one_of
@@ -120,13 +121,13 @@ class QRLinear(AdapterLinear):
         )
         return [
             {
-                "q": result.q,
-                "r": result.r,
+                "q": result.q.to(weight.dtype),
+                "r": rounded(f"weights[{i}]", "r", result.r, weight.dtype),
                 "pivots": result.pivots,
                 "diagonal": result.diagonal,
                 "lam": result.diagonal.new_zeros(result.rank),
             }
-            for result in results
+            for i, (weight, result) in enumerate(zip(weights, results, strict=True))
         ]
 
     @classmethod
