@@ -229,7 +229,7 @@ def _gradient(name: str, linear: nn.Module) -> Tensor:
     if not (math.isfinite(largest) and largest > 0.0):
         raise ValueError(
             f"basis 'gradient' needs a finite gradient other than zero in {name}.weight.grad, got "
-            f"one of elements up to {largest}"
+            f"one of maximum norm {largest}"
         )
     return wide.t() if is_conv1d(linear) else wide
 
