@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .backends import chooser, tuning
 from .backends.problem import Problem
-from .model import require_adapted
+from .model.adapt import require_adapted
 from .ops.common import outside_autocast
 
 TOKENS = (1, 16, 128, 512, 2048)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .model import count_parameters, require_adapted
+from .adapt import count_parameters, require_adapted
 
 
 @dataclass(frozen=True)
