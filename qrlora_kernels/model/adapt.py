@@ -16,7 +16,7 @@ from ..nn.become import become, restore
 from ..nn.layer import State
 from ..nn.offload import is_away
 from ..nn.options import Options
-from . import heads, memory, notices
+from . import advice, heads, memory, notices
 from .memory import Adaptation
 from .names import as_names, modules, parameters, unwrapped, within
 from .targets import Targets, find_targets
@@ -102,6 +102,7 @@ def adapt(
     if first:
         freeze_all_but_adapters(root)
     thaw(root, [n for n in parameters(root) if within(n, trainable)], head_dtype)
+    advice.tell_large_factors(layers)
     notices.tell_passed_over(root, target_modules, layers, apart)
     watch(root)
     return model
