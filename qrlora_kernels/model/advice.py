@@ -41,8 +41,8 @@ def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:
     if factors > LARGE * weights:
         ranks = sorted(layer.rank for layer in ruled)
         warnings.warn(
-            f"the rank rule keeps {ranks[0]} to {ranks[-1]} directions of each layer, whose factors "
-            f"take {factors / weights:.0%} of the memory of the adapted weights: rank=, max_rank= "
-            "or another tau makes them smaller",
+            f"the rank rule keeps {ranks[0]} to {ranks[-1]} directions of each layer, whose "
+            f"factors take {factors / weights:.0%} of the memory of the adapted weights: rank=, "
+            "max_rank= or another tau makes them smaller",
             stacklevel=3,
         )
