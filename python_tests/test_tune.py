@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
-import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,11 +14,12 @@ import helpers
 import pytest
 import torch
 from torch import nn
+from torch.utils import benchmark
 
 import qrlora_kernels as qk
-from qrlora_kernels import backends
+from qrlora_kernels import backends, contest
 from qrlora_kernels.backends import Problem, chooser, composed, tuning
-from qrlora_kernels.tune import Tuning
+from qrlora_kernels.tune import Tuning, tune_problems
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("qr_linear", CPU, torch.float32, 16, 24, 36, 4)
@@ -31,6 +33,29 @@ def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     tuning.clear()
     chooser.forget()
+
+
+class _Clock:
+    """Goes on by a little whenever it is read, and by what a step is said to cost.
+
+    So no test depends on what else the machine does.
+    """
+
+    READING = 1e-3
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.READING
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(benchmark, "Timer", functools.partial(benchmark.Timer, timer=clock))
+    return clock
 
 
 def _model(adapter: str = "qr", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -76,9 +101,19 @@ def _same(name: str, results: Any) -> Any:
     return results
 
 
-def _slow(name: str, results: Any) -> Any:
-    time.sleep(0.002)
-    return results
+@pytest.fixture
+def slow(clock: _Clock) -> Callable[..., Any]:
+    return _taking(clock, lambda: 3e-4)
+
+
+def _taking(clock: _Clock, cost: Callable[[], float]) -> Callable[..., Any]:
+    """A backend whose forward and backward take so many seconds each."""
+
+    def change(name: str, results: Any) -> Any:
+        clock.now += cost()
+        return results
+
+    return change
 
 
 # --- the table
@@ -129,12 +164,12 @@ def test_every_problem_gets_its_winner(adapter, dtype):
     model = _model(adapter, dtype)
     found = _tune(model, (1, 5))
     assert len(found.contests) == 4
-    for contest in found.contests:
-        assert not contest.left_out
-        assert contest.winner in contest.seconds
-        assert "composed" in contest.seconds
-        choice = backends.choose(contest.problem)
-        assert choice.name == contest.winner
+    for one in found.contests:
+        assert not one.left_out
+        assert one.winner in one.seconds
+        assert "composed" in one.seconds
+        choice = backends.choose(one.problem)
+        assert choice.name == one.winner
         assert choice.reason.startswith("measured on this")
     for layer in qk.adapted_layers(model).values():
         assert layer.explain(5).reason.startswith("measured on this")
@@ -142,14 +177,14 @@ def test_every_problem_gets_its_winner(adapter, dtype):
     assert str(found).count("tokens") == 4
 
 
-def test_the_fastest_is_chosen_and_the_call_takes_it(only):
+def test_the_fastest_is_chosen_and_the_call_takes_it(only, slow):
     model = _model()
-    only({"cpu": _slow, "triton": _same, "composed": _slow})
+    only({"cpu": slow, "triton": _same, "composed": slow})
     assert backends.choose(PROBLEM).name == "cpu"
-    (contest, _) = _tune(model).contests
-    assert contest.winner == "triton"
-    assert contest.rules == "cpu"
-    assert next(iter(contest.seconds)) == "triton"
+    (found, _) = _tune(model).contests
+    assert found.winner == "triton"
+    assert found.rules == "cpu"
+    assert next(iter(found.seconds)) == "triton"
     model(torch.randn(3, 32))
     assert backends.last_choice("qr_linear").name == "triton"
     assert "of" in backends.last_choice("qr_linear").reason
@@ -157,11 +192,10 @@ def test_the_fastest_is_chosen_and_the_call_takes_it(only):
 
 def test_a_near_tie_and_an_uncertain_lead_change_nothing(only, monkeypatch):
     only({"cpu": _same, "composed": _same})
-    module = sys.modules["qrlora_kernels.tune"]
 
     def winner(of_cpu: list[float]) -> str:
-        samples = {"cpu": of_cpu, "composed": [1.0] * 8}
-        monkeypatch.setattr(module, "_time", lambda *_: samples)
+        samples = {"cpu": [1e-4 * t for t in of_cpu], "composed": [1e-4] * 8}
+        monkeypatch.setattr(contest, "_time", lambda *_: samples)
         return _tune(_model()).contests[0].winner
 
     assert winner([1.019] * 8) == "cpu"
@@ -195,14 +229,14 @@ def _off(part: int) -> Callable[..., Any]:
     ],
     ids=["raises", "y", "dx", "dlam", "nan"],
 )
-def test_what_is_wrong_never_wins(only, change, why):
+def test_what_is_wrong_never_wins(only, slow, change, why):
     """However fast, and although it is preferred."""
-    only({"triton": change, "composed": _slow})
-    (contest, _) = _tune(_model()).contests
-    assert contest.winner == "composed"
-    assert contest.left_out["triton"].startswith(why)
-    assert "\n" not in contest.left_out["triton"]
-    assert "left out triton" in str(Tuning([contest]))
+    only({"triton": change, "composed": slow})
+    (found, _) = _tune(_model()).contests
+    assert found.winner == "composed"
+    assert found.left_out["triton"].startswith(why)
+    assert "\n" not in found.left_out["triton"]
+    assert "left out triton" in str(Tuning([found]))
 
 
 def test_plain_calls_choose_again():
@@ -273,6 +307,108 @@ def test_wrong_arguments_are_named():
         qk.tune(model, (1,))
 
 
+# --- a busy machine
+
+
+def _tuned(problem: Problem, **options: Any) -> Any:
+    (found,) = tune_problems([problem], seconds=0.001, progress=False, **options).contests
+    return found
+
+
+_SMALL = Problem("qr_linear", CPU, torch.float32, 16, 128, 128, 4)
+
+
+@pytest.mark.parametrize("busy", ["fastest", "rules"])
+def test_absurd_times_are_not_used(only, clock, busy, tmp_path):
+    """24 ms for a layer of 128 x 128 went into the file, which later processes obey."""
+    absurd = _taking(clock, lambda: 12e-3)
+    quiet = _taking(clock, lambda: 1e-4)
+    only({"cpu": absurd, "composed": absurd if busy == "fastest" else quiet})
+    tuning.add([tuning.entry_for(_SMALL, "composed", "cpu", 0.5)])
+    path = tmp_path / "tuning.json"
+    tuning.write(path)
+    before = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"times of 1 of 1 problems cannot be .* took 25 ms"):
+        found = _tuned(_SMALL, path=path)
+    assert found.doubt.endswith("3.84 ms are enough on a slow machine")
+    assert path.read_bytes() == before
+    assert tuning.lookup(_SMALL).over == 0.5
+    text = str(Tuning([found]))
+    assert "not used; µs: " in text
+    assert "cannot be believed: " in text
+
+
+@pytest.mark.parametrize(
+    ("rounds", "used"),
+    [
+        ([1e-4] * 8, True),
+        ([1e-4] * 3 + [1.9e-4] * 5, True),
+        ([1e-4] * 3 + [2.1e-4] * 5, False),
+        ([1e-4] * 5 + [5e-2] * 3, True),  # most rounds were quiet
+        ([1e-4] + [5e-2] * 7, False),
+    ],
+)
+@pytest.mark.parametrize("composed_takes", [1e-5, 1e-2], ids=["rules_second", "rules_first"])
+def test_uneven_rounds_are_not_used(only, monkeypatch, rounds, used, composed_takes):
+    only({"cpu": _same, "composed": _same})
+    samples = {"cpu": rounds, "composed": [composed_takes] * 8}
+    monkeypatch.setattr(contest, "_time", lambda *_: samples)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = _tuned(PROBLEM)
+    assert found.rules == "cpu"
+    assert (found.doubt == "") == (not said) == (tuning.lookup(PROBLEM) is not None) == used
+
+
+@pytest.mark.parametrize("rounds", [[1.0] * 8, [1e-3] + [2.5e-3] * 7])
+def test_who_does_not_decide_may_be_slow_and_uneven(only, monkeypatch, rounds):
+    only({"cpu": _same, "composed": _same})
+    monkeypatch.setattr(contest, "_time", lambda *_: {"cpu": [1e-4] * 8, "composed": rounds})
+    assert not _tuned(PROBLEM).doubt
+
+
+def test_a_doubtful_measurement_is_taken_again(only, monkeypatch):
+    only({"cpu": _same, "composed": _same})
+    quiet, busy = {"cpu": [1e-4] * 8}, {"cpu": [0.1] * 8}
+    following = [busy, busy, quiet, busy]
+    monkeypatch.setattr(contest, "_time", lambda *_: following.pop(0))
+    assert not _tuned(PROBLEM).doubt
+    assert following == [busy]
+    following[:] = [busy] * 4
+    with pytest.warns(UserWarning, match="cannot be believed"):
+        assert _tuned(PROBLEM).doubt
+    assert following == [busy]
+    assert tuning.lookup(PROBLEM).winner == "cpu", "the good one from before"
+
+
+def test_one_doubtful_problem_takes_no_other_along(only, monkeypatch, tmp_path):
+    only({"cpu": _same, "composed": _same})
+    following = [[0.1], [1e-4], [0.1], [0.1], [0.1]]
+    monkeypatch.setattr(contest, "_time", lambda *_: {"cpu": following.pop(0) * 8})
+    path, other = tmp_path / "tuning.json", PROBLEM._replace(n=25)
+    with pytest.warns(UserWarning, match="times of 1 of 2 problems"):
+        tune_problems([PROBLEM, other], path=path, seconds=0.001, progress=False)
+    tuning.clear()
+    tuning.read(path)
+    assert [e.n for e in tuning.entries()] == [PROBLEM.n]
+
+
+@pytest.mark.parametrize(
+    ("change", "least_ms"),
+    [
+        # The least of the rounds on two cores with AVX2, which has no instructions for halves.
+        ({}, 0.16),
+        ({"op": "kron_linear"}, 0.59),
+        ({"m": 1, "n": 1024, "k": 1024, "dtype": torch.float64}, 0.5),
+        ({"m": 512, "n": 1024, "k": 1024}, 32.0),
+        ({"m": 1, "n": 1024, "k": 1024, "dtype": torch.bfloat16}, 19.8),
+        ({"m": 512, "n": 1024, "k": 1024, "dtype": torch.float16}, 1316.0),
+    ],
+)
+def test_what_a_machine_takes_at_its_best_is_believed(change, least_ms):
+    assert not contest._doubt(_SMALL._replace(**change), [least_ms / 1e3] * 8)
+
+
 # --- files
 
 
@@ -308,7 +444,7 @@ def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     module = sys.modules["qrlora_kernels.tune"]
-    measured, original = [], module._contest
+    measured, original = [], module.contest
 
     def stop_at_the_second(*arguments: Any) -> Any:
         if measured:
@@ -316,7 +452,7 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
         measured.append(original(*arguments))
         return measured[0]
 
-    monkeypatch.setattr(module, "_contest", stop_at_the_second)
+    monkeypatch.setattr(module, "contest", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         _tune(_model(), (5,), path=path)
     assert backends.choose(measured[0].problem).reason.startswith("measured on this")
