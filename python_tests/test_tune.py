@@ -2,119 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import helpers
 import pytest
 import torch
+from contests import (  # noqa: F401  fixtures among them
+    PROBLEM,
+    clock_of_steps,
+    model_of,
+    nothing_measured,
+    only_these,
+    same,
+    slow_step,
+    tune,
+)
 from torch import nn
-from torch.utils import benchmark
 
 import qrlora_kernels as qk
 from qrlora_kernels import backends, contest
-from qrlora_kernels.backends import Problem, chooser, composed, tuning
-from qrlora_kernels.tune import Tuning, tune_problems
-
-CPU = torch.device("cpu")
-PROBLEM = Problem("qr_linear", CPU, torch.float32, 16, 24, 36, 4)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("QRLORA_TUNING", raising=False)
-    tuning.clear()
-    chooser.forget()
-    yield
-    tuning.clear()
-    chooser.forget()
-
-
-class _Clock:
-    """Goes on by a little whenever it is read, and by what a step is said to cost.
-
-    So no test depends on what else the machine does.
-    """
-
-    READING = 1e-3
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += self.READING
-        return self.now
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
-    clock = _Clock()
-    monkeypatch.setattr(benchmark, "Timer", functools.partial(benchmark.Timer, timer=clock))
-    return clock
-
-
-def _model(adapter: str = "qr", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 32)).to(dtype)
-    options |= {} if adapter == "ohora" else {"rank": 4}
-    return qk.adapt(model, ["0", "2"], adapter=adapter, progress=False, **options)
-
-
-def _tune(model: nn.Module, tokens: tuple[int, ...] = (3,), **options: Any) -> Any:
-    return qk.tune(model, tokens, seconds=0.001, progress=False, **options)
-
-
-class _Backend:
-    """A stand-in for a backend module: library products, with a step changed."""
-
-    def __init__(self, change: Callable[..., Any]) -> None:
-        self.change = change
-
-    def supports(self, problem: Problem) -> tuple[bool, str]:
-        return True, "for the test"
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *operands: self.change(name, getattr(composed, name)(*operands))
-
-
-@pytest.fixture
-def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Callable[..., Any]]], None]:
-    """Let there be these backends, in this order of preference, and no other."""
-
-    def install(changes: dict[str, Callable[..., Any]]) -> None:
-        there = {name: _Backend(change) for name, change in changes.items()}
-        monkeypatch.setattr(chooser, "BACKENDS", dict.fromkeys(there, ""))
-        original = chooser.load
-        monkeypatch.setattr(chooser, "load", lambda name: there.get(name) or original(name))
-        monkeypatch.setattr(chooser, "passed_over", lambda name, problem: None)
-        chooser.forget()
-
-    return install
-
-
-def _same(name: str, results: Any) -> Any:
-    return results
-
-
-@pytest.fixture
-def slow(clock: _Clock) -> Callable[..., Any]:
-    return _taking(clock, lambda: 3e-4)
-
-
-def _taking(clock: _Clock, cost: Callable[[], float]) -> Callable[..., Any]:
-    """A backend whose forward and backward take so many seconds each."""
-
-    def change(name: str, results: Any) -> Any:
-        clock.now += cost()
-        return results
-
-    return change
-
+from qrlora_kernels.backends import chooser, tuning
+from qrlora_kernels.tune import Tuning
 
 # --- the table
 
@@ -161,8 +73,8 @@ def test_a_winner_that_cannot_run_is_passed_over(winner):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adapter", ["qr", "lora_xs", "ohora"])
 def test_every_problem_gets_its_winner(adapter, dtype):
-    model = _model(adapter, dtype)
-    found = _tune(model, (1, 5))
+    model = model_of(adapter, dtype)
+    found = tune(model, (1, 5))
     assert len(found.contests) == 4
     for one in found.contests:
         assert not one.left_out
@@ -178,10 +90,10 @@ def test_every_problem_gets_its_winner(adapter, dtype):
 
 
 def test_the_fastest_is_chosen_and_the_call_takes_it(only, slow):
-    model = _model()
-    only({"cpu": slow, "triton": _same, "composed": slow})
+    model = model_of()
+    only({"cpu": slow, "triton": same, "composed": slow})
     assert backends.choose(PROBLEM).name == "cpu"
-    (found, _) = _tune(model).contests
+    (found, _) = tune(model).contests
     assert found.winner == "triton"
     assert found.rules == "cpu"
     assert next(iter(found.seconds)) == "triton"
@@ -191,12 +103,12 @@ def test_the_fastest_is_chosen_and_the_call_takes_it(only, slow):
 
 
 def test_a_near_tie_and_an_uncertain_lead_change_nothing(only, monkeypatch):
-    only({"cpu": _same, "composed": _same})
+    only({"cpu": same, "composed": same})
 
     def winner(of_cpu: list[float]) -> str:
         samples = {"cpu": [1e-4 * t for t in of_cpu], "composed": [1e-4] * 8}
         monkeypatch.setattr(contest, "_time", lambda *_: samples)
-        return _tune(_model()).contests[0].winner
+        return tune(model_of()).contests[0].winner
 
     assert winner([1.019] * 8) == "cpu"
     assert winner([1.5] * 5 + [0.9] * 3) == "cpu"
@@ -232,7 +144,7 @@ def _off(part: int) -> Callable[..., Any]:
 def test_what_is_wrong_never_wins(only, slow, change, why):
     """However fast, and although it is preferred."""
     only({"triton": change, "composed": slow})
-    (found, _) = _tune(_model()).contests
+    (found, _) = tune(model_of()).contests
     assert found.winner == "composed"
     assert found.left_out["triton"].startswith(why)
     assert "\n" not in found.left_out["triton"]
@@ -261,8 +173,8 @@ def test_a_forced_backend_stays_forced():
 
 def test_layers_that_add_their_update_are_measured_as_they_run():
     """With dropout in training the operation is another one."""
-    model = _model("qr", dropout=0.5).train()
-    assert {c.problem.op for c in _tune(model).contests} == {"linear_add"}
+    model = model_of("qr", dropout=0.5).train()
+    assert {c.problem.op for c in tune(model).contests} == {"linear_add"}
     layer = next(iter(qk.adapted_layers(model).values()))
     assert layer.explain(3).reason.startswith("measured on this")
     layer(torch.randn(3, layer.in_features))
@@ -270,29 +182,29 @@ def test_layers_that_add_their_update_are_measured_as_they_run():
 
 
 def test_autocast_is_measured_as_it_runs():
-    model = _model()
+    model = model_of()
     with torch.autocast("cpu", torch.bfloat16):
-        assert {c.problem.dtype for c in _tune(model).contests} == {torch.bfloat16}
+        assert {c.problem.dtype for c in tune(model).contests} == {torch.bfloat16}
         model(torch.randn(3, 32))
     assert backends.last_choice("qr_linear").reason.startswith("measured on this")
 
 
 def test_measuring_leaves_no_trace_but_its_result():
     before = dict(chooser._last)
-    _tune(_model())
+    tune(model_of())
     assert chooser._last == before
 
 
 def test_wrong_arguments_are_named():
-    model = _model()
+    model = model_of()
     with pytest.raises(TypeError, match="tokens must be a sequence of integers, got 5"):
         qk.tune(model, 5)
     with pytest.raises(ValueError, match="seconds must be positive, got '1'"):
         qk.tune(model, (1,), seconds="1")
     with pytest.raises(ValueError, match="model must be on a CPU or CUDA device, got meta"):
-        qk.tune(_model().to("meta"), (1,))
+        qk.tune(model_of().to("meta"), (1,))
     with pytest.raises(ValueError, match="adapted layers that are not merged, got none"):
-        qk.tune(qk.merge(_model()), (1,))
+        qk.tune(qk.merge(model_of()), (1,))
     for tokens in ((), (0,), (1.5,), (True,)):
         with pytest.raises(ValueError, match="tokens must be positive integers, got"):
             qk.tune(model, tokens)
@@ -307,114 +219,12 @@ def test_wrong_arguments_are_named():
         qk.tune(model, (1,))
 
 
-# --- a busy machine
-
-
-def _tuned(problem: Problem, **options: Any) -> Any:
-    (found,) = tune_problems([problem], seconds=0.001, progress=False, **options).contests
-    return found
-
-
-_SMALL = Problem("qr_linear", CPU, torch.float32, 16, 128, 128, 4)
-
-
-@pytest.mark.parametrize("busy", ["fastest", "rules"])
-def test_absurd_times_are_not_used(only, clock, busy, tmp_path):
-    """24 ms for a layer of 128 x 128 went into the file, which later processes obey."""
-    absurd = _taking(clock, lambda: 12e-3)
-    quiet = _taking(clock, lambda: 1e-4)
-    only({"cpu": absurd, "composed": absurd if busy == "fastest" else quiet})
-    tuning.add([tuning.entry_for(_SMALL, "composed", "cpu", 0.5)])
-    path = tmp_path / "tuning.json"
-    tuning.write(path)
-    before = path.read_bytes()
-    with pytest.warns(UserWarning, match=r"times of 1 of 1 problems cannot be .* took 25 ms"):
-        found = _tuned(_SMALL, path=path)
-    assert found.doubt.endswith("3.84 ms are enough on a slow machine")
-    assert path.read_bytes() == before
-    assert tuning.lookup(_SMALL).over == 0.5
-    text = str(Tuning([found]))
-    assert "not used; µs: " in text
-    assert "cannot be believed: " in text
-
-
-@pytest.mark.parametrize(
-    ("rounds", "used"),
-    [
-        ([1e-4] * 8, True),
-        ([1e-4] * 3 + [1.9e-4] * 5, True),
-        ([1e-4] * 3 + [2.1e-4] * 5, False),
-        ([1e-4] * 5 + [5e-2] * 3, True),  # most rounds were quiet
-        ([1e-4] + [5e-2] * 7, False),
-    ],
-)
-@pytest.mark.parametrize("composed_takes", [1e-5, 1e-2], ids=["rules_second", "rules_first"])
-def test_uneven_rounds_are_not_used(only, monkeypatch, rounds, used, composed_takes):
-    only({"cpu": _same, "composed": _same})
-    samples = {"cpu": rounds, "composed": [composed_takes] * 8}
-    monkeypatch.setattr(contest, "_time", lambda *_: samples)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        found = _tuned(PROBLEM)
-    assert found.rules == "cpu"
-    assert (found.doubt == "") == (not said) == (tuning.lookup(PROBLEM) is not None) == used
-
-
-@pytest.mark.parametrize("rounds", [[1.0] * 8, [1e-3] + [2.5e-3] * 7])
-def test_who_does_not_decide_may_be_slow_and_uneven(only, monkeypatch, rounds):
-    only({"cpu": _same, "composed": _same})
-    monkeypatch.setattr(contest, "_time", lambda *_: {"cpu": [1e-4] * 8, "composed": rounds})
-    assert not _tuned(PROBLEM).doubt
-
-
-def test_a_doubtful_measurement_is_taken_again(only, monkeypatch):
-    only({"cpu": _same, "composed": _same})
-    quiet, busy = {"cpu": [1e-4] * 8}, {"cpu": [0.1] * 8}
-    following = [busy, busy, quiet, busy]
-    monkeypatch.setattr(contest, "_time", lambda *_: following.pop(0))
-    assert not _tuned(PROBLEM).doubt
-    assert following == [busy]
-    following[:] = [busy] * 4
-    with pytest.warns(UserWarning, match="cannot be believed"):
-        assert _tuned(PROBLEM).doubt
-    assert following == [busy]
-    assert tuning.lookup(PROBLEM).winner == "cpu", "the good one from before"
-
-
-def test_one_doubtful_problem_takes_no_other_along(only, monkeypatch, tmp_path):
-    only({"cpu": _same, "composed": _same})
-    following = [[0.1], [1e-4], [0.1], [0.1], [0.1]]
-    monkeypatch.setattr(contest, "_time", lambda *_: {"cpu": following.pop(0) * 8})
-    path, other = tmp_path / "tuning.json", PROBLEM._replace(n=25)
-    with pytest.warns(UserWarning, match="times of 1 of 2 problems"):
-        tune_problems([PROBLEM, other], path=path, seconds=0.001, progress=False)
-    tuning.clear()
-    tuning.read(path)
-    assert [e.n for e in tuning.entries()] == [PROBLEM.n]
-
-
-@pytest.mark.parametrize(
-    ("change", "least_ms"),
-    [
-        # The least of the rounds on two cores with AVX2, which has no instructions for halves.
-        ({}, 0.16),
-        ({"op": "kron_linear"}, 0.59),
-        ({"m": 1, "n": 1024, "k": 1024, "dtype": torch.float64}, 0.5),
-        ({"m": 512, "n": 1024, "k": 1024}, 32.0),
-        ({"m": 1, "n": 1024, "k": 1024, "dtype": torch.bfloat16}, 19.8),
-        ({"m": 512, "n": 1024, "k": 1024, "dtype": torch.float16}, 1316.0),
-    ],
-)
-def test_what_a_machine_takes_at_its_best_is_believed(change, least_ms):
-    assert not contest._doubt(_SMALL._replace(**change), [least_ms / 1e3] * 8)
-
-
 # --- files
 
 
 def test_another_process_reads_the_file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "tuning.json"
-    _tune(_model(), (5,), path=path)
+    tune(model_of(), (5,), path=path)
     assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]
     code = (
         "import torch, qrlora_kernels as qk\n"
@@ -430,9 +240,9 @@ def test_another_process_reads_the_file(tmp_path, monkeypatch):
 
 def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
-    _tune(_model(), (5,), path=path)
+    tune(model_of(), (5,), path=path)
     tuning.clear()
-    _tune(_model("lora_xs"), (5,), path=path)
+    tune(model_of("lora_xs"), (5,), path=path)
     want = tuning.entries()
     tuning.clear()
     monkeypatch.setenv("QRLORA_TUNING", str(path))
@@ -454,7 +264,7 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "contest", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        _tune(_model(), (5,), path=path)
+        tune(model_of(), (5,), path=path)
     assert backends.choose(measured[0].problem).reason.startswith("measured on this")
     want = tuning.entries()
     tuning.clear()
@@ -466,7 +276,7 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
 def test_a_file_may_be_named_before_it_is_there(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     monkeypatch.setenv("QRLORA_TUNING", str(path))
-    _tune(_model(), (5,), path=path)
+    tune(model_of(), (5,), path=path)
     assert len(tuning.entries()) == 2
 
 
