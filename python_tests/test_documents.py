@@ -48,6 +48,13 @@ def names(folder: Path) -> dict[str, Any]:
     linear = nn.Linear(64, 48)
     start = qk.linalg.pivoted_qr(linear.weight.detach(), rank=4)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    net = nn.Module()
+    net.classifier = nn.Linear(8, 2)
+    for i in range(2):
+        block = nn.Module()
+        block.attention, block.value = nn.Module(), nn.Linear(8, 8)
+        block.attention.query = nn.Linear(8, 8)
+        net.add_module(str(i), block)
     return {
         "qk": qk,
         "torch": torch,
@@ -65,6 +72,8 @@ def names(folder: Path) -> dict[str, Any]:
         "r": start.r,
         "lam": torch.zeros(4),
         "scaling": 1.0,
+        "net": net,
+        "checkpoint": model.state_dict(),
         "model": qk.adapt(model, ["0", "1"], rank=4, progress=False),
     }
 
