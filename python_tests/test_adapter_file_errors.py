@@ -32,10 +32,14 @@ def refuses(model, path, message, error=ValueError):
 
 
 def rewrite(path, change):
-    """The file again with ``change(tensors, metadata)`` applied."""
+    """The file again with ``change(tensors, metadata)`` applied, as if it had been written so.
+
+    Files of earlier releases have no digest over everything.
+    """
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())
+    del metadata["digest"]
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 

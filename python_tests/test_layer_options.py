@@ -288,7 +288,7 @@ def test_layers_that_cannot_be_adapted_are_refused():
         (normed, TypeError, "must have a plain weight, got a parametrised one"),
         (hooked, TypeError, "must be a parameter, got a plain tensor"),
         (wrapped, TypeError, "a forward of its own"),
-        (trained("qr"), TypeError, "got QRLinear with a forward of its own"),
+        (trained("qr"), TypeError, "got qrlora_kernels.nn.qr.QRLinear with a forward"),
         (nn.Conv2d(1, 1, 1), TypeError, "must be an nn.Linear or a transformers Conv1D"),
         (nn.Linear(0, 8), ValueError, "must be a matrix with elements"),
     ]:

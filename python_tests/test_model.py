@@ -158,17 +158,29 @@ def test_unload(merged_first):
     assert all(map(helpers.same_bits, model(torch.arange(5)), before))
 
 
-def test_tied_head_is_adapted_and_merged_without_touching_the_embedding():
+@pytest.mark.parametrize("taking_in", [qk.merge, qk.unload])
+def test_a_tied_head_is_adapted_and_not_merged(taking_in):
+    """Merged it would be untied, and whoever loads the written model ties it again."""
     model = net()
     bits = model.embed.weight.clone()
     adapt(model, "head")
-    assert model.head.weight is model.embed.weight
     model.head.lam.data.fill_(1.0)
-    qk.merge(model)
-    assert helpers.same_bits(model.embed.weight, bits)
-    assert not helpers.same_bits(model.head.weight, bits)
-    qk.unmerge(model)
+    with pytest.raises(ValueError, match=r"head\.weight must belong .* tied to embed\.weight"):
+        taking_in(model)
     assert model.head.weight is model.embed.weight
+    assert isinstance(model.head, qk.QRLinear)
+    assert helpers.same_bits(model.embed.weight, bits)
+
+
+def test_one_module_under_two_names_is_adapted_under_both():
+    model = net()
+    _shared_module(model)
+    adapt(model, "query")
+    assert names(model) == ["blocks.0.query"]
+    assert model.blocks[1].query is model.blocks[0].query
+    assert isinstance(model.blocks[1].query, qk.QRLinear)
+    qk.unload(model)
+    assert type(model.blocks[1].query) is nn.Linear
 
 
 # --- refusals
@@ -221,9 +233,13 @@ BOTH = ["query", "key"]
         (_nothing, 3, {}, "target_modules must be a string.* got int"),
         (_nothing, ["query", 3], {}, "target_modules must hold strings, got int"),
         (_tied_linears, BOTH, {}, "blocks.0.key and blocks.0.query share one weight"),
-        (_shared_module, "query", {}, "blocks.0.query is one module used in several places"),
         (_int8, BOTH, {}, "blocks.1.key.weight must be float16.* got torch.int8"),
-        (_quantised, BOTH, {}, "blocks.1.key must compute a plain linear product, got Linear4bit"),
+        (
+            _quantised,
+            BOTH,
+            {},
+            "blocks.1.key must compute a plain linear product, got test_model.Linear4bit",
+        ),
         (lambda m: m.blocks[1].key.to("meta"), BOTH, {}, "blocks.1.key.weight must hold data"),
         (_attention, ["query", "out_proj"], {}, "reads its weight and never calls it"),
         (lambda m: m.blocks[1].key.weight.data.fill_(float("nan")), BOTH, {}, "1.key.weight must"),

@@ -66,6 +66,13 @@ def _adapt_as(options: dict[str, Any], others: dict[str, Any]) -> Call:
     return call
 
 
+def _adapt_gradient(rank: int, folder: str) -> None:
+    model = net()
+    if rank == 0:
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+    qk.adapt(model, ["0"], adapter="lora_xs", rank=2, basis="gradient", progress=False)
+
+
 # What the ranks call, and the words of the error that both must get.
 CALLS: dict[str, tuple[Call, str]] = {
     "one element": (
@@ -144,8 +151,13 @@ CALLS: dict[str, tuple[Call, str]] = {
     ),
     "layers": (
         _adapt_as({"target_modules": ["0", "1"]}, {"target_modules": ["0"]}),
-        f"the number of weights {SHARED}",
+        f"the number of layers {SHARED}, got 2 on rank 0 and 1 on rank 1",
     ),
+    "no such layer on one rank": (
+        _adapt_as({}, {"target_modules": ["9"]}),
+        "target_modules",
+    ),
+    "a gradient on one rank": (_adapt_gradient, "needs the mean gradient"),
     "strength": (
         _adapt_as({"scaling": 1.0}, {"scaling": 2.0}),
         f"scaling {SHARED}, got 1.0 on rank 0 and 2.0 on rank 1",

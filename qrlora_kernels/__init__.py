@@ -1,11 +1,22 @@
 """Fused kernels and modules for QR-LoRA, LoRA-XS and OHoRA over frozen linear layers."""
 
 from . import backends, functional, kernels, linalg, nn
-from .adapter_file import load_adapter, save_adapter
-from .model import adapt, adapted_layers, count_parameters, merge, unload, unmerge
+from .model import (
+    adapt,
+    adapted_layers,
+    count_parameters,
+    disabled,
+    load_adapter,
+    merge,
+    refresh,
+    save_adapter,
+    scale,
+    summary,
+    unload,
+    unmerge,
+)
 from .native import build_config
 from .nn import LoRAXSLinear, OHoRALinear, QRLinear
-from .summary import summary
 from .tune import tune
 from .version import __version__
 
@@ -19,13 +30,16 @@ __all__ = [
     "backends",
     "build_config",
     "count_parameters",
+    "disabled",
     "functional",
     "kernels",
     "linalg",
     "load_adapter",
     "merge",
     "nn",
+    "refresh",
     "save_adapter",
+    "scale",
     "summary",
     "tune",
     "unload",

@@ -20,7 +20,7 @@ def fingerprint(tensor: Tensor) -> str:
     rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
     step = max(1, _CHUNK // max(1, rows.shape[1]))
     for part in rows.split(step):
-        digest.update(part.contiguous().cpu().view(torch.uint8).numpy())
+        digest.update(_bytes(part.cpu()).numpy().data)
     return digest.hexdigest()
 
 
@@ -35,11 +35,18 @@ def quick_digest(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
     if tensor.numel():
         rows = tensor.reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
-        raw = rows.contiguous().view(torch.uint8)
+        raw = _bytes(rows)
         whole = raw.shape[1] // _WORD * _WORD
         for sums in (*_sums(raw[:, :whole]), *_sums(_padded(raw[:, whole:]))):
             digest.update(sums)
     return digest.hexdigest()
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """The bytes of ``rows`` [n, m] as [n, bytes]."""
+    # A dimension of one element may keep any stride and pass for contiguous.
+    packed = rows.contiguous().as_strided(rows.shape, (max(rows.shape[1], 1), 1))
+    return packed.view(torch.uint8)
 
 
 def _padded(tail: Tensor) -> Tensor:

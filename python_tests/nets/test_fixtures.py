@@ -84,7 +84,8 @@ def test_state_dicts(adapter: str, dtype: str) -> None:
     """Into a model that was adapted alike; merged layers are unmerged by it."""
     for merged in (False, True):
         model, x = base(dtype)
-        qk.adapt(model, ADAPTED, adapter, trainable=[HEAD], progress=False, **ADAPTERS[adapter])
+        options = {"trainable": [HEAD], "head_dtype": model[-1].weight.dtype, "progress": False}
+        qk.adapt(model, ADAPTED, adapter, **options, **ADAPTERS[adapter])
         if merged:
             qk.merge(model)
         model.load_state_dict(tensors(f"{adapter}-{dtype}-state"))

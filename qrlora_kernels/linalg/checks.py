@@ -75,7 +75,7 @@ def largest_magnitude(tensor: Tensor) -> float:
     # Read as it lies in memory: across it takes ten times as long.
     along = tensor.mT if tensor.ndim == 2 and tensor.stride(0) < tensor.stride(1) else tensor
     low, high = (float(end) for end in torch.aminmax(along.detach()))
-    return max(-low, high)
+    return max(abs(low), abs(high))
 
 
 def _check_matrix(name: str, weight: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,8 @@ from .cache import cached_start
 from .distributed import distributed_start
 from .ranks import Ranks, several_ranks
 from .records import Start
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class StartRunner:
             return cached_start(start, weights, self.cache, **options)
         results: list[Any] = start(weights, **options)
         return results
+
+    def together(self, task: Callable[[], T]) -> T:
+        """``task()``; where ranks share the work, an error of one is raised on all."""
+        return Ranks().together(task) if self._shares() else task()
 
     def require_agreement(
         self, weights: Sequence[Tensor] = (), facts: Mapping[str, object] | None = None

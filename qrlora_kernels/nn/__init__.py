@@ -1,6 +1,6 @@
 """Drop-in modules over a frozen ``nn.Linear`` or GPT-2's ``Conv1D``."""
 
-from .base import AdapterLinear
+from .layer import AdapterLinear
 from .lora_xs import LoRAXSLinear, LoRAXSOptions
 from .ohora import OHoRALinear, OHoRAOptions
 from .qr import QRLinear, QROptions

@@ -15,19 +15,19 @@ from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
-from .base import AdapterLinear, Options, State, check_alpha, energy, one_of
-from .frozen import is_conv1d
+from . import base_weight
+from .layer import AdapterLinear, State, energy
+from .options import AlphaOptions, one_of
 
 Sigma = Literal["in", "out", "split", "none"]
 Basis = Literal["svd", "random_svd", "random", "gradient"]
 
 
 @dataclass(frozen=True)
-class LoRAXSOptions(Options):
+class LoRAXSOptions(AlphaOptions):
     """Options of :class:`LoRAXSLinear`; see :meth:`LoRAXSLinear.from_linear`."""
 
     rank: int = 16
-    alpha: float | None = None
     vectors: Which = "top"
     sigma: Sigma = "in"
     basis: Basis = "svd"
@@ -36,7 +36,6 @@ class LoRAXSOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alpha(self.alpha)
         one_of("vectors", self.vectors, get_args(Which))
         one_of("sigma", self.sigma, get_args(Sigma))
         one_of("basis", self.basis, get_args(Basis))
@@ -63,7 +62,6 @@ class LoRAXSLinear(AdapterLinear):
     factors = ("a", "b")
     options_type = LoRAXSOptions
 
-    options: LoRAXSOptions
     core: nn.Parameter
     a: Tensor
     b: Tensor
@@ -112,8 +110,18 @@ class LoRAXSLinear(AdapterLinear):
         TypeError, ValueError
             For a layer that cannot be adapted or an option out of range; the message names it.
         """
-        options = LoRAXSOptions(dropout, rank, alpha, vectors, sigma, basis, init_std, seed)
-        return cls._from_linear(linear, options)
+        options = LoRAXSOptions(
+            dropout=dropout,
+            rank=rank,
+            alpha=alpha,
+            vectors=vectors,
+            sigma=sigma,
+            basis=basis,
+            init_std=init_std,
+            seed=seed,
+        )
+        made: LoRAXSLinear = cls._from_linear(linear, options)
+        return made
 
     @classmethod
     def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
@@ -139,28 +147,31 @@ class LoRAXSLinear(AdapterLinear):
             states.append({"a": a.contiguous(), "b": b.contiguous(), "core": core})
         return states
 
-    def _configure(self) -> None:
-        self.rank = self.core.shape[0]
-        alpha = self.options.alpha
-        self.scaling = 1.0 if alpha is None else float(alpha) / self.rank
+    @classmethod
+    def can_train(cls, state: State) -> bool:
+        return bool(state["a"].any()) and bool(state["b"].any())
+
+    @property
+    def rank(self) -> int:
+        return self.core.shape[0]
 
     def _fused(self, x: Tensor) -> Tensor:
         return functional.lora_xs_linear(
-            x, self.matrix(), self.bias, self.a, self.b, self.core, self.scaling
+            x, self.matrix(), self.bias, self.a, self.b, self.core, self._strength
         )
 
     def _update(self, x: Tensor) -> Tensor:
         h = nn.functional.linear(x, self.a)
-        return nn.functional.linear(h @ (self.scaling * self.core).to(h.dtype), self.b)
+        return nn.functional.linear(h @ (self._strength * self.core).to(h.dtype), self.b)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        return lora_xs_delta_ref(self.a, self.b, self.core, self.scaling)
+        return lora_xs_delta_ref(self.a, self.b, self.core, self._strength)
 
     @torch.no_grad()
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(self.a.dtype)
-        b = self.scaling * self.b.to(dtype) @ self.core.to(dtype).mT
+        b = self._strength * self.b.to(dtype) @ self.core.to(dtype).mT
         return self.a.to(dtype), b
 
     def rebuildable(self) -> bool:
@@ -171,7 +182,8 @@ class LoRAXSLinear(AdapterLinear):
         if self.options.basis != "svd" or self.options.sigma not in ("in", "out"):
             return None
         carrier = self.a if self.options.sigma == "in" else self.b
-        return energy(carrier) / energy(self.matrix())
+        with base_weight.present(self):
+            return energy(carrier) / energy(self.matrix())
 
 
 def _bases(
@@ -231,7 +243,7 @@ def _gradient(name: str, linear: nn.Module) -> Tensor:
             f"basis 'gradient' needs a finite gradient other than zero in {name}.weight.grad, got "
             f"one of maximum norm {largest}"
         )
-    return wide.t() if is_conv1d(linear) else wide
+    return wide.t() if base_weight.is_conv1d(linear) else wide
 
 
 def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, Tensor]:

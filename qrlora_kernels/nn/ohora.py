@@ -14,17 +14,18 @@ from ..linalg.exponents import rounded
 from ..linalg.kron import Columns, Start
 from ..ops.common import autocast_enabled, outside_autocast
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
-from .base import AdapterLinear, Options, State, check_alpha, one_of
+from . import base_weight
+from .layer import AdapterLinear, State
+from .options import AlphaOptions, Options, one_of
 
 Product = Literal["kron", "materialised", "lora"]
 
 
 @dataclass(frozen=True)
-class OHoRAOptions(Options):
+class OHoRAOptions(AlphaOptions):
     """Options of :class:`OHoRALinear`; see :meth:`OHoRALinear.from_linear`."""
 
     rank: int | None = None
-    alpha: float | None = None
     columns: Columns = "leading"
     start: Start = "qr"
     product: Product = "kron"
@@ -33,7 +34,6 @@ class OHoRAOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_alpha(self.alpha)
         one_of("columns", self.columns, get_args(Columns))
         one_of("start", self.start, get_args(Start))
         one_of("product", self.product, get_args(Product))
@@ -62,8 +62,8 @@ class OHoRALinear(AdapterLinear):
     factors = ("a0", "b0")
     wide = ("a0", "b0")
     options_type = OHoRAOptions
+    state_names = (*AdapterLinear.state_names, "folded")
 
-    options: OHoRAOptions
     a: nn.Parameter
     b: nn.Parameter
     a0: Tensor
@@ -117,8 +117,18 @@ class OHoRALinear(AdapterLinear):
         TypeError, ValueError
             For a layer that cannot be adapted or an option out of range; the message names it.
         """
-        options = OHoRAOptions(dropout, rank, alpha, columns, start, product, fold, seed)
-        return cls._from_linear(linear, options)
+        options = OHoRAOptions(
+            dropout=dropout,
+            rank=rank,
+            alpha=alpha,
+            columns=columns,
+            start=start,
+            product=product,
+            fold=fold,
+            seed=seed,
+        )
+        made: OHoRALinear = cls._from_linear(linear, options)
+        return made
 
     @classmethod
     def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
@@ -145,15 +155,23 @@ class OHoRALinear(AdapterLinear):
             states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
         return states
 
-    def _configure(self) -> None:
-        self.rank = self.a.shape[1]
-        alpha = self.options.alpha
-        self.scaling = 1.0 if alpha is None else float(alpha) / self.rank
-        self.register_buffer("folded", self._fold() if self.options.fold else None, False)
+    @classmethod
+    def can_train(cls, state: State) -> bool:
+        """A's gradient goes through B and B's through A: one of them is enough."""
+        return bool(state["a0"].any()) or bool(state["b0"].any())
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def _set_options(self, options: Options) -> None:
+        super()._set_options(options)
+        self._refold()
 
     def _fold(self) -> Tensor:
-        start = kron_delta_ref(self.a0, self.b0, scaling=self.scaling)
-        weight = self.base_weight.detach().to(start.dtype)
+        start = kron_delta_ref(self.a0, self.b0, scaling=self._strength)
+        with base_weight.present(self):
+            weight = self.base_weight.detach().to(start.dtype)
         return ((weight.t() if self.conv1d else weight) - start).to(self.weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -161,14 +179,13 @@ class OHoRALinear(AdapterLinear):
         self._refold()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def unmerge(self) -> None:
+        super().unmerge()
         self._refold()
 
     def _refold(self) -> None:
-        """The fold follows the weight and the start wherever they are converted or loaded."""
-        if self.folded is not None:
-            self.folded = self._fold()
+        """The fold follows weight, start and strength wherever they are converted or loaded."""
+        self.folded = self._fold() if self.options.fold else None
 
     def _adds_update(self) -> bool:
         return self.options.product != "kron" or super()._adds_update()
@@ -176,9 +193,9 @@ class OHoRALinear(AdapterLinear):
     def _fused(self, x: Tensor) -> Tensor:
         a, b = self.a, self.b
         if self.folded is not None and not _computes_in_half(x):
-            return functional.kron_linear(x, self.folded, self.bias, a, b, scaling=self.scaling)
+            return functional.kron_linear(x, self.folded, self.bias, a, b, scaling=self._strength)
         return functional.kron_linear(
-            x, self.matrix(), self.bias, a, b, self.a0, self.b0, self.scaling
+            x, self.matrix(), self.bias, a, b, self.a0, self.b0, self._strength
         )
 
     def _update(self, x: Tensor) -> Tensor:
@@ -186,19 +203,19 @@ class OHoRALinear(AdapterLinear):
         with outside_autocast(x.device.type):
             tokens = x.to(accumulation_dtype(x.dtype))
             if self.options.product == "materialised":
-                delta = kron_delta_ref(self.a, self.b, self.a0, self.b0, self.scaling)
+                delta = kron_delta_ref(self.a, self.b, self.a0, self.b0, self._strength)
                 return nn.functional.linear(tokens, delta).to(x.dtype)
             start = _apply_factors(tokens, self.a0, self.b0, self.options.product)
             update = _apply_factors(tokens, self.a, self.b, self.options.product) - start
-            return (self.scaling * update).to(x.dtype)
+            return (self._strength * update).to(x.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         if self.options.product == "lora":
             dtype = accumulation_dtype(self.a.dtype)
             a, b, a0, b0 = (t.to(dtype) for t in (self.a, self.b, self.a0, self.b0))
-            return self.scaling * (a @ b.mT - a0 @ b0.mT)
-        return kron_delta_ref(self.a, self.b, self.a0, self.b0, self.scaling)
+            return self._strength * (a @ b.mT - a0 @ b0.mT)
+        return kron_delta_ref(self.a, self.b, self.a0, self.b0, self._strength)
 
     @torch.no_grad()
     def lora_factors(self) -> tuple[Tensor, Tensor]:
@@ -206,7 +223,7 @@ class OHoRALinear(AdapterLinear):
             return super().lora_factors()
         # A Bᵀ − A₀ B₀ᵀ = [A, −A₀] [B, B₀]ᵀ has rank 2r.
         a = torch.cat([self.a, -self.a0], dim=1)
-        return torch.cat([self.b, self.b0], dim=1).mT, self.scaling * a
+        return torch.cat([self.b, self.b0], dim=1).mT, self._strength * a
 
 
 def _computes_in_half(x: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .. import functional, linalg
 from ..linalg.exponents import rounded
-from ..ops.common import check_scaling
 from ..reference import accumulation_dtype, qr_delta_ref
-from .base import AdapterLinear, Options, State, energy, one_of
+from . import base_weight
+from .layer import AdapterLinear, State, energy
+from .options import Options, one_of
 
 DEFAULT_TAU = 0.5  # what the paper's main experiments ran
 
@@ -35,7 +36,12 @@ class QROptions(Options):
             raise ValueError(
                 f"rank and tau exclude each other, got rank={self.rank} and tau={self.tau}"
             )
-        check_scaling(self.scaling)
+
+    def scaling_of(self, rank: int) -> float:
+        return self.scaling
+
+    def with_scaling(self: Any, scaling: float, rank: int) -> Any:
+        return replace(self, scaling=scaling)
 
 
 class QRLinear(AdapterLinear):
@@ -62,7 +68,6 @@ class QRLinear(AdapterLinear):
     wide = ("diagonal",)
     options_type = QROptions
 
-    options: QROptions
     lam: nn.Parameter
     q: Tensor
     r: Tensor
@@ -105,8 +110,16 @@ class QRLinear(AdapterLinear):
         TypeError, ValueError
             For a layer that cannot be adapted or an option out of range; the message names it.
         """
-        options = QROptions(dropout, rank, tau, rank_rule, max_rank, scaling)
-        return cls._from_linear(linear, options)
+        options = QROptions(
+            dropout=dropout,
+            rank=rank,
+            tau=tau,
+            rank_rule=rank_rule,
+            max_rank=max_rank,
+            scaling=scaling,
+        )
+        made: QRLinear = cls._from_linear(linear, options)
+        return made
 
     @classmethod
     def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
@@ -137,28 +150,33 @@ class QRLinear(AdapterLinear):
             raise ValueError("the stored pivots do not give the stored diagonal of R")
         return {name: getattr(result, name) for name in cls.factors}
 
-    def _configure(self) -> None:
-        self.rank = self.lam.shape[0]
-        self.scaling = float(self.options.scaling)
+    @classmethod
+    def can_train(cls, state: State) -> bool:
+        return bool(state["q"].any()) and bool(state["r"].any())
+
+    @property
+    def rank(self) -> int:
+        return self.lam.shape[0]
 
     def _fused(self, x: Tensor) -> Tensor:
         return functional.qr_linear(
-            x, self.matrix(), self.bias, self.q, self.r, self.lam, self.scaling
+            x, self.matrix(), self.bias, self.q, self.r, self.lam, self._strength
         )
 
     def _update(self, x: Tensor) -> Tensor:
         h = nn.functional.linear(x, self.r)
-        return nn.functional.linear((h * (self.scaling * self.lam)).to(h.dtype), self.q)
+        return nn.functional.linear((h * (self._strength * self.lam)).to(h.dtype), self.q)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        return qr_delta_ref(self.q, self.r, self.lam, self.scaling)
+        return qr_delta_ref(self.q, self.r, self.lam, self._strength)
 
     @torch.no_grad()
     def lora_factors(self) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(self.q.dtype)
-        return self.r.to(dtype), self.scaling * self.q.to(dtype) * self.lam.to(dtype)
+        return self.r.to(dtype), self._strength * self.q.to(dtype) * self.lam.to(dtype)
 
     def energy_kept(self) -> float:
         """‖Q_r R̃_r‖² / ‖W‖², the share of the weight that the basis spans."""
-        return energy(self.r) / energy(self.matrix())
+        with base_weight.present(self):
+            return energy(self.r) / energy(self.matrix())

@@ -1,0 +1,22 @@
+"""Whole models: which layers are adapted, what is remembered, files, tables."""
+
+from .adapt import adapt, adapted_layers, count_parameters
+from .lifecycle import disabled, merge, refresh, scale, unload, unmerge
+from .loading import load_adapter
+from .saving import save_adapter
+from .summary import summary
+
+__all__ = [
+    "adapt",
+    "adapted_layers",
+    "count_parameters",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "refresh",
+    "save_adapter",
+    "scale",
+    "summary",
+    "unload",
+    "unmerge",
+]

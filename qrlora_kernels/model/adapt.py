@@ -1,0 +1,292 @@
+"""Whole models: the matched layers become adapted ones as one batch, in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..linalg import StartRunner
+from ..nn import ADAPTERS, AdapterLinear
+from ..nn.base_weight import present
+from ..nn.become import become, restore
+from ..nn.layer import State
+from ..nn.offload import is_away
+from ..nn.options import Options
+from . import advice, heads, memory, notices
+from .memory import Adaptation
+from .names import as_names, modules, parameters, unwrapped, within
+from .targets import Targets, find_targets
+from .watch import watch
+
+Made = tuple[Options, State]
+
+
+def adapt(
+    model: nn.Module,
+    target_modules: Targets,
+    adapter: str = "qr",
+    *,
+    trainable: str | Iterable[str] = (),
+    skip: str | Iterable[str] = (),
+    head_dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+    cache: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Turn the matched linear layers into adapted ones and freeze everything else, in place.
+
+    A layer stays the object that it is and changes its class. All weights are factorised as one
+    batch before any layer changes, so an error leaves the model as it was. A further call adds to
+    the first: what trains goes on training.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Before it is wrapped in DistributedDataParallel or sharded.
+    target_modules : str, compiled pattern, or list of str
+        Full names or suffixes of names (``"query"``, ``"attention.self.query"``), a regular
+        expression for full names, or ``"all-linear"``: every linear layer but the output embedding,
+        a head that the task adds, and what ``trainable`` names.
+    adapter : "qr", "lora_xs" or "ohora"
+    trainable : str or iterable of str
+        Modules that train in full beside the adapter, such as a task head, by name or suffix. They
+        are saved with the adapter.
+    skip : str or iterable of str
+        Layers to leave out, by name or suffix, such as one whose start can never train.
+    head_dtype : torch.dtype
+        What half-precision tensors that train in full are kept in; the model computes as before.
+    progress : bool
+        Show a bar over the layers while they are factorised.
+    cache : path, optional
+        Folder of factorisations, found by the fingerprint of the weight and the options: the next
+        start of the same weights reads files instead. As large as the factors; never emptied here.
+    distributed : bool
+        Where ``torch.distributed`` has several ranks, each factorises a share and all end with the
+        same bits, of the trainables too: every rank must call ``adapt``, with the same arguments.
+        False: each rank computes everything, and draws its own random numbers.
+    **options
+        As ``from_linear`` of :class:`QRLinear`, :class:`LoRAXSLinear` or :class:`OHoRALinear`.
+
+    Returns
+    -------
+    nn.Module
+        The same model.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If nothing matches, a match cannot be adapted (quantised, meta, shared weight, ...), the
+        model is wrapped already, or an option is out of range; the message names the layer or the
+        option. An error of one rank is raised on all.
+    """
+    refuse_wrapped(model)
+    kind = adapter_type(adapter)
+    opts = _options(kind, options)
+    root = unwrapped(model)
+    trainable, skip = as_names("trainable", trainable), as_names("skip", skip)
+    if not isinstance(head_dtype, torch.dtype) or not head_dtype.is_floating_point:
+        raise TypeError(f"head_dtype must be a floating torch.dtype, got {head_dtype!r}")
+    apart = notices.task_head(root)
+
+    def find() -> dict[str, nn.Module]:
+        _check_named(root, "trainable", trainable)
+        found = find_targets(root, target_modules, kind, exclude=(*trainable, *apart), skip=skip)
+        _check_disjoint(root, found, trainable)
+        return found
+
+    run = StartRunner(progress, cache, distributed)
+    layers = run.together(find)
+    states = _start(layers, kind, opts, run)
+    first = memory.recorded(root) is None
+    attach(root, {name: (opts, state) for name, state in states.items()}, kind)
+    if first:
+        freeze_all_but_adapters(root)
+    thaw(root, [n for n in parameters(root) if within(n, trainable)], head_dtype)
+    advice.tell_large_factors(layers)
+    notices.tell_passed_over(root, target_modules, layers, apart)
+    watch(root)
+    return model
+
+
+def _start(
+    layers: dict[str, nn.Module], kind: type[AdapterLinear], options: Options, run: StartRunner
+) -> dict[str, State]:
+    """Of all layers as one batch, or one by one where their weights do not fit into memory.
+
+    Ranks that share the work must agree on all options, also on those that no start sees, as a
+    strength: their models would differ.
+    """
+    if any(is_away(layer) for layer in layers.values()):
+        batches = [{name: layer} for name, layer in layers.items()]
+    else:
+        batches = [layers]
+    counts = {"the number of layers": len(layers), "the number of batches": len(batches)}
+    run.require_agreement(facts={"adapter": kind.kind} | counts | options.to_dict())
+    states: dict[str, State] = {}
+    for batch in batches:
+        with present(*batch.values()):
+            matrices = run.together(partial(kind.start_matrices, batch, options))
+            states |= dict(zip(batch, kind.start_named(matrices, options, run), strict=True))
+    return states
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise where new parameters would not be trained as the others are."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("adapt must not be called under torch.inference_mode: nothing would train")
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model must not be in DistributedDataParallel yet, which averages the gradients of "
+                "the parameters that it knew at first: adapt the model, then wrap it"
+            )
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError("model must not be sharded yet: adapt the model, then wrap it in FSDP")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "model must not be loaded under torch.inference_mode: its tensors never train"
+        )
+
+
+def _check_named(root: nn.Module, argument: str, names: Sequence[str]) -> None:
+    for name in names:
+        if not any(within(n, [name]) for n in parameters(root)):
+            raise ValueError(f"{argument} names {name!r}, but the model has no such module")
+
+
+def _check_disjoint(
+    root: nn.Module, layers: dict[str, nn.Module], trainable: Sequence[str]
+) -> None:
+    """Refuse to train a weight in full that an adapter freezes, by its name or by a tie."""
+    frozen = {id(layer.weight): name for name, layer in layers.items()}
+    for name, parameter in parameters(root).items():
+        if within(name, trainable) and id(parameter) in frozen:
+            raise ValueError(
+                f"trainable must not reach the weight of an adapted layer, got {name}, which is "
+                f"the weight of {frozen[id(parameter)]}"
+            )
+
+
+def adapter_type(adapter: str) -> type[AdapterLinear]:
+    if adapter not in ADAPTERS:
+        raise ValueError(f"adapter must be one of {sorted(ADAPTERS)}, got {adapter!r}")
+    return ADAPTERS[adapter]
+
+
+def _options(kind: type[AdapterLinear], options: dict[str, Any]) -> Options:
+    known = set(kind.options_type.__dataclass_fields__) - {"strength"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(
+            f"adapter {kind.kind!r} takes the options {sorted(known)}, got {', '.join(unknown)}"
+        )
+    return kind.options_type(**options)
+
+
+# --- attaching and taking off
+
+
+def attach(root: nn.Module, made: dict[str, Made], kind: type[AdapterLinear]) -> None:
+    """Let the named layers become adapted ones, all or none, and remember them."""
+    here = modules(root)
+    record = memory.begin(root)
+    done: list[AdapterLinear] = []
+    try:
+        for name, (options, state) in made.items():
+            done.append(become(here[name], kind, options, state, name))
+    except Exception:
+        for layer in done:
+            restore(layer)
+        raise
+    for name in made:
+        record.layers[name] = kind.kind
+        _switch_parents(here, name, record)
+
+
+def freeze_all_but_adapters(root: nn.Module) -> None:
+    own = {id(p) for layer in adapted_layers(root).values() for p in trained(layer)}
+    for parameter in root.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+
+
+def thaw(root: nn.Module, names: Sequence[str], dtype: torch.dtype | None) -> None:
+    """Train the named parameters in full, those in half precision kept in ``dtype`` if given."""
+    here = parameters(root)
+    for name in names:
+        here[name].requires_grad_(True)
+    if dtype is not None:
+        adapted = {id(p) for layer in adapted_layers(root).values() for p in layer.parameters()}
+        others = [n for n in names if id(here[n]) not in adapted]
+        heads.keep_wide(root, others, dtype, memory.begin(root))
+
+
+def _switch_parents(here: dict[str, nn.Module], name: str, record: Adaptation) -> None:
+    """Keep PyTorch's encoders off the fast path that reads a layer's weight and skips its adapter.
+
+    These flags are what it consults to take the ordinary path.
+    """
+    parent, *above = _ancestors(name)
+    if isinstance(here[parent], nn.TransformerEncoderLayer):
+        _switch(here, parent, "activation_relu_or_gelu", 0, record)
+    for ancestor in (parent, *above):
+        if isinstance(here[ancestor], nn.TransformerEncoder):
+            _switch(here, ancestor, "use_nested_tensor", False, record)
+
+
+def _switch(
+    here: dict[str, nn.Module], name: str, attribute: str, value: Any, record: Adaptation
+) -> None:
+    if not any(known[:2] == (name, attribute) for known in record.switches):
+        record.switches.append((name, attribute, getattr(here[name], attribute)))
+    setattr(here[name], attribute, value)
+
+
+def _ancestors(name: str) -> list[str]:
+    """The names of the modules that ``name`` lies in, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+
+
+# --- what is adapted
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdapterLinear]:
+    """The adapted layers of ``model`` by name, without the names of wrappers around it."""
+    found: dict[int, tuple[str, AdapterLinear]] = {}
+    for name, module in modules(model).items():
+        if isinstance(module, AdapterLinear):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def require_adapted(model: nn.Module) -> dict[str, AdapterLinear]:
+    """The adapted layers; names in a warning what was adapted and no longer is."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model must hold adapted layers, got none: call adapt() first")
+    notices.tell_lost(model)
+    return layers
+
+
+def trained(layer: AdapterLinear) -> Iterator[nn.Parameter]:
+    """The adapter's own parameters of one layer."""
+    return (getattr(layer, name) for name in layer.trainables)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """How many numbers there are: ``adapter`` (trained by adapted layers), ``other`` (trained
+    elsewhere, a task head say) and ``frozen``; a parameter used twice counts once."""
+    own = {id(p) for layer in adapted_layers(model).values() for p in trained(layer)}
+    counts = {"adapter": 0, "other": 0, "frozen": 0}
+    for parameter in model.parameters():
+        kind = "adapter" if id(parameter) in own else "other"
+        counts[kind if parameter.requires_grad or kind == "adapter" else "frozen"] += (
+            parameter.numel()
+        )
+    return counts

@@ -1,0 +1,216 @@
+"""Merge, unmerge, take off, start again: all layers of a model or none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..linalg import StartRunner
+from ..nn import AdapterLinear, base_weight, merging, switch
+from ..nn.base_weight import present, replace_weight
+from ..nn.become import over, restore
+from ..nn.options import plain_value
+from . import heads, memory, watch
+from .adapt import require_adapted
+from .memory import Adaptation
+from .names import buffers, modules, parameters, unwrapped
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge every adapted layer; see :meth:`AdapterLinear.merge`.
+
+    Saving the model then saves a plain one. ``unmerge`` goes back, ``unload`` takes the adapters
+    off for good.
+
+    Raises
+    ------
+    ValueError
+        If no layer is adapted, a layer's weight is tied to another module's, or a merged weight
+        would not be finite. The message names the layer and every weight is as it was.
+    """
+    layers = require_adapted(model)
+    _check_owners(model, layers)
+    done: list[AdapterLinear] = []
+    for name, layer in layers.items():
+        already = layer.merged
+        try:
+            with _named(name):
+                layer.merge()
+        except ValueError:
+            for one in done:
+                one.unmerge()
+            raise
+        done += [] if already else [layer]
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put every original weight back, bit for bit."""
+    for layer in require_adapted(model).values():
+        layer.unmerge()
+    return model
+
+
+def unload(model: nn.Module, merge: bool = True) -> nn.Module:
+    """Take every adapter off: with the update merged in, or to what the model was before.
+
+    The layers get their classes back, and parameters ask for a gradient that did before ``adapt``.
+    Without ``merge``, what an adapter file overwrote, such as a task head, comes back too; with it
+    the file's stays, since the model is to answer as the adapted one did.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`merge`, or if something stands on top of an adapted layer. Nothing has changed.
+    """
+    layers = require_adapted(model)
+    for layer in layers.values():
+        over(layer)
+    if merge:
+        _check_owners(model, layers)
+        for name, layer in layers.items():
+            with _named(name):
+                merging.merged_parameter(layer)  # that it can be done, before anything changes
+    root, record = unwrapped(model), memory.begin(model)
+    for layer in layers.values():
+        weight = merging.merged_parameter(layer) if merge else layer.base_weight
+        layer.unmerge()
+        restore(layer)
+        if merge:
+            replace_weight(layer, weight)
+    _put_back(root, record, replaced=not merge)
+    memory.forget(root)
+    return model
+
+
+def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
+    watch.stop(root)
+    heads.put_back(root, record)
+    if replaced:
+        put_replaced_back(root, record)
+    here = modules(root)
+    for name, attribute, value in reversed(record.switches):
+        if name in here:
+            setattr(here[name], attribute, value)
+    for name, parameter in parameters(root).items():
+        if name in record.trained_before:
+            parameter.requires_grad_(record.trained_before[name])
+
+
+@torch.no_grad()
+def put_replaced_back(root: nn.Module, record: Adaptation) -> None:
+    """Put back what adapter files overwrote outside the adapters."""
+    here = {**parameters(root), **buffers(root)}
+    for name, tensor in record.replaced.items():
+        if name in here and here[name].shape == tensor.shape:
+            here[name].copy_(tensor)
+    record.replaced.clear()
+
+
+def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
+    """Refuse to merge into a weight that another module owns too: it would be another model."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    names = {id(m): name for name, m in reversed(modules(model).items())}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                owners[id(p)].append(f"{names[id(module)]}.{key}")
+    for name, layer in layers.items():
+        others = [n for n in owners[id(layer.base_weight)] if n != f"{name}.weight"]
+        if others and not layer.merged:
+            raise ValueError(
+                f"{name}.weight must belong to {name} alone to be merged, but it is tied to "
+                f"{', '.join(others)}: untie them first, or keep the adapter apart (save_adapter)"
+            )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
+    """Start the adapters again from the weights that are there now.
+
+    For a checkpoint that was loaded after ``adapt``: factors of the weights from before would be no
+    factors of these. What was trained in the adapters is lost.
+
+    Parameters
+    ----------
+    model : nn.Module
+    progress : bool
+        Show a bar over the layers.
+
+    Raises
+    ------
+    ValueError
+        If no layer is adapted, or a start fails; the model is as it was.
+    """
+    layers = require_adapted(model)
+    states = {}
+    for layer in layers.values():
+        layer.unmerge()
+    for name, layer in layers.items():
+        with present(layer):
+            weights = layer.start_matrices({name: layer}, layer.options)
+            (states[name],) = layer.start_named(weights, layer.options, StartRunner(progress))
+    for name, layer in layers.items():
+        layer.take_state(states[name])
+        with present(layer):
+            layer._start = base_weight.digest(layer)
+    watch.watch(unwrapped(model))
+    return model
+
+
+# --- strength
+
+
+def scale(model: nn.Module, strength: float) -> nn.Module:
+    """Set how strongly every adapter counts, from now on: its update times ``strength``.
+
+    At 0 the model is exactly its base, at 1 what was trained. Kept by ``save_adapter``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``strength`` is no finite number, or a layer is merged.
+    """
+    strength = plain_value("strength", "float", strength)
+    layers = require_adapted(model)
+    _refuse_merged(layers)
+    for layer in layers.values():
+        layer.options = replace(layer.options, strength=strength)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, in this thread, the model answers as its base: a reference model in one memory.
+
+    Merged layers keep their update, which is inside their weight: they are refused.
+
+    Raises
+    ------
+    ValueError
+        If no layer is adapted or one is merged.
+    """
+    layers = require_adapted(model)
+    _refuse_merged(layers)
+    with switch.off(layers.values()):
+        yield model
+
+
+def _refuse_merged(layers: dict[str, AdapterLinear]) -> None:
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(
+                f"{name} must not be merged, its update is inside its weight: call unmerge() first"
+            )

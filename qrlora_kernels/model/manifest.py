@@ -1,0 +1,205 @@
+"""What an adapter file says of itself: its format, its layers, and the base it belongs to.
+
+Per adapted layer the file holds the trained tensors and either the frozen factors or the few
+numbers they are rebuilt from; its metadata hold a manifest with each layer's options and the
+fingerprint of its base weight, and one digest over everything: another base or a damaged byte is an
+error and never a silently different model.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..fingerprint import digest_of, fingerprint
+from ..nn import AdapterLinear, base_weight
+from ..nn.options import Options
+from ..version import __version__
+from .adapt import adapter_type
+from .names import canonical
+
+FORMAT = "qrlora_kernels adapter"
+FORMAT_VERSION = 1
+FILE_NAME = "adapter.safetensors"  # in a folder that is given in place of a file
+SAMPLES = 64  # elements of a frozen tensor that tell it from another's
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A layer in the file."""
+
+    adapter: type[AdapterLinear]
+    options: Options
+    stored_factors: bool
+    weight: Manifest  # shape [N, K], dtype, conv1d, fingerprint
+    digests: dict[str, str]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The tensors of this layer that are in the file."""
+        kept = self.adapter.factors if self.stored_factors else self.adapter.compact
+        return (*self.adapter.trainables, *kept)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds, checked to be whole.
+
+    Attributes
+    ----------
+    layers : dict of Entry
+    extra : dict of Tensor
+        What was trained beside the adapters, and statistics that training moves.
+    thawed : set of str
+        Those of ``extra`` that trained.
+    frozen : dict of str or None
+        Sampled digests of everything else; None in files that have none.
+    tensors : dict of Tensor
+        Of the layers, under ``layer.tensor``.
+    """
+
+    path: Path
+    layers: dict[str, Entry]
+    extra: dict[str, Tensor]
+    thawed: frozenset[str]
+    frozen: dict[str, str] | None
+    tensors: dict[str, Tensor]
+
+
+def file_at(path: Path) -> Path:
+    """``path``, or the adapter's file in it if it is a folder."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def metadata_of(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, str]:
+    text = json.dumps(manifest)
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "qrlora_kernels": __version__,
+        "torch": torch.__version__,
+        "manifest": text,
+        "digest": digest_of(tensors, text),
+    }
+
+
+def describe_weight(layer: nn.Module, weight: Tensor) -> Manifest:
+    """The base weight of ``layer``; ``weight`` as the layer stores it."""
+    shape = weight.t().shape if base_weight.is_conv1d(layer) else weight.shape
+    return {
+        "shape": list(shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "conv1d": base_weight.is_conv1d(layer),
+        "fingerprint": fingerprint(weight),
+    }
+
+
+def sampled(tensor: Tensor) -> str:
+    """A digest of dtype, shape and some elements at fixed places, the first and last included."""
+    flat = tensor.detach().reshape(-1)
+    at = torch.linspace(0, max(flat.numel() - 1, 0), SAMPLES, dtype=torch.float64).long().unique()
+    some = flat[at.to(flat.device)] if flat.numel() else flat
+    return f"{list(tensor.shape)} {fingerprint(some)[:16]}"
+
+
+def read(path: Path) -> AdapterFile:
+    """Read a file and check that it is whole.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ValueError
+        If it is no complete adapter file, damaged, or of a newer format; the message names it.
+    """
+    path = file_at(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    metadata, tensors = _open(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} must be a file written by save_adapter, got another safetensors")
+    version = metadata.get("format_version", "")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version!r}, and qrlora_kernels {__version__} reads up to "
+            f"{FORMAT_VERSION}: install a newer release"
+        )
+    text = metadata.get("manifest", "")
+    if metadata.get("digest") not in (None, digest_of(tensors, text)):
+        raise ValueError(f"{path} is damaged: its content is not what its digest was made of")
+    try:
+        manifest = json.loads(text)
+        layers = {name: _entry(entry) for name, entry in manifest["layers"].items()}
+        extra, thawed, frozen = _others(manifest)
+        shapes = {str(key): [int(n) for n in s] for key, s in manifest["shapes"].items()}
+    except _DAMAGE as error:
+        raise ValueError(f"{path} has a damaged manifest: {error!r}") from None
+    wanted = [*extra, *(f"{name}.{key}" for name, entry in layers.items() for key in entry.keys)]
+    _check_tensors(path, wanted, shapes, tensors)
+    return AdapterFile(
+        path,
+        {canonical(name): entry for name, entry in layers.items()},
+        {canonical(name): tensors[name] for name in extra},
+        frozenset(canonical(name) for name in thawed),
+        frozen,
+        {canonical(name): tensor for name, tensor in tensors.items()},
+    )
+
+
+_DAMAGE = (KeyError, TypeError, AttributeError, ValueError, RecursionError, json.JSONDecodeError)
+
+
+def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _entry(entry: Manifest) -> Entry:
+    kind = adapter_type(entry["adapter"])
+    weight = entry["weight"]
+    (n, k), digests = weight["shape"], entry["digests"]
+    checked = {
+        "shape": [int(n), int(k)],
+        "dtype": str(weight["dtype"]),
+        "conv1d": bool(weight["conv1d"]),
+        "fingerprint": str(weight["fingerprint"]),
+    }
+    return Entry(
+        kind,
+        kind.options_type(**entry["options"]),
+        bool(entry["stored_factors"]),
+        checked,
+        {str(name): str(digest) for name, digest in digests.items()},
+    )
+
+
+def _others(manifest: Manifest) -> tuple[list[str], list[str], dict[str, str] | None]:
+    extra = [str(name) for name in manifest["extra"]]
+    frozen = manifest.get("frozen")
+    if frozen is not None:
+        frozen = {str(name): str(digest) for name, digest in frozen.items()}
+    return extra, list(manifest.get("thawed", extra)), frozen
+
+
+def _check_tensors(
+    path: Path, wanted: list[str], shapes: dict[str, list[int]], tensors: dict[str, Tensor]
+) -> None:
+    missing = [key for key in wanted if key not in tensors or key not in shapes]
+    if missing:
+        raise ValueError(f"{path} lacks the tensors {', '.join(missing)}")
+    for key in wanted:
+        if list(tensors[key].shape) != shapes[key]:
+            raise ValueError(
+                f"{path} must hold {key} with shape {shapes[key]}, got {list(tensors[key].shape)}"
+            )

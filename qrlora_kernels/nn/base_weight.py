@@ -1,0 +1,154 @@
+"""The frozen weight under an adapter: which layers have one, and where it is.
+
+The one place that tells kinds of layers and of weights apart. Other libraries are known by the
+names of their types and never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..fingerprint import quick_digest
+from . import offload
+
+SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def plain_base(kind: type) -> type | None:
+    """The class whose forward is the plain linear product among those that ``kind`` comes from.
+
+    That is ``nn.Linear`` or GPT-2's ``Conv1D``, which stores its weight as [K, N].
+    """
+    for one in kind.__mro__:
+        if one is nn.Linear or (one.__name__ == "Conv1D" and issubclass(one, nn.Module)):
+            # torch.nn.Conv1d is spelled otherwise.
+            return one
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    kind = plain_base(type(module))
+    return kind is not None and kind is not nn.Linear
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    return plain_base(type(module)) is not None
+
+
+def full_name(kind: type) -> str:
+    """As Python names it: several libraries have a class called ``Linear``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_base(linear: nn.Module, name: str = "linear") -> None:
+    """Raise unless ``linear`` is a layer whose forward and weight an adapter can take over."""
+    kind = plain_base(type(linear))
+    if kind is None:
+        raise TypeError(
+            f"{name} must be an nn.Linear or a transformers Conv1D, got {full_name(type(linear))}"
+        )
+    if hasattr(linear, "parametrizations"):
+        raise TypeError(f"{name} must have a plain weight, got a parametrised one")
+    if isinstance(getattr(linear, "weight", None), nn.UninitializedParameter):
+        raise TypeError(
+            f"{name} must have a weight, got {full_name(type(linear))} before its first forward"
+        )
+    # FSDPModule goes in front of the class: its forward is the layer's own.
+    if type(linear).forward is not kind.forward or not _calls_its_class(linear):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{name} must compute a plain linear product, got {full_name(type(linear))} with a "
+            "forward of its own (a quantised layer, an adapter, or a wrapper)"
+        )
+    if any(one.__name__ == "FSDPModule" for one in type(linear).__mro__):
+        raise TypeError(
+            f"{name} must not be sharded yet, got {full_name(type(linear))}: adapt the model "
+            "before fully_shard"
+        )
+    if not offload.is_away(linear):
+        check_weight(linear.weight, f"{name}.weight")
+
+
+def _calls_its_class(linear: nn.Module) -> bool:
+    """Whether a forward set on the object itself, if there is one, ends in its class's."""
+    own = vars(linear).get("_old_forward", vars(linear).get("forward"))
+    if own is None:
+        return True
+    if "_old_forward" in vars(linear) and not offload.hooked(linear):
+        return False
+    return (
+        isinstance(own, MethodType)
+        and own.__self__ is linear
+        and own.__func__ is type(linear).forward
+    )
+
+
+def check_weight(weight: object, name: str) -> None:
+    """Raise unless ``weight`` is a dense floating-point matrix with data."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(
+            f"{name} must be a parameter, got a plain tensor (weight_norm, spectral_norm and "
+            "pruning recompute it before every forward)"
+        )
+    if type(weight.data) is not Tensor:
+        raise TypeError(
+            f"{name} must be an ordinary tensor, got {type(weight.data).__name__} (quantised and "
+            "distributed weights are not supported; adapt the model before fully_shard)"
+        )
+    if weight.is_meta:
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+    if weight.dtype not in SUPPORTED_DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {weight.dtype} (quantised "
+            "weights are not supported)"
+        )
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name} must be a matrix with elements, got shape {list(weight.shape)}")
+
+
+def matrix(linear: nn.Module) -> Tensor:
+    """The weight as W [N, K]: for Conv1D a transposed view, never a copy."""
+    weight = cast(Tensor, linear.weight).detach()
+    return weight.t() if is_conv1d(linear) else weight
+
+
+@contextmanager
+def present(*layers: nn.Module) -> Iterator[None]:
+    """Inside, the weights of ``layers`` hold data, also of those that are offloaded."""
+    with offload.brought_in(layers):
+        yield
+
+
+def replace_weight(layer: nn.Module, weight: nn.Parameter) -> None:
+    """Let ``weight`` be the layer's, here or where its weight is kept while it is away."""
+    layer.weight = weight
+    offload.keep(layer, "weight", weight)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor``, gathered from all ranks if ``fully_shard`` spread it: all of them must call."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def digest(layer: nn.Module) -> str:
+    """The quick digest of the layer's stored weight, which must be present."""
+    return quick_digest(whole(cast(Tensor, layer.weight)))
+
+
+def features(kind: type) -> dict[str, Any]:
+    """What a class made over ``kind`` needs beside it to tell N and K as ``nn.Linear`` does."""
+    if issubclass(kind, nn.Linear):
+        return {}
+    return {
+        "conv1d": True,
+        "in_features": property(lambda self: self.nx),
+        "out_features": property(lambda self: self.nf),
+    }

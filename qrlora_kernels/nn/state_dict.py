@@ -1,0 +1,112 @@
+"""What an adapted layer writes into a state dict and what it takes from one.
+
+The options that a state belongs to travel in the state dict's metadata, which ``torch.save`` keeps:
+the same numbers at another strength would be another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import base_weight, merging
+
+if TYPE_CHECKING:
+    from .layer import AdapterLinear
+
+KEY = "qrlora_kernels"  # in a module's part of the metadata
+
+
+def save(layer: AdapterLinear, destination: Any, prefix: str, keep_vars: bool) -> None:
+    """Complete what ``nn.Module`` saved: the factors, or only the base of a merged layer."""
+    merged = layer.merged
+    for name in layer.trainables if merged else ():
+        del destination[prefix + name]
+    for name in () if merged else layer.factors:
+        tensor = getattr(layer, name)
+        destination[prefix + name] = tensor if keep_vars else tensor.detach()
+    metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+    if metadata is not None:
+        metadata[KEY] = {"merged": merged, **_meaning(layer)}
+
+
+def _meaning(layer: AdapterLinear) -> dict[str, Any]:
+    """What decides, beside the tensors, what the layer computes."""
+    options = layer.options.to_dict()
+    named = {"alpha": options["alpha"]} if "alpha" in options else {}
+    return {
+        "adapter": layer.kind,
+        "rank": layer.rank,
+        **named,
+        "scaling": layer.scaling,
+        "strength": layer.options.strength,
+        "product": options.get("product"),
+    }
+
+
+@contextmanager
+def loading(
+    layer: AdapterLinear,
+    state: Any,
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> Iterator[bool]:
+    """Around ``nn.Module``'s loading; gives whether the state is one for this layer.
+
+    The layer is unmerged first, so that the weight is its base's again, and takes its factors.
+    """
+    refusal = _refusal(layer, state, prefix, (metadata or {}).get(KEY))
+    if refusal:
+        errors.append(f"{prefix[:-1] or 'the layer'} {refusal}")
+        yield False
+        return
+    merging.unmerge(layer)
+    yield True
+    found = {n: state[prefix + n] for n in layer.factors if prefix + n in state}
+    for name, tensor in found.items():
+        if prefix + name in unexpected:
+            unexpected.remove(prefix + name)
+        _take(layer, name, tensor, (metadata or {}).get("assign_to_params_buffers", False))
+    missing.extend(prefix + n for n in layer.factors if strict and n not in found)
+    if prefix + "weight" in state and len(found) == len(layer.factors):
+        # A whole state: the factors came from the weight that lies beside them.
+        layer._start = base_weight.digest(layer)
+    layer._set_options(layer.options)  # what is computed from the tensors follows them
+
+
+def _refusal(layer: AdapterLinear, state: Any, prefix: str, saved: Any) -> str:
+    """Why the state cannot be this layer's; empty if it can."""
+    if saved is not None and saved["merged"]:
+        return (
+            "is adapted, and the state dict is that of a merged layer, whose weight holds the "
+            "update already: load it into the plain model"
+        )
+    own = _meaning(layer)
+    for name, value in (saved or {}).items():
+        if name in own and own[name] != value:
+            return f"was made with {name} {own[name]!r}, and the state dict with {name} {value!r}"
+    for name in layer.factors:
+        tensor, have = state.get(prefix + name), getattr(layer, name)
+        if tensor is not None and tensor.shape != have.shape:
+            return (
+                f"must get {name} of shape {tuple(have.shape)}, got {tuple(tensor.shape)} in the "
+                "state dict"
+            )
+    return ""
+
+
+@torch.no_grad()
+def _take(layer: AdapterLinear, name: str, tensor: Tensor, assign: bool) -> None:
+    have: Tensor = getattr(layer, name)
+    if assign or have.is_meta:
+        setattr(layer, name, tensor.detach())
+    else:
+        have.copy_(tensor)
