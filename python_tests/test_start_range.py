@@ -278,6 +278,30 @@ def test_layers_start_from_weights_of_any_size(
         assert error <= (1e-2 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("options", ADAPTERS[:2], ids=str)
+@far
+def test_the_share_of_a_weight_of_any_size_that_a_basis_keeps(
+    dtype: torch.dtype, exponent: int, options: dict[str, Any]
+) -> None:
+    near, there = (
+        qk.adapt(layer(w), ["0"], progress=False, **options)[0].energy_kept()
+        for w in pair(dtype, exponent)
+    )
+    assert there == pytest.approx(near, rel=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [0, -600, 600])
+def test_a_rebuilt_diagonal_is_compared_at_its_own_size(exponent: int) -> None:
+    """All diagonals of small weights are close to each other in absolute terms."""
+    adapted = qk.QRLinear.from_linear(layer(pair(torch.float64, exponent)[1])[0], rank=4)
+    compact = {"pivots": adapted.pivots, "diagonal": adapted.diagonal}
+    rebuilt = qk.QRLinear.rebuild(adapted.weight, adapted.options, compact)
+    assert torch.equal(rebuilt["r"], adapted.r)
+    compact["diagonal"] = adapted.diagonal * 1.001
+    with pytest.raises(ValueError, match="do not give the stored diagonal"):
+        qk.QRLinear.rebuild(adapted.weight, adapted.options, compact)
+
+
 @pytest.mark.parametrize("exponent", [-140, -100, -40, 100])
 def test_a_gradient_of_any_size_gives_the_same_basis(exponent: int) -> None:
     """Squares of small gradients vanish, and they passed for zero; only directions count."""

@@ -13,6 +13,7 @@ from ..backends import Choice, Problem, choose
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..linalg.checks import renamed_matrices
+from ..linalg.exponents import in_range, times_two_to
 from ..ops.common import autocast_enabled
 from ..reference import HALF
 from . import base_weight, merging, offload, state_dict, switch
@@ -400,6 +401,11 @@ class AdapterLinear(nn.Module):
         )
 
 
-def energy(tensor: Tensor) -> float:
-    """The squared Frobenius norm, summed in fp64."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) ** 2)
+def share_of_energy(part: Tensor, whole: Tensor) -> float:
+    """‖part‖² / ‖whole‖², summed in fp64."""
+    scaled, exponent = in_range("weight", whole.detach())
+    return _energy(times_two_to(-exponent, part.detach())) / _energy(scaled)
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)

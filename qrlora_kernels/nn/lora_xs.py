@@ -16,7 +16,7 @@ from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from . import base_weight
-from .layer import AdapterLinear, State, energy
+from .layer import AdapterLinear, State, share_of_energy
 from .options import AlphaOptions, one_of
 
 Sigma = Literal["in", "out", "split", "none"]
@@ -183,7 +183,7 @@ class LoRAXSLinear(AdapterLinear):
             return None
         carrier = self.a if self.options.sigma == "in" else self.b
         with base_weight.present(self):
-            return energy(carrier) / energy(self.matrix())
+            return share_of_energy(carrier, self.matrix())
 
 
 def _bases(

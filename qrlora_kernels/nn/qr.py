@@ -13,7 +13,7 @@ from .. import functional, linalg
 from ..linalg.exponents import rounded
 from ..reference import accumulation_dtype, qr_delta_ref
 from . import base_weight
-from .layer import AdapterLinear, State, energy
+from .layer import AdapterLinear, State, share_of_energy
 from .options import Options, one_of
 
 DEFAULT_TAU = 0.5  # what the paper's main experiments ran
@@ -146,7 +146,9 @@ class QRLinear(AdapterLinear):
     @classmethod
     def rebuild(cls, weight: Tensor, options: Any, compact: State) -> State:
         result = linalg.rebuild_pivoted_qr(weight, compact["pivots"])
-        if not torch.allclose(result.diagonal, compact["diagonal"].to(result.diagonal), rtol=1e-4):
+        stored = compact["diagonal"].to(result.diagonal)
+        rounding = 1e-8 * float(result.diagonal[0])
+        if not torch.allclose(result.diagonal, stored, rtol=1e-4, atol=rounding):
             raise ValueError("the stored pivots do not give the stored diagonal of R")
         return {name: getattr(result, name) for name in cls.factors}
 
@@ -179,4 +181,4 @@ class QRLinear(AdapterLinear):
     def energy_kept(self) -> float:
         """‖Q_r R̃_r‖² / ‖W‖², the share of the weight that the basis spans."""
         with base_weight.present(self):
-            return energy(self.r) / energy(self.matrix())
+            return share_of_energy(self.r, self.matrix())
