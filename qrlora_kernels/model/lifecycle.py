@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from ..linalg import StartRunner
-from ..nn import AdapterLinear, base_weight, merging, switch
+from ..nn import AdapterLinear, base_weight, merging, offload, switch
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
 from ..nn.options import plain_value
 from . import heads, memory, watch
 from .adapt import require_adapted
 from .memory import Adaptation
-from .names import buffers, modules, parameters, unwrapped
+from .names import modules, parameters, tensors, unwrapped
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -103,13 +103,25 @@ def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
 
 
 @torch.no_grad()
-def put_replaced_back(root: nn.Module, record: Adaptation) -> None:
-    """Put back what adapter files overwrote outside the adapters."""
-    here = {**parameters(root), **buffers(root)}
-    for name, tensor in record.replaced.items():
-        if name in here and here[name].shape == tensor.shape:
-            here[name].copy_(tensor)
-    record.replaced.clear()
+def put_replaced_back(root: nn.Module, record: Adaptation, but: Collection[str] = ()) -> None:
+    """Put back what adapter files overwrote outside the adapters, save what is named in ``but``.
+
+    What trained because of them alone trains no more.
+    """
+    here, holders = tensors(root), modules(root)
+    for name in [n for n in record.replaced if n not in but]:
+        tensor = record.replaced.pop(name)
+        if name not in here or here[name].shape != tensor.shape:
+            continue
+        if here[name].is_meta:
+            parent, _, key = name.rpartition(".")
+            offload.keep(holders[parent], key, tensor)
+            continue
+        here[name].data = here[name].data.to(tensor.dtype)
+        here[name].copy_(tensor)
+        if name in record.thawed:
+            here[name].requires_grad_(False)
+    record.thawed.intersection_update(but)
 
 
 def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from ..nn import offload
+
 # torch.compile, DistributedDataParallel and DataParallel, FSDP, activation checkpointing.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -45,6 +47,19 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, module in modules(model).items()
         for name, buffer in _persistent(name, module)
     }
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers."""
+    return {**buffers(model), **parameters(model)}
+
+
+def data_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """``tensor``, which is called ``name``, or the data that an offloading hook keeps for it."""
+    if not tensor.is_meta:
+        return tensor
+    parent, _, key = name.rpartition(".")
+    return offload.stored(modules(model)[parent], key, tensor)
 
 
 def _persistent(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -146,7 +146,8 @@ class AdapterLinear(nn.Module):
         ValueError
             If they cannot be the factors that were trained with.
         """
-        (state,) = cls.start([weight], options, StartRunner())
+        with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
+            (state,) = cls.start([weight], options, StartRunner())
         return {name: state[name] for name in cls.factors}
 
     def _take_up(self, options: Options, state: State) -> None:

@@ -157,6 +157,11 @@ def _one_brought_in(layer: nn.Module) -> Iterator[None]:
         layer._parameters.update(away)
 
 
+def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """What the module's offloading hook keeps of its ``tensor``; itself if there is no hook."""
+    return next((_stored(hook, name) for hook in _offloading(module)), tensor)
+
+
 def _stored(hook: Any, name: str) -> Tensor:
     value: Tensor = hook.weights_map[name]
     return value
@@ -167,8 +172,8 @@ def _device(hook: Any) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
-def keep(layer: nn.Module, name: str, value: nn.Parameter) -> None:
-    """Where the layer's weights are kept elsewhere, keep ``value`` there and leave it on meta."""
+def keep(layer: nn.Module, name: str, value: Tensor) -> None:
+    """Where the layer's tensors are kept elsewhere, keep ``value`` there and leave it on meta."""
     for hook in _offloading(layer):
         store, key = hook.weights_map, name
         while hasattr(store, "dataset"):  # accelerate's view of a map under a prefix
@@ -177,4 +182,5 @@ def keep(layer: nn.Module, name: str, value: nn.Parameter) -> None:
         memory = getattr(store, "state_dict", store)
         if not callable(memory):
             memory[key] = value.detach().cpu()
-        layer._parameters[name] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        if name in layer._parameters:
+            layer._parameters[name] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
