@@ -11,9 +11,9 @@ from torch import nn
 
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear
+from ..nn.adapter import State
 from ..nn.base_weight import present
 from ..nn.become import become, restore
-from ..nn.layer import State
 from ..nn.offload import is_away
 from ..nn.options import Options
 from . import heads, memory, notices

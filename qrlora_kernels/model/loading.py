@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..fingerprint import fingerprint
 from ..nn import AdapterLinear, base_weight
+from ..nn.adapter import State
 from ..nn.become import check_can_become, over, restore
-from ..nn.layer import State
 from . import lifecycle, memory
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, refuse_wrapped, thaw
 from .manifest import AdapterFile, Entry, describe_weight, read, sampled

@@ -16,7 +16,8 @@ from . import base_weight, offload
 from .options import Options
 
 if TYPE_CHECKING:
-    from .layer import AdapterLinear, State
+    from .adapter import State
+    from .layer import AdapterLinear
 
 Adapter = TypeVar("Adapter", bound="AdapterLinear")
 
