@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from ..linalg import StartRunner
-from ..nn import AdapterLinear, base_weight, merging, switch
+from ..nn import AdapterLinear, base_weight, merging, offload, switch
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
 from ..nn.options import plain_value
-from . import heads, memory, watch
+from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
 from .names import buffers, modules, parameters, unwrapped
@@ -97,18 +96,19 @@ def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
     for name, attribute, value in reversed(record.switches):
         if name in here:
             setattr(here[name], attribute, value)
+    for module in root.modules():
+        offload.widen(module)
     for name, parameter in parameters(root).items():
         if name in record.trained_before:
             parameter.requires_grad_(record.trained_before[name])
 
 
-@torch.no_grad()
 def put_replaced_back(root: nn.Module, record: Adaptation) -> None:
     """Put back what adapter files overwrote outside the adapters."""
     here = {**parameters(root), **buffers(root)}
     for name, tensor in record.replaced.items():
         if name in here and here[name].shape == tensor.shape:
-            here[name].copy_(tensor)
+            tensors.put(root, name, tensor)
     record.replaced.clear()
 
 

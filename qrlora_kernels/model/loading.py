@@ -14,7 +14,7 @@ from ..fingerprint import fingerprint
 from ..nn import AdapterLinear, base_weight
 from ..nn.adapter import State
 from ..nn.become import check_can_become, over, restore
-from . import lifecycle, memory
+from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, refuse_wrapped, thaw
 from .manifest import AdapterFile, Entry, describe_weight, read, sampled
 from .names import buffers, modules, parameters, unwrapped
@@ -102,18 +102,16 @@ def _apply(root: nn.Module, file: AdapterFile, prepared: dict[str, State]) -> No
     watch(root)
 
 
-@torch.no_grad()
 def _take_extra(root: nn.Module, file: AdapterFile) -> None:
     record = memory.begin(root)
     adapted = {f"{name}.weight" for name in file.layers}
     wide = [n for n in file.thawed - adapted if file.extra[n].dtype == torch.float32]
-    here: dict[str, Tensor] = {**buffers(root), **parameters(root)}
     for name in file.extra:
-        record.replaced.setdefault(name, here[name].detach().cpu().clone())
+        record.replaced.setdefault(name, tensors.value_of(root, name).cpu().clone())
     thaw(root, sorted(file.thawed - set(wide)), None)
     thaw(root, sorted(wide), torch.float32)
     for name, tensor in file.extra.items():
-        here[name].copy_(tensor)
+        tensors.put(root, name, tensor)
 
 
 def _same(state: State, layer: nn.Module, entry: Entry) -> bool:

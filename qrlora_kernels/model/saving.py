@@ -19,6 +19,7 @@ from ..nn.base_weight import present, whole
 from .adapt import require_adapted, trained
 from .manifest import Manifest, describe_weight, file_at, metadata_of, sampled
 from .names import buffers, parameters, unwrapped
+from .tensors import value_of
 
 Factors = Literal["auto", "stored", "rebuild"]
 
@@ -63,7 +64,7 @@ def save_adapter(
     root, layers = unwrapped(model), require_adapted(model)
     own = {id(p) for layer in layers.values() for p in trained(layer)}
     thawed = _named_once({n: p for n, p in parameters(root).items() if p.requires_grad}, own)
-    extra = thawed | _named_once(buffers(root), own)
+    extra = {n: value_of(root, n) for n in thawed | _named_once(buffers(root), own)}
     tensors: dict[str, Tensor] = {}
     manifest: Manifest = {"layers": {}}
     changed = []
