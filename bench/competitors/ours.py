@@ -8,10 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
+from qrlora_kernels.nn.base import AdapterLinear, Options
 from torch import nn
 
 import qrlora_kernels as qk
-from qrlora_kernels.nn.base import AdapterLinear, Options
 from qrlora_kernels.nn.lora_xs import LoRAXSOptions
 from qrlora_kernels.nn.ohora import OHoRAOptions
 from qrlora_kernels.nn.qr import QROptions

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from qrlora_kernels.nn.base import AdapterLinear
 from torch import Tensor, nn
 
 import qrlora_kernels as qk
 from qrlora_kernels.model import replace_module
-from qrlora_kernels.nn.base import AdapterLinear
 
 from ..competitors.plain import EAGER
 from ..competitors.registry import R_KRON, require

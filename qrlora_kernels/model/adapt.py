@@ -11,12 +11,12 @@ from torch import nn
 
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear
+from ..nn.adapter import State
 from ..nn.base_weight import present
 from ..nn.become import become, restore
-from ..nn.layer import State
 from ..nn.offload import is_away
 from ..nn.options import Options
-from . import heads, memory, notices
+from . import heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, modules, parameters, unwrapped, within
 from .targets import Targets, find_targets
@@ -204,6 +204,7 @@ def freeze_all_but_adapters(root: nn.Module) -> None:
 
 def thaw(root: nn.Module, names: Sequence[str], dtype: torch.dtype | None) -> None:
     """Train the named parameters in full, those in half precision kept in ``dtype`` if given."""
+    tensors.settle(root, names)
     here = parameters(root)
     for name in names:
         here[name].requires_grad_(True)

@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from ..fingerprint import fingerprint
 from ..nn import AdapterLinear, base_weight
+from ..nn.adapter import State
 from ..nn.become import check_can_become, over
-from ..nn.layer import State
 from ..reference import HALF
 from . import memory
 from .adapt import adapted_layers
 from .manifest import AdapterFile, Entry, all_finite, describe_weight, sampled
 from .memory import Adaptation
-from .names import data_of, modules, parameters, tensors
+from .names import modules, named_tensors, parameters
+from .tensors import value_of
 
 
 def prepare(root: nn.Module, file: AdapterFile, progress: bool) -> dict[str, State]:
@@ -119,7 +120,7 @@ def _factors(name: str, entry: Entry, weight: Tensor, own: State) -> State:
 
 def check_extra(root: nn.Module, file: AdapterFile) -> None:
     """Raise unless what was trained beside the adapters finds its place and keeps its numbers."""
-    here = tensors(root)
+    here = named_tensors(root)
     brought = {f"{name}.weight" for name in file.layers}
     _check_finite({n: file.extra[n] for n in (file.thawed | brought) & file.extra.keys()}, file)
     for name, tensor in file.extra.items():
@@ -133,7 +134,7 @@ def check_extra(root: nn.Module, file: AdapterFile) -> None:
                 f"{file.path}, got {shape}"
             )
         assert have is not None
-        if data_of(root, name, have).is_meta:
+        if have.is_meta and value_of(root, name).is_meta:
             raise ValueError(f"model must hold data, got {name} on the meta device")
         if not (_holds(have, tensor) or _widened(name, have, file)):
             raise ValueError(
@@ -183,8 +184,9 @@ def _others(root: nn.Module, frozen: dict[str, str], record: Adaptation) -> list
     found = []
     for name, digest in frozen.items():
         if name in here:
-            tensor = record.replaced.get(name, data_of(root, name, here[name]))
-            tensor = base_weight.whole(tensor).to(record.dtypes.get(name, tensor.dtype))
+            tensor = record.replaced.get(name, here[name])
+            tensor = value_of(root, name) if tensor.is_meta else base_weight.whole(tensor)
+            tensor = tensor.to(record.dtypes.get(name, tensor.dtype))
             if tensor.is_meta or sampled(tensor) == digest:
                 continue
         found.append(name)

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from ..linalg import StartRunner
@@ -15,10 +14,10 @@ from ..nn import AdapterLinear, base_weight, merging, offload, switch
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
 from ..nn.options import plain_value
-from . import heads, memory, watch
+from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
-from .names import modules, parameters, tensors, unwrapped
+from .names import modules, named_tensors, parameters, unwrapped
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -97,30 +96,28 @@ def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
     for name, attribute, value in reversed(record.switches):
         if name in here:
             setattr(here[name], attribute, value)
+    for module in root.modules():
+        offload.widen(module)
     for name, parameter in parameters(root).items():
         if name in record.trained_before:
             parameter.requires_grad_(record.trained_before[name])
 
 
-@torch.no_grad()
 def put_replaced_back(root: nn.Module, record: Adaptation, but: Collection[str] = ()) -> None:
     """Put back what adapter files overwrote outside the adapters, save what is named in ``but``.
 
     What trained because of them alone trains no more.
     """
-    here, holders = tensors(root), modules(root)
+    here = named_tensors(root)
     for name in [n for n in record.replaced if n not in but]:
         tensor = record.replaced.pop(name)
         if name not in here or here[name].shape != tensor.shape:
             continue
-        if here[name].is_meta:
-            parent, _, key = name.rpartition(".")
-            offload.keep(holders[parent], key, tensor)
-            continue
-        here[name].data = here[name].data.to(tensor.dtype)
-        here[name].copy_(tensor)
         if name in record.thawed:
             here[name].requires_grad_(False)
+        if here[name].dtype != tensor.dtype:
+            here[name].data = here[name].data.to(tensor.dtype)  # a head that was kept in fp32
+        tensors.put(root, name, tensor)
     record.thawed.intersection_update(but)
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from ..nn import AdapterLinear, base_weight, offload
+from ..nn import AdapterLinear, base_weight
+from ..nn.adapter import State
 from ..nn.become import restore
-from ..nn.layer import State
-from . import lifecycle, memory
+from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, refuse_wrapped, thaw
 from .comparing import check_extra, check_others, prepare, same
 from .manifest import AdapterFile, read
 from .memory import Adaptation
-from .names import data_of, modules, tensors, unwrapped
+from .names import modules, named_tensors, unwrapped
 from .watch import watch
 
 CHANGED = "changed"  # as digest of a start: that of a weight which is not there
@@ -107,21 +106,15 @@ def _begin(layer: AdapterLinear, brought: bool) -> None:
     layer.options = layer.options
 
 
-@torch.no_grad()
 def _take_extra(root: nn.Module, file: AdapterFile, record: Adaptation) -> None:
-    here = tensors(root)
+    here = named_tensors(root)
     brought = {name: tensor for name, tensor in file.extra.items() if name in here}
     for name in brought:
-        have = data_of(root, name, here[name])
-        record.replaced.setdefault(name, have.detach().cpu().clone())
+        if name not in record.replaced:
+            record.replaced[name] = tensors.value_of(root, name).cpu().clone()
     thawed = {name: brought[name].dtype for name in brought if name in file.thawed}
     record.thawed |= {name for name in thawed if not here[name].requires_grad}
     for dtype in dict.fromkeys(thawed.values()):
         thaw(root, [name for name in thawed if thawed[name] == dtype], dtype)
-    holders = modules(root)
     for name, tensor in brought.items():
-        if here[name].is_meta:
-            parent, _, key = name.rpartition(".")
-            offload.keep(holders[parent], key, tensor)
-        else:
-            here[name].copy_(tensor)
+        tensors.put(root, name, tensor)

@@ -7,8 +7,6 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from ..nn import offload
-
 # torch.compile, DistributedDataParallel and DataParallel, FSDP, activation checkpointing.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -49,17 +47,9 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers."""
     return {**buffers(model), **parameters(model)}
-
-
-def data_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """``tensor``, which is called ``name``, or the data that an offloading hook keeps for it."""
-    if not tensor.is_meta:
-        return tensor
-    parent, _, key = name.rpartition(".")
-    return offload.stored(modules(model)[parent], key, tensor)
 
 
 def _persistent(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:

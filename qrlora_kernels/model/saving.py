@@ -27,7 +27,8 @@ from .manifest import (
     metadata_of,
     sampled,
 )
-from .names import buffers, data_of, parameters, unwrapped
+from .names import buffers, parameters, unwrapped
+from .tensors import values_of
 
 Factors = Literal["auto", "stored", "rebuild"]
 
@@ -155,7 +156,7 @@ def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLin
     extra |= {n: p for n, p in held.items() if id(p) in changed}
     names = _names_of(extra)
     first = {name for name, *_ in names}
-    values = {n: whole(data_of(root, n, extra[n])) for n in extra if n in first}
+    values = {n: whole(t) for n, t in values_of(root, extra).items() if n in first}
     # Of a merged layer the parameter is the merged weight, and of an offloaded one it is away.
     changed_too = {f"{name}.weight": weight for name, weight in content.changed.items()}
     values |= {n: w for n, w in changed_too.items() if n in first or n not in extra}
@@ -163,16 +164,14 @@ def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLin
     content.tensors |= values
     adapted = {f"{name}.weight" for name in layers}
     rest = {
-        n: data_of(root, n, p)
-        for n, p in held.items()
-        if n not in extra and n not in adapted and id(p) not in own
+        n: p for n, p in held.items() if n not in extra and n not in adapted and id(p) not in own
     }
     content.manifest |= {
         "extra": sorted(values),
         "thawed": sorted(thawed.keys() & first),
         "tied": {other: name for name, *others in names for other in others},
         "complex": sorted(n for n, t in values.items() if t.is_complex()),
-        "frozen": {n: sampled(whole(t)) for n, t in rest.items() if not t.is_meta},
+        "frozen": {n: sampled(whole(t)) for n, t in values_of(root, rest).items() if not t.is_meta},
     }
 
 

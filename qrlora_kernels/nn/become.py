@@ -16,7 +16,8 @@ from . import base_weight, offload
 from .options import Options
 
 if TYPE_CHECKING:
-    from .layer import AdapterLinear, State
+    from .adapter import State
+    from .layer import AdapterLinear
 
 Adapter = TypeVar("Adapter", bound="AdapterLinear")
 
@@ -125,9 +126,9 @@ def restore(layer: AdapterLinear) -> nn.Module:
     Its weight stays what it is now: merged or not.
     """
     before = over(layer)
-    offload.widen(layer)
     for name in layer.trainables:
         del layer._parameters[name]
+    offload.widen(layer)
     for name in (*layer.factors, *layer.state_names):
         vars(layer).pop(name, None)
     layer.__class__ = before  # type: ignore[assignment]

@@ -15,7 +15,8 @@ from ..linalg.checks import check_finite, check_rank_fits
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from . import base_weight
-from .layer import AdapterLinear, State, energy
+from .adapter import State, energy
+from .layer import AdapterLinear
 from .options import AlphaOptions, one_of
 
 Sigma = Literal["in", "out", "split", "none"]

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -110,35 +108,6 @@ def base_changed(layer: AdapterLinear) -> bool:
         return quick_digest(record.original) != layer._start
     with base_weight.present(layer):
         return base_weight.digest(layer) != layer._start
-
-
-@contextmanager
-def converted(layer: AdapterLinear, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Around a cast or a move of all the layer's tensors: its account of the weight stays true."""
-    record, dtype = layer._merge, layer.weight.dtype
-    merged, changed = layer.merged, None
-    original = record.original if record is not None and merged else None
-    target = fn(torch.empty(0, dtype=dtype, device=layer.weight.device)).dtype
-    if target != dtype:
-        changed = base_changed(layer)  # asked while the bits are the ones that were digested
-    yield
-    if original is not None and record is not None:
-        kept = _converted(original, fn)
-        weight = layer.weight
-        layer._merge = Merge(weight, weight._version, kept, record.away)
-    elif record is not None:
-        layer._merge = None
-    if changed is False and not layer.base_weight.is_meta:
-        layer._start = quick_digest(layer.base_weight)
-
-
-def _converted(weight: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """``fn`` of a parameter outside the module, in place where it can be: it may be tied."""
-    data = fn(weight.data)
-    if not torch._has_compatible_shallow_copy_type(weight.data, data):
-        return nn.Parameter(data, requires_grad=weight.requires_grad)
-    weight.data = data
-    return weight
 
 
 def copied(layer: AdapterLinear) -> None:

@@ -14,7 +14,8 @@ from ..linalg.kron import Columns, Start
 from ..ops.common import autocast_enabled, outside_autocast
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
 from . import base_weight
-from .layer import AdapterLinear, State
+from .adapter import State
+from .layer import AdapterLinear
 from .options import AlphaOptions, Options, one_of
 
 Product = Literal["kron", "materialised", "lora"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import functional, linalg
 from ..reference import accumulation_dtype, qr_delta_ref
 from . import base_weight
-from .layer import AdapterLinear, State, energy
+from .adapter import State, energy
+from .layer import AdapterLinear
 from .options import Options, one_of
 
 DEFAULT_TAU = 0.5  # what the paper's main experiments ran
