@@ -148,7 +148,8 @@ def _check_data(tensors: dict[str, Tensor]) -> None:
 
 def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLinear]) -> None:
     own = {id(p) for layer in layers.values() for p in trained(layer)}
-    held, moving = parameters(root), buffers(root)
+    moving, held = buffers(root), parameters(root)
+    held |= {f"{name}.weight": layer.base_weight for name, layer in layers.items()}  # as unmerged
     thawed = {n: p for n, p in held.items() if p.requires_grad and id(p) not in own}
     content.left_out = [n for n, b in moving.items() if b.layout != torch.strided]
     extra = thawed | {n: b for n, b in moving.items() if n not in content.left_out}
@@ -157,7 +158,7 @@ def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLin
     names = _names_of(extra)
     first = {name for name, *_ in names}
     values = {n: whole(t) for n, t in values_of(root, extra).items() if n in first}
-    # Of a merged layer the parameter is the merged weight, and of an offloaded one it is away.
+    # Of an offloaded layer the parameter is another tensor than the weight that was brought in.
     changed_too = {f"{name}.weight": weight for name, weight in content.changed.items()}
     values |= {n: w for n, w in changed_too.items() if n in first or n not in extra}
     _check_data(values)

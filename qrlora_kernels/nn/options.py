@@ -72,7 +72,7 @@ class AlphaOptions(Options):
         return 1.0 if self.alpha is None else self.alpha / rank
 
     def with_scaling(self: Any, scaling: float, rank: int) -> Any:
-        return replace(self, alpha=scaling * rank)
+        return replace(self, alpha=plain_value("scaling", "float", scaling) * rank)
 
 
 def plain_value(name: str, kind: Any, value: Any) -> Any:
@@ -102,14 +102,14 @@ def plain_value(name: str, kind: Any, value: Any) -> Any:
 
 
 def _integer(name: str, value: Any) -> int:
-    value = _scalar(value)
+    value = _scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {_told(value)}")
     return int(value)
 
 
 def _number(name: str, value: Any) -> float:
-    value = _scalar(value)
+    value = _scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a float, got {_told(value)}")
     try:
@@ -121,10 +121,10 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(name: str, value: Any) -> Any:
     """The Python number in a NumPy or PyTorch scalar of no dimension."""
     if isinstance(value, torch.Tensor) and value.is_meta:
-        raise TypeError("an option must hold a number, got a tensor on the meta device")
+        raise TypeError(f"{name} must hold a number, got a tensor on the meta device")
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value
