@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ def moved(adapter: str, model: nn.Module | None = None, head: bool = False, **op
                 step = torch.randn(parameter.shape, generator=generator) * 0.1
                 parameter.add_(step.to(parameter.dtype))
     return model.eval()
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """What the error says that ``call`` ends in; empty if it ends in none."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def metadata(path) -> dict[str, str]:

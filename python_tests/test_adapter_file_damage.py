@@ -8,7 +8,7 @@ import helpers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved import ADAPTERS, base, metadata, moved, x
+from saved import ADAPTERS, base, metadata, moved, refusal, x
 from torch import nn
 
 import qrlora_kernels as qk
@@ -35,16 +35,13 @@ def test_one_flipped_bit_anywhere_is_refused_or_without_effect(adapter, path):
             damaged[at] ^= bit
             path.write_bytes(damaged)
             fresh = base()
-            try:
-                qk.load_adapter(fresh, path)
-            except ValueError as error:
-                assert str(path) in str(error), at
+            said = refusal(lambda model=fresh: qk.load_adapter(model, path))
+            if said:
+                assert str(path) in said, at
                 assert type(fresh[0]) is nn.Linear
             else:
                 assert at < data
                 assert helpers.same_bits(fresh(x()), want), at
-
-
 
 
 ENTRIES = [

@@ -1,4 +1,4 @@
-"""What an adapter file holds beside the adapters: heads, buffers, tied tensors; and of what base."""
+"""What an adapter file holds beside the adapters: heads, buffers, tied tensors, its base."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_layer_that_cannot_take_the_files_kind_keeps_its_own(path):
     qk.save_adapter(moved("lora_xs"), path)
     model = moved("qr", with_core())
     want = model(x())
-    with pytest.raises(TypeError, match="0 must not have names of its own .* core"):
+    with pytest.raises(TypeError, match=r"0 must not have names of its own .* core"):
         qk.load_adapter(model, path)
     assert list(qk.adapted_layers(model)) == ["0", "2"]
     assert helpers.same_bits(model(x()), want)

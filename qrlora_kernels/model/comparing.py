@@ -24,6 +24,16 @@ from .names import modules, named_tensors, parameters
 from .tensors import value_of
 
 
+def refuse_sharded(root: nn.Module) -> None:
+    """Raise if the model's tensors are spread over ranks, as a file's are not."""
+    sharded = [name for name, p in parameters(root).items() if hasattr(p, "full_tensor")]
+    if sharded:
+        raise ValueError(
+            f"model must not be sharded yet, got {sharded[0]} as a part of each rank: load the "
+            "adapter, then call fully_shard"
+        )
+
+
 def prepare(root: nn.Module, file: AdapterFile, progress: bool) -> dict[str, State]:
     """The tensors of every layer, checked against the base that is there."""
     stray = sorted(set(adapted_layers(root)) - set(file.layers))

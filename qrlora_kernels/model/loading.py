@@ -12,7 +12,7 @@ from ..nn.adapter import State
 from ..nn.become import restore
 from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, refuse_wrapped, thaw
-from .comparing import check_extra, check_others, prepare, same
+from .comparing import check_extra, check_others, prepare, refuse_sharded, same
 from .manifest import AdapterFile, read
 from .memory import Adaptation
 from .names import modules, named_tensors, unwrapped
@@ -57,13 +57,14 @@ def load_adapter(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is no complete adapter file or of a newer format, or the model is not the base:
-        a layer is missing or its weight has another shape, dtype or content.
+        If the file is no complete adapter file or of a newer format, the model is sharded, or it is
+        not the base: a layer is missing or its weight has another shape, dtype or content.
     TypeError
         If a layer can no longer be adapted, because something stands on top of it.
     """
     file = read(Path(path))
     root = unwrapped(model)
+    refuse_sharded(root)
     prepared = prepare(root, file, progress)
     check_extra(root, file)
     check_others(root, file, strict)
