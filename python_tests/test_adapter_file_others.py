@@ -172,6 +172,28 @@ def test_tensors_without_data_are_named(tmp_path):
     assert type(fresh[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("merged", [False, True], ids=["apart", "merged"])
+def test_a_layer_under_two_names_is_saved_and_loaded_as_one(merged, tmp_path, recwarn):
+    """One of both names was left out, and its weight taken for a frozen one."""
+
+    def build():
+        torch.manual_seed(0)
+        one = nn.Linear(16, 16)
+        return nn.ModuleDict({"a": one, "b": one, "c": nn.Linear(16, 3)}).eval()
+
+    model = qk.adapt(build(), ["a"], rank=3, progress=False)
+    with torch.no_grad():
+        model["a"].lam.add_(0.2)
+    want = model["b"](x())
+    if merged:
+        qk.merge(model)
+    qk.save_adapter(model, tmp_path / "a.safetensors")
+    fresh = qk.load_adapter(build(), tmp_path / "a.safetensors", strict=True)
+    assert fresh["b"] is fresh["a"]
+    assert helpers.same_bits(fresh["b"](x()), want)
+    assert not recwarn.list
+
+
 # --- the base outside the adapted layers
 
 

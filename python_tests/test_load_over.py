@@ -104,6 +104,15 @@ def test_a_layer_that_cannot_take_the_files_kind_keeps_its_own(path):
     assert helpers.same_bits(model(x()), want)
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_under_inference_mode_it_is_refused(adapted, path):
+    """Factors that were made there fail in the first backward."""
+    qk.save_adapter(moved("qr"), path)
+    model = moved("qr") if adapted else base()
+    with torch.inference_mode(), pytest.raises(ValueError, match="load_adapter must not be called"):
+        qk.load_adapter(model, path)
+
+
 # --- what a file brought goes with it
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..nn import AdapterLinear, base_weight
@@ -62,6 +63,10 @@ def load_adapter(
     TypeError
         If a layer can no longer be adapted, because something stands on top of it.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "load_adapter must not be called under torch.inference_mode: nothing would train"
+        )
     file = read(Path(path))
     root = unwrapped(model)
     refuse_sharded(root)

@@ -148,8 +148,9 @@ def _check_data(tensors: dict[str, Tensor]) -> None:
 
 def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLinear]) -> None:
     own = {id(p) for layer in layers.values() for p in trained(layer)}
-    moving, held = buffers(root), parameters(root)
-    held |= {f"{name}.weight": layer.base_weight for name, layer in layers.items()}  # as unmerged
+    unmerged = {id(layer.weight): layer.base_weight for layer in layers.values()}
+    held = {n: unmerged.get(id(p), p) for n, p in parameters(root).items()}
+    moving = buffers(root)
     thawed = {n: p for n, p in held.items() if p.requires_grad and id(p) not in own}
     content.left_out = [n for n, b in moving.items() if b.layout != torch.strided]
     extra = thawed | {n: b for n, b in moving.items() if n not in content.left_out}
