@@ -132,7 +132,7 @@ class AdapterLinear(Adapter, nn.Module):
 
     @options.setter
     def options(self, options: Options) -> None:
-        if self._merge is not None and self.merged:
+        if self.merged:
             raise ValueError(
                 "scaling and strength of a merged layer are inside its weight: unmerge() first"
             )
@@ -159,7 +159,7 @@ class AdapterLinear(Adapter, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
-        if self._merge is not None and merging.holds(self):
+        if self._merge is not None:
             return merging.forward(self, input)
         if self._off:
             return switch.forward(self, input)
@@ -185,13 +185,13 @@ class AdapterLinear(Adapter, nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether ``weight`` is the merged one, as :meth:`merge` made it."""
-        return self._merge is not None and merging.holds(self)
+        """Whether ``weight`` is the merged one: a plain linear layer's, until :meth:`unmerge`."""
+        return self._merge is not None
 
     @property
     def base_weight(self) -> nn.Parameter:
         """The original weight, merged or not."""
-        return self._merge.original if self._merge is not None and self.merged else self.weight
+        return merging.original(self)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -256,7 +256,13 @@ class AdapterLinear(Adapter, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        merging.copied(self)
+        self._off = 0  # no thread has the copy off
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``, which comes here for every assignment of a parameter."""
+        super().register_parameter(name, param)
+        if name == "weight" and "_merge" in vars(self):
+            merging.assigned(self)
 
     def reset_parameters(self) -> None:
         """Never re-initialise a pretrained base (``nn.Linear`` would)."""

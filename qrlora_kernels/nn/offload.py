@@ -173,11 +173,17 @@ def _one_brought_in(layer: nn.Module) -> Iterator[None]:
         layer._parameters.update(away)
 
 
-def stored(layer: nn.Module, name: str) -> Tensor:
-    """The layer's tensor ``name``, which is away, from where it is kept, on its device."""
+def kept(layer: nn.Module, name: str) -> Tensor:
+    """The layer's tensor ``name``, which is away, in the memory that it is kept in."""
     (hook, *_) = _offloading(layer)
-    value: Tensor = hook.weights_map[name].detach()
-    return value.to(_device(hook))
+    value: Tensor = hook.weights_map[name]
+    return value.detach()
+
+
+def stored(layer: nn.Module, name: str) -> Tensor:
+    """The same on the device that the layer computes on."""
+    (hook, *_) = _offloading(layer)
+    return kept(layer, name).to(_device(hook))
 
 
 def _device(hook: Any) -> torch.device | None:

@@ -178,10 +178,6 @@ class OHoRALinear(AdapterLinear):
         self._refold()
         return self
 
-    def unmerge(self) -> None:
-        super().unmerge()
-        self._refold()
-
     def _refold(self) -> None:
         """The fold follows weight, start and strength wherever they are converted or loaded."""
         self.folded = self._fold() if self.options.fold else None
