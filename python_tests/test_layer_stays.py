@@ -388,7 +388,7 @@ def test_subclasses_keep_what_they_are_and_get_it_back(kind, adapter):
     adapt(model, adapter)
     assert isinstance(layer, kind)
     assert isinstance(layer, qk.nn.AdapterLinear)
-    assert torch.allclose(layer(x()), y, atol=1e-4)
+    assert torch.allclose(layer(x()), y, atol=1e-3)  # LoRA-XS starts with a small update
     move(layer)
     want = x() @ (layer.weight + layer.delta_weight()).T + layer.bias
     assert torch.allclose(layer(x()), want, rtol=1e-4, atol=1e-3)

@@ -68,9 +68,13 @@ def become(
     check_can_become(layer, adapter, name)
     layer.__class__ = adapted_class(adapter, type(layer))
     adapted: Adapter = layer  # type: ignore[assignment]
-    adapted._take_up(options, state)
-    offload.rebind(adapted)
-    offload.narrow(adapted, adapter.trainables)
+    try:
+        adapted._take_up(options, state)
+        offload.rebind(adapted)
+        offload.narrow(adapted, adapter.trainables)
+    except BaseException:  # an interruption too
+        restore(adapted)
+        raise
     return adapted
 
 
@@ -130,7 +134,7 @@ def restore(layer: AdapterLinear) -> nn.Module:
     """
     before = over(layer)
     for name in layer.trainables:
-        del layer._parameters[name]
+        layer._parameters.pop(name, None)
     offload.widen(layer)
     for name in (*layer.factors, *layer.state_names):
         vars(layer).pop(name, None)

@@ -13,7 +13,7 @@ from ..backends import Choice, Problem
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..reference import HALF
-from . import asking, base_weight, conversion, merging, offload, state_dict, switch
+from . import asking, base_weight, conversion, merging, nested, offload, state_dict, switch
 from .adapter import Adapter, State
 from .become import (
     adapted_class,
@@ -159,6 +159,8 @@ class AdapterLinear(Adapter, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
+        if type(input) is not Tensor and nested.is_jagged(input):
+            return nested.through(self.forward, input)
         if self._merge is not None:
             return merging.forward(self, input)
         if self._off:
@@ -246,6 +248,15 @@ class AdapterLinear(Adapter, nn.Module):
             if fits:
                 super()._load_from_state_dict(state, prefix, metadata, *rest)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the layer's place."""
+        if self.merged:
+            return self.to_linear()
+        raise TypeError(
+            "an adapted layer cannot be compiled by torch.jit.script: merge it first, or use "
+            "torch.jit.trace, torch.export or torch.compile"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the two classes it was made of: a made class cannot be found by its name."""
         reduced = super().__reduce_ex__(max(protocol, 2))
@@ -279,19 +290,8 @@ class AdapterLinear(Adapter, nn.Module):
         """Whether the weight is another than the one that the factors came from."""
         return merging.base_changed(self)
 
-    def trained_parameters(self) -> int:
-        """How many numbers the adapter trains."""
-        return sum(getattr(self, name).numel() for name in self.trainables)
-
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        base = super().extra_repr() or (
-            f"in_features={self.in_features}, out_features={self.out_features}"
-        )
-        merged = ", merged" if self.merged else ""
-        return (
-            f"{base}, rank={self.rank}, scaling={self.scaling:g}, "
-            f"trained={self.trained_parameters()}{merged}"
-        )
+        return asking.shown(self, super().extra_repr())
