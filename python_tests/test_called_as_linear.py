@@ -82,6 +82,7 @@ def test_symbolic_trace_keeps_the_operation_as_one_node():
     assert calls == [qk.functional.qr_linear]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes are checked in Python
 @merged_or_not
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["qr", "lora_xs", "ohora", "ohora folded"])
@@ -156,6 +157,7 @@ def test_jagged_tensors_with_their_gradients(kind, conv1d, merged):
         close(gradient, getattr(one, name).grad)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_jagged_tensors_of_four_dimensions_and_transposed_ones():
     one = layer("qr")
     heads = torch.nested.nested_tensor(

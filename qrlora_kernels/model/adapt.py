@@ -266,7 +266,10 @@ def require_adapted(model: nn.Module) -> dict[str, AdapterLinear]:
     """The adapted layers; names in a warning what was adapted and no longer is."""
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("model must hold adapted layers, got none: call adapt() first")
+        gone = notices.lost(model)
+        raise ValueError(
+            f"model must hold adapted layers, got none: {gone or 'call adapt() first'}"
+        )
     notices.tell_lost(model)
     return layers
 
