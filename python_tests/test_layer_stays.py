@@ -88,6 +88,21 @@ def test_an_optimizer_and_a_reference_from_before_still_hold():
     assert held is model[0]
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_compiled_before_follows(backend):
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    y = compiled(x())
+    adapt(model)
+    move(model[0])
+    torch.testing.assert_close(compiled(x()), model(x()))
+    assert not torch.allclose(compiled(x()), y)
+    compiled(x()).sum().backward()
+    assert model[0].lam.grad is not None
+    qk.unload(model, merge=False)
+    torch.testing.assert_close(compiled(x()), y)
+
+
 def test_a_module_in_two_places_is_one_layer_still():
     class Twice(nn.Module):
         def __init__(self):

@@ -140,7 +140,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 def digest(layer: nn.Module) -> str:
     """The quick digest of the layer's stored weight, which must be present."""
-    return quick_digest(whole(cast(Tensor, layer.weight)))
+    return digest_of(cast(Tensor, layer.weight))
+
+
+def digest_of(weight: Tensor) -> str:
+    return quick_digest(whole(weight))
 
 
 def features(kind: type) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def restore(layer: AdapterLinear) -> nn.Module:
     for name in layer.trainables:
         layer._parameters.pop(name, None)
     offload.widen(layer)
+    offload.forget(layer, layer.trainables)
     for name in (*layer.factors, *layer.state_names):
         vars(layer).pop(name, None)
     layer.__class__ = before  # type: ignore[assignment]

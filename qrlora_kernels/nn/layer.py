@@ -116,6 +116,7 @@ class AdapterLinear(Adapter, nn.Module):
         for name in self.factors:
             vars(self)[name] = state[name]
         for name in self.trainables:
+            offload.settle(self, name)  # from a hook that was hung on the layer since
             have = self._parameters.get(name)
             if have is not None and have.shape == state[name].shape:
                 have.copy_(state[name])
@@ -221,8 +222,9 @@ class AdapterLinear(Adapter, nn.Module):
         With ``merge=False`` it shares this layer's original parameters: the adapter is taken off.
         """
         over(self)
-        weight = merging.merged_parameter(self) if merge else self.base_weight
-        other = without_hooks_of_accelerate(shallow_copy(self))
+        with base_weight.present(self):
+            weight = merging.merged_parameter(self) if merge else self.base_weight
+            other = without_hooks_of_accelerate(shallow_copy(self))
         plain = restore(cast(AdapterLinear, other))
         plain.weight = weight
         return plain

@@ -107,11 +107,19 @@ def widen(layer: nn.Module) -> None:
             keep(layer, name, parameter)
 
 
+def forget(layer: nn.Module, names: Iterable[str]) -> None:
+    """Let no hook put the parameters ``names`` back, which the layer has no more."""
+    for hook in _offloading(layer):
+        for name in names:
+            hook.original_devices.pop(name, None)
+
+
 def settle(layer: nn.Module, name: str) -> None:
     """Bring the parameter ``name`` in for good, because it is to train."""
-    parameter = layer._parameters[name]
-    if parameter is None or not is_away(layer, name):
+    if not is_away(layer, name):
         return
+    parameter = layer._parameters[name]
+    assert parameter is not None
     stays = nn.Parameter(stored(layer, name).clone(), parameter.requires_grad)
     narrow(layer, [name])
     layer._parameters[name] = stays
