@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from transformers.pytorch_utils import Conv1D
 
 import qrlora_kernels as qk
@@ -217,6 +218,35 @@ def test_called_with_copies_of_its_parameters_it_stays_a_plain_layer():
     ):
         assert torch.equal(torch.func.functional_call(model, copies, x()), model(x()))
     assert model[0].merged
+
+
+def parametrised(layer: nn.Module) -> None:
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    layer(x())
+    parametrize.remove_parametrizations(layer, "weight")
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.random_unstructured(layer, "weight", 0.5)
+    layer(x())
+    prune.remove(layer, "weight")
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("change", [parametrised, pruned])
+def test_parametrised_or_pruned_and_back_it_is_merged(change, cast):
+    model = adapted()
+    if cast:
+        model.double().float()
+    y = model(x())
+    qk.merge(model)
+    if cast:
+        model.double().float()
+    change(model[0])
+    assert model[0].merged
+    assert torch.equal(model[0](x()), F.linear(x(), model[0].weight, model[0].bias))
+    assert sorted(model.state_dict()) == sorted(net().state_dict())
+    assert torch.equal(qk.unmerge(model)(x()), y)
 
 
 def test_compiled_it_follows_merge_and_unmerge():

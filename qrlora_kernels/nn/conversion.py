@@ -45,7 +45,10 @@ def account_kept(layer: AdapterLinear, fn: Change) -> Iterator[None]:
         changed = merging.base_changed(layer)
     yield
     if layer._merge is not None:
-        layer._merge = merging.Merge(_converted(layer._merge.original, fn))
+        # A parametrisation may have taken the weight away for a while.
+        weight = layer._parameters.get("weight", layer._merge.weight)
+        assert weight is not None
+        layer._merge = merging.Merge(weight, _converted(layer._merge.original, fn))
     if changed is False and not layer.base_weight.is_meta:
         layer._start = quick_digest(layer.base_weight)
 

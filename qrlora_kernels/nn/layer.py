@@ -275,7 +275,7 @@ class AdapterLinear(Adapter, nn.Module):
         """As ``nn.Module``, which comes here for every assignment of a parameter."""
         super().register_parameter(name, param)
         if name == "weight" and "_merge" in vars(self):
-            merging.assigned(self)
+            merging.assigned(self, param)
 
     def reset_parameters(self) -> None:
         """Never re-initialise a pretrained base (``nn.Linear`` would)."""

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 
 class Merge(NamedTuple):
-    """What ``merge`` replaced; no plain parameter, which the module would register."""
+    """What ``merge`` put in and what it replaced."""
 
+    weight: nn.Parameter
     original: nn.Parameter
 
 
@@ -44,17 +45,25 @@ def merge(layer: AdapterLinear) -> None:
     original = layer.weight
     if offload.is_away(layer):  # in the memory that it is kept in, not where it is computed with
         original = nn.Parameter(offload.kept(layer, "weight"), requires_grad=False)
-    base_weight.replace_weight(layer, merged_parameter(layer))
-    layer._merge = Merge(original)
+    merged = merged_parameter(layer)
+    base_weight.replace_weight(layer, merged)
+    layer._merge = Merge(merged, original)
 
 
 def unmerge(layer: AdapterLinear) -> None:
-    if layer._merge is not None:
-        base_weight.replace_weight(layer, layer._merge.original)  # an assignment, see below
+    record = layer._merge
+    if record is not None:
+        base_weight.replace_weight(layer, record.original)
+        assigned(layer, record.original)  # which a parametrised layer does not notice
 
 
-def assigned(layer: AdapterLinear) -> None:
-    """After an assignment to the layer's weight, which is its base from now on."""
+def assigned(layer: AdapterLinear, weight: nn.Parameter | None) -> None:
+    """After an assignment of ``weight``, which is the layer's base from now on.
+
+    Unless it is the merged one, which a parametrisation or a pruning puts back.
+    """
+    if layer._merge is not None and weight is layer._merge.weight:
+        return
     layer._merge = None
     layer._set_options(layer._options)  # what is computed from the weight follows it
 
