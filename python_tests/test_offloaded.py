@@ -317,3 +317,51 @@ def test_a_cast_keeps_what_trains():
     away.to(torch.float32)
     assert torch.equal(away(x()), y)
     assert away.up.lam is lam
+
+
+def test_a_plain_layer_of_an_offloaded_one_is_whole():
+    away = adapted(accelerate.cpu_offload(net()))
+    step(away)
+    want = adapted(net())
+    step(want)
+    h = x()
+    assert torch.equal(away.up.to_linear()(h), want.up.to_linear()(h))
+    assert torch.equal(away.up.to_linear(merge=False)(h), net().up(h))
+
+
+def test_hung_on_afterwards_refresh_and_load_take_the_adapter_back_in(tmp_path):
+    whole = adapted(net(), trainable=())
+    step(whole)
+    qk.save_adapter(whole, tmp_path / "a.safetensors")
+    for again in (qk.refresh, lambda m: qk.load_adapter(m, tmp_path / "a.safetensors")):
+        model = accelerate.cpu_offload(adapted(net(), trainable=()))
+        again(model)
+        step(model)
+        qk.unload(model, merge=False)
+        remove_hook_from_submodules(model)
+        assert torch.equal(model(x()), net()(x()))
+    model = accelerate.cpu_offload(adapted(net(), trainable=()))
+    qk.load_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model.eval()(x()), whole(x()))
+
+
+def test_hung_on_afterwards_it_is_taken_off_whole():
+    model = accelerate.cpu_offload(adapted(net(), trainable=()))
+    qk.unload(model, merge=False)
+    assert torch.equal(model(x()), net()(x()))
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(x()), net()(x()))
+    assert not hasattr(model.up, "lam")
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_a_state_dict_into_weights_that_are_away_takes_the_adapter():
+    whole = adapted(net(), trainable=())
+    step(whole)
+    away = adapted(accelerate.cpu_offload(net()), trainable=())
+    away.load_state_dict(whole.state_dict())
+    assert torch.equal(away(x()), whole(x()))
+    assert not away.up.base_changed()
+    other = adapted(accelerate.cpu_offload(net(seed=3)), trainable=())
+    other.load_state_dict(whole.state_dict())
+    assert other.up.base_changed()  # its weight stayed what it was, and the factors are another's

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear
@@ -135,6 +136,9 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError("model must not be sharded yet: adapt the model, then wrap it in FSDP")
+    lazy = [name for name, p in parameters(model).items() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"model must have all its weights, got none yet in {', '.join(lazy)}")
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "model must not be loaded under torch.inference_mode: its tensors never train"
@@ -181,15 +185,20 @@ def _options(kind: type[AdapterLinear], options: dict[str, Any]) -> Options:
 
 def attach(root: nn.Module, made: dict[str, Made], kind: type[AdapterLinear]) -> None:
     """Let the named layers become adapted ones, all or none, and remember them."""
-    here = modules(root)
+    here, first = modules(root), memory.recorded(root) is None
     record = memory.begin(root)
+    asked = [(p, p.requires_grad) for p in root.parameters()]
     done: list[AdapterLinear] = []
     try:
         for name, (options, state) in made.items():
             done.append(become(here[name], kind, options, state, name))
-    except Exception:
+    except BaseException:  # an interruption too: half an adaptation is none
         for layer in done:
             restore(layer)
+        for parameter, trains in asked:
+            parameter.requires_grad_(trains)
+        if first:
+            memory.forget(root)
         raise
     for name in made:
         record.layers[name] = kind.kind
@@ -257,7 +266,10 @@ def require_adapted(model: nn.Module) -> dict[str, AdapterLinear]:
     """The adapted layers; names in a warning what was adapted and no longer is."""
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("model must hold adapted layers, got none: call adapt() first")
+        gone = notices.lost(model)
+        raise ValueError(
+            f"model must hold adapted layers, got none: {gone or 'call adapt() first'}"
+        )
     notices.tell_lost(model)
     return layers
 

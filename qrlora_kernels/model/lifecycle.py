@@ -150,7 +150,8 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     """Start the adapters again from the weights that are there now.
 
     For a checkpoint that was loaded after ``adapt``: factors of the weights from before would be no
-    factors of these. What was trained in the adapters is lost.
+    factors of these. What was trained in the adapters is lost. An optimizer goes on with their
+    parameters, save where a rule chooses another rank than before.
 
     Parameters
     ----------
@@ -165,13 +166,12 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     """
     layers = require_adapted(model)
     states = {}
-    for layer in layers.values():
-        layer.unmerge()
     for name, layer in layers.items():
         with present(layer):
             weights = layer.start_matrices({name: layer}, layer.options)
             (states[name],) = layer.start_named(weights, layer.options, StartRunner(progress))
     for name, layer in layers.items():
+        layer.unmerge()
         layer.take_state(states[name])
         with present(layer):
             layer._start = base_weight.digest(layer)

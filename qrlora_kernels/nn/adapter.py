@@ -78,6 +78,10 @@ class Adapter:
         """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
         return None
 
+    def trained_parameters(self) -> int:
+        """How many numbers the adapter trains."""
+        return sum(getattr(self, name).numel() for name in self.trainables)
+
     # --- the update
 
     @property

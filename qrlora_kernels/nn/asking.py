@@ -1,4 +1,4 @@
-"""What a layer asks the backends to do, and which of them does it."""
+"""What a layer shows of itself, what it asks the backends to do, and which of them does it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from ..ops.common import autocast_enabled
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
+
+
+def shown(layer: AdapterLinear, base: str) -> str:
+    """The layer in one line, after the line ``base`` of the class that it had."""
+    base = base or f"in_features={layer.in_features}, out_features={layer.out_features}"
+    merged = ", merged" if layer.merged else ""
+    return (
+        f"{base}, rank={layer.rank}, scaling={layer.scaling:g}, "
+        f"trained={layer.trained_parameters()}{merged}"
+    )
 
 
 def explain(layer: AdapterLinear, tokens: int) -> Choice:

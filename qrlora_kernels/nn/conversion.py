@@ -38,20 +38,17 @@ def keeping_wide(layer: AdapterLinear, fn: Change) -> Change:
 @contextmanager
 def account_kept(layer: AdapterLinear, fn: Change) -> Iterator[None]:
     """Around a cast or a move of all the layer's tensors: its account of the weight stays true."""
-    record, dtype = layer._merge, layer.weight.dtype
-    merged, changed = layer.merged, None
-    original = record.original if record is not None and merged else None
+    dtype, changed = layer.weight.dtype, None
     target = fn(torch.empty(0, dtype=dtype, device=layer.weight.device)).dtype
     if target != dtype:
         # Asked while the bits are the ones that were digested.
         changed = merging.base_changed(layer)
     yield
-    if original is not None and record is not None:
-        kept = _converted(original, fn)
-        weight = layer.weight
-        layer._merge = merging.Merge(weight, weight._version, kept, record.away)
-    elif record is not None:
-        layer._merge = None
+    if layer._merge is not None:
+        # A parametrisation may have taken the weight away for a while.
+        weight = layer._parameters.get("weight", layer._merge.weight)
+        assert weight is not None
+        layer._merge = merging.Merge(weight, _converted(layer._merge.original, fn))
     if changed is False and not layer.base_weight.is_meta:
         _begin_in(layer, dtype, target)
 

@@ -13,7 +13,7 @@ from ..backends import Choice, Problem
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..reference import HALF
-from . import asking, base_weight, conversion, merging, offload, state_dict, switch
+from . import asking, base_weight, conversion, merging, nested, offload, state_dict, switch
 from .adapter import Adapter, State
 from .become import (
     adapted_class,
@@ -124,6 +124,7 @@ class AdapterLinear(Adapter, nn.Module):
         for name in self.factors:
             vars(self)[name] = state[name]
         for name in self.trainables:
+            offload.settle(self, name)  # from a hook that was hung on the layer since
             have = self._parameters.get(name)
             if have is not None and have.shape == state[name].shape:
                 have.copy_(state[name])
@@ -140,7 +141,7 @@ class AdapterLinear(Adapter, nn.Module):
 
     @options.setter
     def options(self, options: Options) -> None:
-        if self._merge is not None and self.merged:
+        if self.merged:
             raise ValueError(
                 "scaling and strength of a merged layer are inside its weight: unmerge() first"
             )
@@ -167,7 +168,9 @@ class AdapterLinear(Adapter, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
-        if self._merge is not None and merging.holds(self):
+        if type(input) is not Tensor and nested.is_jagged(input):
+            return nested.through(self.forward, input)
+        if self._merge is not None:
             return merging.forward(self, input)
         if self._off:
             return switch.forward(self, input)
@@ -193,13 +196,13 @@ class AdapterLinear(Adapter, nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether ``weight`` is the merged one, as :meth:`merge` made it."""
-        return self._merge is not None and merging.holds(self)
+        """Whether ``weight`` is the merged one: a plain linear layer's, until :meth:`unmerge`."""
+        return self._merge is not None
 
     @property
     def base_weight(self) -> nn.Parameter:
         """The original weight, merged or not."""
-        return self._merge.original if self._merge is not None and self.merged else self.weight
+        return merging.original(self)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -227,8 +230,9 @@ class AdapterLinear(Adapter, nn.Module):
         With ``merge=False`` it shares this layer's original parameters: the adapter is taken off.
         """
         over(self)
-        weight = merging.merged_parameter(self) if merge else self.base_weight
-        other = without_hooks_of_accelerate(shallow_copy(self))
+        with base_weight.present(self):
+            weight = merging.merged_parameter(self) if merge else self.base_weight
+            other = without_hooks_of_accelerate(shallow_copy(self))
         plain = restore(cast(AdapterLinear, other))
         plain.weight = weight
         return plain
@@ -254,6 +258,15 @@ class AdapterLinear(Adapter, nn.Module):
             if fits:
                 super()._load_from_state_dict(state, prefix, metadata, *rest)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the layer's place."""
+        if self.merged:
+            return self.to_linear()
+        raise TypeError(
+            "an adapted layer cannot be compiled by torch.jit.script: merge it first, or use "
+            "torch.jit.trace, torch.export or torch.compile"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the two classes it was made of: a made class cannot be found by its name."""
         reduced = super().__reduce_ex__(max(protocol, 2))
@@ -264,7 +277,13 @@ class AdapterLinear(Adapter, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        merging.copied(self)
+        self._off = 0  # no thread has the copy off
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``, which comes here for every assignment of a parameter."""
+        super().register_parameter(name, param)
+        if name == "weight" and "_merge" in vars(self):
+            merging.assigned(self, param)
 
     def reset_parameters(self) -> None:
         """Never re-initialise a pretrained base (``nn.Linear`` would)."""
@@ -281,19 +300,8 @@ class AdapterLinear(Adapter, nn.Module):
         """Whether the weight is another than the one that the factors came from."""
         return merging.base_changed(self)
 
-    def trained_parameters(self) -> int:
-        """How many numbers the adapter trains."""
-        return sum(getattr(self, name).numel() for name in self.trainables)
-
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        base = super().extra_repr() or (
-            f"in_features={self.in_features}, out_features={self.out_features}"
-        )
-        merged = ", merged" if self.merged else ""
-        return (
-            f"{base}, rank={self.rank}, scaling={self.scaling:g}, "
-            f"trained={self.trained_parameters()}{merged}"
-        )
+        return asking.shown(self, super().extra_repr())

@@ -107,11 +107,19 @@ def widen(layer: nn.Module) -> None:
             keep(layer, name, parameter)
 
 
+def forget(layer: nn.Module, names: Iterable[str]) -> None:
+    """Let no hook put the parameters ``names`` back, which the layer has no more."""
+    for hook in _offloading(layer):
+        for name in names:
+            hook.original_devices.pop(name, None)
+
+
 def settle(layer: nn.Module, name: str) -> None:
     """Bring the parameter ``name`` in for good, because it is to train."""
-    parameter = layer._parameters[name]
-    if parameter is None or not is_away(layer, name):
+    if not is_away(layer, name):
         return
+    parameter = layer._parameters[name]
+    assert parameter is not None
     stays = nn.Parameter(stored(layer, name).clone(), parameter.requires_grad)
     narrow(layer, [name])
     layer._parameters[name] = stays
@@ -173,11 +181,17 @@ def _one_brought_in(layer: nn.Module) -> Iterator[None]:
         layer._parameters.update(away)
 
 
-def stored(layer: nn.Module, name: str) -> Tensor:
-    """The layer's tensor ``name``, which is away, from where it is kept, on its device."""
+def kept(layer: nn.Module, name: str) -> Tensor:
+    """The layer's tensor ``name``, which is away, in the memory that it is kept in."""
     (hook, *_) = _offloading(layer)
-    value: Tensor = hook.weights_map[name].detach()
-    return value.to(_device(hook))
+    value: Tensor = hook.weights_map[name]
+    return value.detach()
+
+
+def stored(layer: nn.Module, name: str) -> Tensor:
+    """The same on the device that the layer computes on."""
+    (hook, *_) = _offloading(layer)
+    return kept(layer, name).to(_device(hook))
 
 
 def _device(hook: Any) -> torch.device | None:
