@@ -79,7 +79,7 @@ EXCEPTIONS = {
     ("backends.cpu", "backends.composed"): "library products stand in composed",
     ("backends.cpu", "backends.measured"): "cpu decides between two base products",
     ("backends.cuda", "backends.composed"): "cuda turns to composed unasked",
-    ("nn.layer", "ops.common"): "the layers ask about autocast",
+    ("nn.asking", "ops.common"): "the layers ask about autocast",
     ("nn.ohora", "ops.common"): "the layers ask about autocast",
     ("tune", "ops.common"): "who times backends stands with the models",
 }

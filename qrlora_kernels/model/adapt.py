@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear
+from ..nn.adapter import State
 from ..nn.base_weight import present
 from ..nn.become import become, restore
-from ..nn.layer import State
 from ..nn.offload import is_away
 from ..nn.options import Options
-from . import advice, heads, memory, notices
+from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, modules, parameters, unwrapped, within
 from .targets import Targets, find_targets
@@ -148,6 +149,9 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError("model must not be sharded yet: adapt the model, then wrap it in FSDP")
+    lazy = [name for name, p in parameters(model).items() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"model must have all its weights, got none yet in {', '.join(lazy)}")
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "model must not be loaded under torch.inference_mode: its tensors never train"
@@ -194,15 +198,20 @@ def _options(kind: type[AdapterLinear], options: dict[str, Any]) -> Options:
 
 def attach(root: nn.Module, made: dict[str, Made], kind: type[AdapterLinear]) -> None:
     """Let the named layers become adapted ones, all or none, and remember them."""
-    here = modules(root)
+    here, first = modules(root), memory.recorded(root) is None
     record = memory.begin(root)
+    asked = [(p, p.requires_grad) for p in root.parameters()]
     done: list[AdapterLinear] = []
     try:
         for name, (options, state) in made.items():
             done.append(become(here[name], kind, options, state, name))
-    except Exception:
+    except BaseException:  # an interruption too: half an adaptation is none
         for layer in done:
             restore(layer)
+        for parameter, trains in asked:
+            parameter.requires_grad_(trains)
+        if first:
+            memory.forget(root)
         raise
     for name in made:
         record.layers[name] = kind.kind
@@ -217,6 +226,7 @@ def freeze_all_but_adapters(root: nn.Module) -> None:
 
 def thaw(root: nn.Module, names: Sequence[str], dtype: torch.dtype | None) -> None:
     """Train the named parameters in full, those in half precision kept in ``dtype`` if given."""
+    tensors.settle(root, names)
     here = parameters(root)
     for name in names:
         here[name].requires_grad_(True)
@@ -269,7 +279,10 @@ def require_adapted(model: nn.Module) -> dict[str, AdapterLinear]:
     """The adapted layers; names in a warning what was adapted and no longer is."""
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("model must hold adapted layers, got none: call adapt() first")
+        gone = notices.lost(model)
+        raise ValueError(
+            f"model must hold adapted layers, got none: {gone or 'call adapt() first'}"
+        )
     notices.tell_lost(model)
     return layers
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from ..linalg import StartRunner
-from ..nn import AdapterLinear, base_weight, merging, switch
+from ..nn import AdapterLinear, base_weight, merging, offload, switch
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
 from ..nn.options import plain_value
-from . import heads, memory, watch
+from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
-from .names import buffers, modules, parameters, unwrapped
+from .names import modules, named_tensors, parameters, unwrapped
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -97,19 +96,29 @@ def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
     for name, attribute, value in reversed(record.switches):
         if name in here:
             setattr(here[name], attribute, value)
+    for module in root.modules():
+        offload.widen(module)
     for name, parameter in parameters(root).items():
         if name in record.trained_before:
             parameter.requires_grad_(record.trained_before[name])
 
 
-@torch.no_grad()
-def put_replaced_back(root: nn.Module, record: Adaptation) -> None:
-    """Put back what adapter files overwrote outside the adapters."""
-    here = {**parameters(root), **buffers(root)}
-    for name, tensor in record.replaced.items():
-        if name in here and here[name].shape == tensor.shape:
-            here[name].copy_(tensor)
-    record.replaced.clear()
+def put_replaced_back(root: nn.Module, record: Adaptation, but: Collection[str] = ()) -> None:
+    """Put back what adapter files overwrote outside the adapters, save what is named in ``but``.
+
+    What trained because of them alone trains no more.
+    """
+    here = named_tensors(root)
+    for name in [n for n in record.replaced if n not in but]:
+        tensor = record.replaced.pop(name)
+        if name not in here or here[name].shape != tensor.shape:
+            continue
+        if name in record.thawed:
+            here[name].requires_grad_(False)
+        if here[name].dtype != tensor.dtype:
+            here[name].data = here[name].data.to(tensor.dtype)  # a head that was kept in fp32
+        tensors.put(root, name, tensor)
+    record.thawed.intersection_update(but)
 
 
 def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
@@ -141,7 +150,8 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     """Start the adapters again from the weights that are there now.
 
     For a checkpoint that was loaded after ``adapt``: factors of the weights from before would be no
-    factors of these. What was trained in the adapters is lost.
+    factors of these. What was trained in the adapters is lost. An optimizer goes on with their
+    parameters, save where a rule chooses another rank than before.
 
     Parameters
     ----------
@@ -156,13 +166,12 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     """
     layers = require_adapted(model)
     states = {}
-    for layer in layers.values():
-        layer.unmerge()
     for name, layer in layers.items():
         with present(layer):
             weights = layer.start_matrices({name: layer}, layer.options)
             (states[name],) = layer.start_named(weights, layer.options, StartRunner(progress))
     for name, layer in layers.items():
+        layer.unmerge()
         layer.take_state(states[name])
         with present(layer):
             layer._start = base_weight.digest(layer)

@@ -66,11 +66,14 @@ def _tell_missed(root: nn.Module, layers: dict[str, nn.Module], head: list[str])
         )
 
 
+def lost(model: nn.Module) -> str:
+    """Which layers were adapted that something has replaced since, in words; empty if none."""
+    names = ", ".join(memory.lost(model))
+    return names and f"no longer adapted, because another module was put there since: {names}"
+
+
 def tell_lost(model: nn.Module) -> None:
-    """Warn of layers that were adapted and that something has replaced since."""
-    names = memory.lost(model)
-    if names:
-        warnings.warn(
-            f"no longer adapted, because another module was put there since: {', '.join(names)}",
-            stacklevel=3,
-        )
+    """Warn of them."""
+    gone = lost(model)
+    if gone:
+        warnings.warn(gone, stacklevel=3)

@@ -114,8 +114,8 @@ def check_weight(weight: object, name: str) -> None:
 
 
 def matrix(linear: nn.Module) -> Tensor:
-    """The weight as W [N, K]: for Conv1D a transposed view, never a copy."""
-    weight = cast(Tensor, linear.weight).detach()
+    """The base's weight as W [N, K], merged or not: for Conv1D a transposed view, never a copy."""
+    weight = cast(Tensor, getattr(linear, "base_weight", linear.weight)).detach()
     return weight.t() if is_conv1d(linear) else weight
 
 
@@ -140,7 +140,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 def digest(layer: nn.Module) -> str:
     """The quick digest of the layer's stored weight, which must be present."""
-    return quick_digest(whole(cast(Tensor, layer.weight)))
+    return digest_of(cast(Tensor, layer.weight))
+
+
+def digest_of(weight: Tensor) -> str:
+    return quick_digest(whole(weight))
 
 
 def features(kind: type) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from . import base_weight, offload
 from .options import Options
 
 if TYPE_CHECKING:
-    from .layer import AdapterLinear, State
+    from .adapter import State
+    from .layer import AdapterLinear
 
 Adapter = TypeVar("Adapter", bound="AdapterLinear")
 
@@ -65,23 +66,23 @@ def become(
         Before anything has changed, if the layer cannot be adapted; the message names it.
     """
     check_can_become(layer, adapter, name)
-    try:
-        made = adapted_class(adapter, type(layer))
-    except TypeError as error:
-        raise TypeError(
-            f"{name} is an {base_weight.full_name(type(layer))}, of which no class of an adapted "
-            f"layer can be made: {error}"
-        ) from None
-    layer.__class__ = made
+    layer.__class__ = adapted_class(adapter, type(layer))
     adapted: Adapter = layer  # type: ignore[assignment]
-    adapted._take_up(options, state)
-    offload.rebind(adapted)
-    offload.narrow(adapted, adapter.trainables)
+    try:
+        adapted._take_up(options, state)
+        offload.rebind(adapted)
+        offload.narrow(adapted, adapter.trainables)
+    except BaseException:  # an interruption too
+        restore(adapted)
+        raise
     return adapted
 
 
 def check_can_become(layer: nn.Module, adapter: type[AdapterLinear], name: str = "linear") -> None:
-    """Raise unless ``layer`` is a base that has none of the names that the adapter brings."""
+    """Raise unless ``layer`` is a base that has none of the names that the adapter brings.
+
+    A made class is there afterwards, so that nothing is left to fail once a layer has changed.
+    """
     base_weight.check_base(layer, name)
     plain = base_weight.plain_base(type(layer))
     below = type(layer).__mro__[: type(layer).__mro__.index(plain)]
@@ -93,6 +94,13 @@ def check_can_become(layer: nn.Module, adapter: type[AdapterLinear], name: str =
             f"{name} must not have names of its own that the adapter brings, got an "
             f"{base_weight.full_name(type(layer))} with {', '.join(clash)}"
         )
+    try:
+        adapted_class(adapter, type(layer))
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is an {base_weight.full_name(type(layer))}, of which no class of an adapted "
+            f"layer can be made: {error}"
+        ) from None
 
 
 def own_names(adapter: type[AdapterLinear]) -> frozenset[str]:
@@ -125,9 +133,10 @@ def restore(layer: AdapterLinear) -> nn.Module:
     Its weight stays what it is now: merged or not.
     """
     before = over(layer)
-    offload.widen(layer)
     for name in layer.trainables:
-        del layer._parameters[name]
+        layer._parameters.pop(name, None)
+    offload.widen(layer)
+    offload.forget(layer, layer.trainables)
     for name in (*layer.factors, *layer.state_names):
         vars(layer).pop(name, None)
     layer.__class__ = before  # type: ignore[assignment]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends import Choice, Problem, choose
+from ..backends import Choice, Problem
 from ..functional import linear_add
 from ..linalg import StartRunner
-from ..linalg.checks import renamed_matrices
-from ..linalg.exponents import in_range, times_two_to
-from ..ops.common import autocast_enabled
 from ..reference import HALF
-from . import base_weight, merging, offload, state_dict, switch
+from . import asking, base_weight, conversion, merging, nested, offload, state_dict, switch
+from .adapter import Adapter, State
 from .become import (
     adapted_class,
     become,
@@ -29,10 +27,8 @@ from .become import (
 )
 from .options import Options
 
-State = dict[str, Tensor]
 
-
-class AdapterLinear(nn.Module):
+class AdapterLinear(Adapter, nn.Module):
     """A frozen linear layer plus a trainable update ΔW [N, K]; use one of the three subclasses.
 
     In front of whatever class the layer had: the layer stays an ``nn.Linear`` if it was one. The
@@ -42,15 +38,15 @@ class AdapterLinear(nn.Module):
     them.
     """
 
-    kind: ClassVar[str]
-    operation: ClassVar[str]  # its Problem.op
-    trainables: ClassVar[tuple[str, ...]]
-    factors: ClassVar[tuple[str, ...]]  # frozen tensors that the start computes
-    compact: ClassVar[tuple[str, ...]] = ()  # factors that are small and give back the others
-    wide: ClassVar[tuple[str, ...]] = ()  # factors that stay in fp32 or wider, as trainables do
-    options_type: ClassVar[type[Options]]
     # What an adapted layer keeps in its __dict__ beside its factors.
-    state_names: ClassVar[tuple[str, ...]] = ("_options", "_strength", "_merge", "_start", "_off")
+    state_names: ClassVar[tuple[str, ...]] = (
+        "_options",
+        "_strength",
+        "_merge",
+        "_start",
+        "_starts",
+        "_off",
+    )
 
     conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
 
@@ -62,6 +58,7 @@ class AdapterLinear(nn.Module):
     _strength: float  # s times the run-time strength: what the kernels multiply by
     _merge: merging.Merge | None
     _start: str | None  # quick digest of the weight that the factors came from; None: unknown
+    _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
     _off: int  # how many threads ask for the base's answer
 
     # --- construction
@@ -99,31 +96,6 @@ class AdapterLinear(nn.Module):
         return cls.from_state(linear, options, state)
 
     @classmethod
-    def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
-        """What :meth:`start` factorises of each layer, [N, K]: its weight."""
-        return {name: base_weight.matrix(layer) for name, layer in layers.items()}
-
-    @classmethod
-    def start_named(
-        cls, weights: dict[str, Tensor], options: Options, run: StartRunner
-    ) -> list[State]:
-        """:meth:`start`, with errors that name the layer instead of a position in the list."""
-        with renamed_matrices([f"{name}.weight" for name in weights]):
-            states = cls.start(list(weights.values()), options, run)
-        for name, state in zip(weights, states, strict=True):
-            if not cls.can_train(state):
-                raise ValueError(
-                    f"{name}.weight must give factors that let a gradient through, got ones that "
-                    "are zero: such a layer never trains; leave it out (adapt's skip=)"
-                )
-        return states
-
-    @classmethod
-    def can_train(cls, state: State) -> bool:
-        """Whether any gradient ever reaches what trains, from the start in ``state``."""
-        return True
-
-    @classmethod
     def from_state(cls, linear: nn.Module, options: Options, state: State) -> Any:
         """A new layer over the parameters of ``linear``, with the tensors of a start or a file."""
         if "forward" in vars(linear):
@@ -133,27 +105,10 @@ class AdapterLinear(nn.Module):
             )
         return become(shallow_copy(linear), cls, options, state)
 
-    @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, run: StartRunner) -> list[State]:
-        """Factors and initial trainables for each W [N, K], computed by ``run`` as one batch."""
-        raise NotImplementedError
-
-    @classmethod
-    def rebuild(cls, weight: Tensor, options: Any, compact: State) -> State:
-        """The factors of a saved layer from its weight and the small tensors in ``compact``.
-
-        Raises
-        ------
-        ValueError
-            If they cannot be the factors that were trained with.
-        """
-        (state,) = cls.start([weight], options, StartRunner())
-        return {name: state[name] for name in cls.factors}
-
     def _take_up(self, options: Options, state: State) -> None:
         """Freeze what is there and hold the adapter's tensors beside it."""
         with base_weight.present(self):
-            self._start = base_weight.digest(self)
+            self._start, self._starts = base_weight.digest(self), {}
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self._merge, self._off, self._options = None, 0, options
@@ -169,6 +124,7 @@ class AdapterLinear(nn.Module):
         for name in self.factors:
             vars(self)[name] = state[name]
         for name in self.trainables:
+            offload.settle(self, name)  # from a hook that was hung on the layer since
             have = self._parameters.get(name)
             if have is not None and have.shape == state[name].shape:
                 have.copy_(state[name])
@@ -185,7 +141,7 @@ class AdapterLinear(nn.Module):
 
     @options.setter
     def options(self, options: Options) -> None:
-        if self._merge is not None and self.merged:
+        if self.merged:
             raise ValueError(
                 "scaling and strength of a merged layer are inside its weight: unmerge() first"
             )
@@ -196,11 +152,6 @@ class AdapterLinear(nn.Module):
         self._strength = options.scaling_of(self.rank) * options.strength
 
     @property
-    def rank(self) -> int:
-        """r of the update."""
-        raise NotImplementedError
-
-    @property
     def scaling(self) -> float:
         """s in front of the update; setting it changes the options, alpha among them."""
         return self._options.scaling_of(self.rank)
@@ -209,29 +160,7 @@ class AdapterLinear(nn.Module):
     def scaling(self, value: float) -> None:
         self.options = self._options.with_scaling(value, self.rank)
 
-    # --- the update
-
-    def _fused(self, x: Tensor) -> Tensor:
-        """y [..., N] by the fused operator."""
-        raise NotImplementedError
-
-    def _update(self, x: Tensor) -> Tensor:
-        """The update alone, x ΔWᵀ [..., N], in plain PyTorch: where dropout changes its input."""
-        raise NotImplementedError
-
-    def delta_weight(self) -> Tensor:
-        """ΔW [N, K] in fp64 for fp64 weights, otherwise in fp32; transposed against a Conv1D's."""
-        raise NotImplementedError
-
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        """(A [r, K], B [N, r]) with ΔW = B A, in the dtype of :meth:`delta_weight`.
-
-        Raises
-        ------
-        TypeError
-            If the update has no low-rank factorisation.
-        """
-        raise TypeError(f"{type(self).__name__} has no LoRA factors: its update is not low-rank")
+    # --- forward
 
     def matrix(self) -> Tensor:
         """The frozen weight as W [N, K] (a view)."""
@@ -239,7 +168,9 @@ class AdapterLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
-        if self._merge is not None and merging.holds(self):
+        if type(input) is not Tensor and nested.is_jagged(input):
+            return nested.through(self.forward, input)
+        if self._merge is not None:
             return merging.forward(self, input)
         if self._off:
             return switch.forward(self, input)
@@ -265,13 +196,13 @@ class AdapterLinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether ``weight`` is the merged one, as :meth:`merge` made it."""
-        return self._merge is not None and merging.holds(self)
+        """Whether ``weight`` is the merged one: a plain linear layer's, until :meth:`unmerge`."""
+        return self._merge is not None
 
     @property
     def base_weight(self) -> nn.Parameter:
         """The original weight, merged or not."""
-        return self._merge.original if self._merge is not None and self.merged else self.weight
+        return merging.original(self)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -299,8 +230,9 @@ class AdapterLinear(nn.Module):
         With ``merge=False`` it shares this layer's original parameters: the adapter is taken off.
         """
         over(self)
-        weight = merging.merged_parameter(self) if merge else self.base_weight
-        other = without_hooks_of_accelerate(shallow_copy(self))
+        with base_weight.present(self):
+            weight = merging.merged_parameter(self) if merge else self.base_weight
+            other = without_hooks_of_accelerate(shallow_copy(self))
         plain = restore(cast(AdapterLinear, other))
         plain.weight = weight
         return plain
@@ -309,21 +241,11 @@ class AdapterLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ``nn.Module``, but trainables stay in fp32 when the weight becomes half precision."""
-        own = [getattr(self, name) for name in (*self.trainables, *self.wide)]
-        kept = {id(t) for tensor in own for t in (tensor, tensor.grad) if t is not None}
-
-        def convert(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            if id(tensor) not in kept or out.dtype not in HALF:
-                return out
-            if tensor.is_meta or out.is_meta:
-                return torch.empty_like(tensor, device=out.device, dtype=torch.float32)
-            return tensor.to(out.device, torch.float32)
-
-        with merging.converted(self, fn):
-            super()._apply(convert, recurse)
+        change = conversion.keeping_wide(self, fn)
+        with conversion.account_kept(self, fn):
+            super()._apply(change, recurse)
             for name in self.factors:
-                vars(self)[name] = convert(vars(self)[name])
+                vars(self)[name] = change(vars(self)[name])
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -336,6 +258,15 @@ class AdapterLinear(nn.Module):
             if fits:
                 super()._load_from_state_dict(state, prefix, metadata, *rest)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the layer's place."""
+        if self.merged:
+            return self.to_linear()
+        raise TypeError(
+            "an adapted layer cannot be compiled by torch.jit.script: merge it first, or use "
+            "torch.jit.trace, torch.export or torch.compile"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the two classes it was made of: a made class cannot be found by its name."""
         reduced = super().__reduce_ex__(max(protocol, 2))
@@ -346,66 +277,31 @@ class AdapterLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        merging.copied(self)
+        self._off = 0  # no thread has the copy off
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``, which comes here for every assignment of a parameter."""
+        super().register_parameter(name, param)
+        if name == "weight" and "_merge" in vars(self):
+            merging.assigned(self, param)
 
     def reset_parameters(self) -> None:
         """Never re-initialise a pretrained base (``nn.Linear`` would)."""
 
-    def rebuildable(self) -> bool:
-        """Whether the factors follow from the base's weight, so that a file can go without them."""
-        return True
-
-    def energy_kept(self) -> float | None:
-        """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
-        return None
-
     def explain(self, tokens: int = 2048) -> Choice:
         """The backend that a forward over ``tokens`` tokens takes, and why."""
-        if self.merged:
-            return Choice("merged", "a plain linear layer with the update inside its weight")
-        return choose(self.problem(tokens))
+        return asking.explain(self, tokens)
 
     def problem(self, tokens: int) -> Problem:
         """What a forward over ``tokens`` tokens asks the backends to do, in the present mode."""
-        n, k, device, dtype = self.out_features, self.in_features, self.weight.device, self._dtype()
-        if self._adds_update():
-            return Problem("linear_add", device, dtype, tokens, n, k, n)
-        return Problem(self.operation, device, dtype, tokens, n, k, self.rank)
-
-    def _dtype(self) -> torch.dtype:
-        """That of a call's operands: autocast recasts all but fp64."""
-        dtype, device = self.weight.dtype, self.weight.device.type
-        if dtype == torch.float64 or not autocast_enabled(device):
-            return dtype
-        return torch.get_autocast_dtype(device)
+        return asking.problem(self, tokens)
 
     def base_changed(self) -> bool:
         """Whether the weight is another than the one that the factors came from."""
         return merging.base_changed(self)
 
-    def trained_parameters(self) -> int:
-        """How many numbers the adapter trains."""
-        return sum(getattr(self, name).numel() for name in self.trainables)
-
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        base = super().extra_repr() or (
-            f"in_features={self.in_features}, out_features={self.out_features}"
-        )
-        merged = ", merged" if self.merged else ""
-        return (
-            f"{base}, rank={self.rank}, scaling={self.scaling:g}, "
-            f"trained={self.trained_parameters()}{merged}"
-        )
-
-
-def share_of_energy(part: Tensor, whole: Tensor) -> float:
-    """‖part‖² / ‖whole‖², summed in fp64."""
-    scaled, exponent = in_range("weight", whole.detach())
-    return _energy(times_two_to(-exponent, part.detach())) / _energy(scaled)
-
-
-def _energy(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)
+        return asking.shown(self, super().extra_repr())

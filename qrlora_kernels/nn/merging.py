@@ -1,13 +1,13 @@
-"""The weight of an adapted layer over time: merged or not, converted, or changed by others.
+"""Merging the update into the weight, and what a layer knows of the weight it began with.
 
-``merged`` looks and is no flag: it is true while the layer's weight is the very tensor that
-``merge`` made, unchanged since.
+A merged layer is a plain linear one, in what it computes and in what its state dict holds, until
+its weight is assigned, its state is loaded or it is unmerged. What is written into the merged
+weight, and what stands in for it in one call of ``torch.func.functional_call``, is used as it is:
+an update on top of that would count twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,22 +23,10 @@ if TYPE_CHECKING:
 
 
 class Merge(NamedTuple):
-    """What ``merge`` did: the weight that it put in, that weight's version, and the original."""
+    """What ``merge`` put in and what it replaced."""
 
     weight: nn.Parameter
-    version: int
     original: nn.Parameter
-    away: bool  # each forward of an offloaded layer brings a new tensor
-
-
-def holds(layer: AdapterLinear) -> bool:
-    """Whether the layer's weight is that of its merge record."""
-    record = layer._merge
-    if record is None:
-        return False
-    return record.away or (
-        layer.weight is record.weight and record.weight._version == record.version
-    )
 
 
 def forward(layer: AdapterLinear, x: Tensor) -> Tensor:
@@ -54,20 +42,40 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor:
 def merge(layer: AdapterLinear) -> None:
     if layer.merged:
         return
-    with base_weight.present(layer):
-        original = layer.weight
-        merged = nn.Parameter(_merged_weight(layer), requires_grad=False)
-    away = offload.is_away(layer)
+    original = layer.weight
+    if offload.is_away(layer):  # in the memory that it is kept in, not where it is computed with
+        original = nn.Parameter(offload.kept(layer, "weight"), requires_grad=False)
+    merged = merged_parameter(layer)
     base_weight.replace_weight(layer, merged)
-    layer._merge = Merge(merged, merged._version, original, away)
+    layer._merge = Merge(merged, original)
 
 
 def unmerge(layer: AdapterLinear) -> None:
-    record, holding = layer._merge, holds(layer)
-    # In place over the merged weight: the original is what the layer goes back to all the same.
-    if record is not None and (holding or layer.weight is record.weight):
+    record = layer._merge
+    if record is not None:
         base_weight.replace_weight(layer, record.original)
+        assigned(layer, record.original)  # which a parametrised layer does not notice
+
+
+def assigned(layer: AdapterLinear, weight: nn.Parameter | None) -> None:
+    """After an assignment of ``weight``, which is the layer's base from now on.
+
+    Unless it is the merged one, which a parametrisation or a pruning puts back.
+    """
+    if layer._merge is not None and weight is layer._merge.weight:
+        return
     layer._merge = None
+    layer._set_options(layer._options)  # what is computed from the weight follows it
+
+
+def original(layer: AdapterLinear) -> nn.Parameter:
+    """The weight before the merge, where the layer's weight is."""
+    if layer._merge is None:
+        return layer.weight
+    weight, device = layer._merge.original, layer.weight.device
+    if device.type == "meta" or weight.device == device:
+        return weight
+    return nn.Parameter(weight.to(device), requires_grad=False)
 
 
 @torch.no_grad()
@@ -79,11 +87,6 @@ def merged_parameter(layer: AdapterLinear) -> nn.Parameter:
 
 
 def _merged_weight(layer: AdapterLinear) -> Tensor:
-    if layer._merge is not None and layer.weight is layer._merge.weight:
-        raise ValueError(
-            "the merged weight must not be written to, but it was changed in place after merge(): "
-            "call unmerge() to go back to the original"
-        )
     if layer._strength == 0.0:
         return layer.weight.detach().clone()
     delta = layer.delta_weight()
@@ -105,45 +108,7 @@ def base_changed(layer: AdapterLinear) -> bool:
     """Whether the base weight has other bits than when the factors were made or loaded."""
     if layer._start is None:
         return False
-    record = layer._merge
-    if record is not None and layer.merged:
-        return quick_digest(record.original) != layer._start
+    if layer._merge is not None:
+        return quick_digest(layer._merge.original) != layer._start
     with base_weight.present(layer):
         return base_weight.digest(layer) != layer._start
-
-
-@contextmanager
-def converted(layer: AdapterLinear, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Around a cast or a move of all the layer's tensors: its account of the weight stays true."""
-    record, dtype = layer._merge, layer.weight.dtype
-    merged, changed = layer.merged, None
-    original = record.original if record is not None and merged else None
-    target = fn(torch.empty(0, dtype=dtype, device=layer.weight.device)).dtype
-    if target != dtype:
-        changed = base_changed(layer)  # asked while the bits are the ones that were digested
-    yield
-    if original is not None and record is not None:
-        kept = _converted(original, fn)
-        weight = layer.weight
-        layer._merge = Merge(weight, weight._version, kept, record.away)
-    elif record is not None:
-        layer._merge = None
-    if changed is False and not layer.base_weight.is_meta:
-        layer._start = quick_digest(layer.base_weight)
-
-
-def _converted(weight: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
-    """``fn`` of a parameter outside the module, in place where it can be: it may be tied."""
-    data = fn(weight.data)
-    if not torch._has_compatible_shallow_copy_type(weight.data, data):
-        return nn.Parameter(data, requires_grad=weight.requires_grad)
-    weight.data = data
-    return weight
-
-
-def copied(layer: AdapterLinear) -> None:
-    """After a copy, whose tensors count their versions anew and which no thread has off."""
-    layer._off = 0
-    record = layer._merge
-    if record is not None and layer.weight is record.weight:
-        layer._merge = record._replace(version=layer.weight._version)

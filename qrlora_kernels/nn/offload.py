@@ -9,7 +9,7 @@ another class with parameters of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -25,10 +25,10 @@ def hooked(layer: nn.Module) -> bool:
     return HOOK in vars(layer)
 
 
-def is_away(layer: nn.Module) -> bool:
-    """Whether the weight is on the meta device until a forward brings it in."""
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_meta and bool(_offloading(layer))
+def is_away(layer: nn.Module, name: str = "weight") -> bool:
+    """Whether the tensor ``name`` is on the meta device until a forward brings it in."""
+    tensor = getattr(layer, name, None)
+    return isinstance(tensor, Tensor) and tensor.is_meta and bool(_offloading(layer))
 
 
 def _hooks(layer: nn.Module) -> list[Any]:
@@ -49,33 +49,35 @@ def rebind(layer: nn.Module) -> None:
             vars(layer)[name] = MethodType(type(layer).forward, layer)
 
 
-# --- hooks that see the base's tensors alone
+# --- hooks that see what is frozen alone
 
 
-class BaseOnly:
-    """In front of an offloading hook's class: the adapter's own tensors stay out of its sight.
+class FrozenOnly:
+    """In front of an offloading hook's class: what trains stays out of its sight.
 
-    It would look them up in a map that does not know them, or send what trains to the meta device.
+    It would look an adapter's tensors up in a map that does not know them, and send what trains to
+    the meta device.
     """
 
-    adapter_names: frozenset[str]
+    trained_names: frozenset[str]
+    original_devices: dict[str, Any]
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self._base_alone(module):
+        with self._frozen_alone(module):
             return super().pre_forward(module, *args, **kwargs)  # type: ignore[misc]
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        with self._base_alone(module):
+        with self._frozen_alone(module):
             return super().post_forward(module, output)  # type: ignore[misc]
 
     def detach_hook(self, module: nn.Module) -> Any:
-        with self._base_alone(module):
+        with self._frozen_alone(module):
             return super().detach_hook(module)  # type: ignore[misc]
 
     @contextmanager
-    def _base_alone(self, module: nn.Module) -> Iterator[None]:
+    def _frozen_alone(self, module: nn.Module) -> Iterator[None]:
         parameters = module._parameters
-        aside = {n: parameters.pop(n) for n in list(parameters) if n in self.adapter_names}
+        aside = {n: parameters.pop(n) for n in list(parameters) if n in self.trained_names}
         try:
             yield
         finally:
@@ -87,35 +89,62 @@ _NARROWED: dict[type, type] = {}
 
 def _narrowed_class(kind: type) -> type:
     if kind not in _NARROWED:
-        _NARROWED[kind] = type(f"BaseOnly{kind.__name__}", (BaseOnly, kind), {})
+        _NARROWED[kind] = type(f"FrozenOnly{kind.__name__}", (FrozenOnly, kind), {})
     return _NARROWED[kind]
 
 
-def narrow(layer: nn.Module, names: Sequence[str]) -> None:
+def narrow(layer: nn.Module, names: Iterable[str]) -> None:
     """Keep the layer's parameters ``names`` from its offloading hooks."""
-    _replace_hooks(layer, lambda hook: _narrowed(hook, names))
+    _replace_hooks(layer, lambda hook: _narrowed(hook, frozenset(names)))
 
 
 def widen(layer: nn.Module) -> None:
-    """Undo :func:`narrow`."""
+    """Undo :func:`narrow` and :func:`settle`: what stayed goes where the hooks keep the rest."""
+    stayed = {n for hook in _hooks(layer) for n in getattr(hook, "trained_names", ())}
     _replace_hooks(layer, lambda hook: getattr(hook, "_whole", hook))
+    for name, parameter in [*layer._parameters.items()]:
+        if name in stayed and parameter is not None:
+            keep(layer, name, parameter)
+
+
+def forget(layer: nn.Module, names: Iterable[str]) -> None:
+    """Let no hook put the parameters ``names`` back, which the layer has no more."""
+    for hook in _offloading(layer):
+        for name in names:
+            hook.original_devices.pop(name, None)
+
+
+def settle(layer: nn.Module, name: str) -> None:
+    """Bring the parameter ``name`` in for good, because it is to train."""
+    if not is_away(layer, name):
+        return
+    parameter = layer._parameters[name]
+    assert parameter is not None
+    stays = nn.Parameter(stored(layer, name).clone(), parameter.requires_grad)
+    narrow(layer, [name])
+    layer._parameters[name] = stays
 
 
 def check_narrow(layer: nn.Module) -> None:
     """Raise if an offloading hook would take away what trains, after which it trains no more."""
-    if any(not isinstance(hook, BaseOnly) for hook in _offloading(layer)):
+    if any(not isinstance(hook, FrozenOnly) for hook in _offloading(layer)):
         raise RuntimeError(
             "an offloading hook was hung on this layer after it was adapted and takes what trains "
             "away after every forward: dispatch the model first and call qk.adapt after it"
         )
 
 
-def _narrowed(hook: Any, names: Sequence[str]) -> Any:
-    if isinstance(hook, BaseOnly) or not getattr(hook, "offload", False):
+def _narrowed(hook: Any, names: frozenset[str]) -> Any:
+    if not getattr(hook, "offload", False):
         return hook
     narrowed = copy.copy(hook)
-    narrowed.__class__ = _narrowed_class(type(hook))
-    narrowed.adapter_names, narrowed._whole = frozenset(names), hook
+    if not isinstance(hook, FrozenOnly):
+        narrowed.__class__ = _narrowed_class(type(hook))
+        narrowed.trained_names, narrowed._whole = frozenset(), hook
+    narrowed.trained_names |= names
+    # What it puts back when it is taken off.
+    devices = narrowed.original_devices
+    narrowed.original_devices = {n: d for n, d in devices.items() if n not in names}
     return narrowed
 
 
@@ -143,32 +172,35 @@ def brought_in(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _one_brought_in(layer: nn.Module) -> Iterator[None]:
-    if not is_away(layer):
-        yield
-        return
-    (hook, *_) = _offloading(layer)
-    away = {name: p for name, p in layer._parameters.items() if p is not None and p.is_meta}
+    away = {n: p for n, p in layer._parameters.items() if p is not None and is_away(layer, n)}
     try:
         for name, parameter in away.items():
-            data = _stored(hook, name).to(_device(hook))
-            layer._parameters[name] = nn.Parameter(data, parameter.requires_grad)
+            layer._parameters[name] = nn.Parameter(stored(layer, name), parameter.requires_grad)
         yield
     finally:
         layer._parameters.update(away)
 
 
-def _stored(hook: Any, name: str) -> Tensor:
+def kept(layer: nn.Module, name: str) -> Tensor:
+    """The layer's tensor ``name``, which is away, in the memory that it is kept in."""
+    (hook, *_) = _offloading(layer)
     value: Tensor = hook.weights_map[name]
-    return value
+    return value.detach()
 
 
-def _device(hook: Any) -> torch.device:
+def stored(layer: nn.Module, name: str) -> Tensor:
+    """The same on the device that the layer computes on."""
+    (hook, *_) = _offloading(layer)
+    return kept(layer, name).to(_device(hook))
+
+
+def _device(hook: Any) -> torch.device | None:
     device = hook.execution_device
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return torch.device("cuda", device) if isinstance(device, int) else device
 
 
-def keep(layer: nn.Module, name: str, value: nn.Parameter) -> None:
-    """Where the layer's weights are kept elsewhere, keep ``value`` there and leave it on meta."""
+def keep(layer: nn.Module, name: str, value: Tensor) -> None:
+    """Where the layer's tensors are kept elsewhere, keep ``value`` there and leave it on meta."""
     for hook in _offloading(layer):
         store, key = hook.weights_map, name
         while hasattr(store, "dataset"):  # accelerate's view of a map under a prefix
@@ -177,4 +209,8 @@ def keep(layer: nn.Module, name: str, value: nn.Parameter) -> None:
         memory = getattr(store, "state_dict", store)
         if not callable(memory):
             memory[key] = value.detach().cpu()
-        layer._parameters[name] = nn.Parameter(value.detach().to("meta"), requires_grad=False)
+        away = value.detach().to("meta")
+        if name in layer._buffers:
+            layer._buffers[name] = away
+        else:
+            layer._parameters[name] = nn.Parameter(away, requires_grad=False)

@@ -15,7 +15,8 @@ from ..linalg.kron import Columns, Start
 from ..ops.common import autocast_enabled, outside_autocast
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
 from . import base_weight
-from .layer import AdapterLinear, State
+from .adapter import State
+from .layer import AdapterLinear
 from .options import AlphaOptions, Options, one_of
 
 Product = Literal["kron", "materialised", "lora"]
@@ -179,10 +180,6 @@ class OHoRALinear(AdapterLinear):
         self._refold()
         return self
 
-    def unmerge(self) -> None:
-        super().unmerge()
-        self._refold()
-
     def _refold(self) -> None:
         """The fold follows weight, start and strength wherever they are converted or loaded."""
         self.folded = self._fold() if self.options.fold else None
@@ -192,7 +189,7 @@ class OHoRALinear(AdapterLinear):
 
     def _fused(self, x: Tensor) -> Tensor:
         a, b = self.a, self.b
-        if self.folded is not None and not _computes_in_half(x):
+        if self.folded is not None and not _computed_in_half(self.folded):
             return functional.kron_linear(x, self.folded, self.bias, a, b, scaling=self._strength)
         return functional.kron_linear(
             x, self.matrix(), self.bias, a, b, self.a0, self.b0, self._strength
@@ -226,8 +223,8 @@ class OHoRALinear(AdapterLinear):
         return torch.cat([self.b, self.b0], dim=1).mT, self._strength * a
 
 
-def _computes_in_half(x: Tensor) -> bool:
-    return x.dtype in HALF or autocast_enabled(x.device.type)
+def _computed_in_half(weight: Tensor) -> bool:
+    return weight.dtype in HALF or autocast_enabled(weight.device.type)
 
 
 def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:

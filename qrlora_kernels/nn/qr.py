@@ -13,7 +13,8 @@ from .. import functional, linalg
 from ..linalg.exponents import rounded
 from ..reference import accumulation_dtype, qr_delta_ref
 from . import base_weight
-from .layer import AdapterLinear, State, share_of_energy
+from .adapter import State, share_of_energy
+from .layer import AdapterLinear
 from .options import Options, one_of
 
 DEFAULT_TAU = 0.5  # what the paper's main experiments ran

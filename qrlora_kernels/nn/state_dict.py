@@ -77,8 +77,9 @@ def loading(
         _take(layer, name, tensor, (metadata or {}).get("assign_to_params_buffers", False))
     missing.extend(prefix + n for n in layer.factors if strict and n not in found)
     if prefix + "weight" in state and len(found) == len(layer.factors):
-        # A whole state: the factors came from the weight that lies beside them.
-        layer._start = base_weight.digest(layer)
+        # A whole state: the factors came from the weight that lies beside them, whether it was
+        # taken or not (PyTorch loads nothing into a weight that is away).
+        layer._start = base_weight.digest_of(state[prefix + "weight"].to(layer.weight.dtype))
     layer._set_options(layer.options)  # what is computed from the tensors follows them
 
 

@@ -130,16 +130,22 @@ def wants_gradient(*operands: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in operands)
 
 
-def plain_reason(*frozen: Tensor | None) -> str | None:
+def plain_reason(*frozen: Tensor | None, trains: Sequence[Tensor | None] = ()) -> str | None:
     """Why the fused operators do not apply and autograd must see plain PyTorch, or None.
 
     An operand that the adapters freeze (weight, factors) may ask for a gradient: rather than
-    dropping that gradient, the plain expression gives it. Likewise for forward-mode derivatives.
+    dropping that gradient, the plain expression gives it. Likewise for forward-mode derivatives,
+    and for a trace of operands that train, which would record an operator without a gradient.
     """
     if wants_gradient(*frozen):
         return "an operand that is frozen in an adapter asks for a gradient"
     if torch.compiler.is_compiling():
         return None
+    # Whether gradients are on is not asked: the check of a trace runs without them.
+    if torch._C._get_tracing_state() is not None and any(
+        t is not None and t.requires_grad for t in trains
+    ):
+        return "under torch.jit.trace, whose graph must have a gradient"
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"
     if forward_ad._current_level >= 0:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends.chooser import pinned_backend
 from ..reference import kron_linear_ref
@@ -151,19 +152,20 @@ def kron_linear(
     y = _direct(backend, x, weight, bias, a, b, a0, b0, scaling)
     if y is not None:
         return y
+    operands = (x, weight, bias, a, b, a0, b0)
+    if has_torch_function(operands):
+        return handle_torch_function(kron_linear, operands, *operands, scaling, backend=backend)
     check_scaling(scaling)
     check_memory(x=x, weight=weight, bias=bias, a=a, b=b, a0=a0, b0=b0)
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)
     _check_factors(x, weight, a, b, a0, b0)
-    if reason := plain_reason(weight, a0, b0):
+    if reason := plain_reason(weight, a0, b0, trains=(x, bias, a, b)):
         plain = (x, weight, bias, a, b, a0, b0, scaling)
         return run_plain("kron_linear", reason, backend, kron_linear_ref, *plain)
-    operands = (flatten(x), weight, bias, a, b, a0, b0, float(scaling), pinned_backend(backend))
+    flat = (flatten(x), weight, bias, a, b, a0, b0, float(scaling), pinned_backend(backend))
     fused = (
-        KronLinearFunction.apply(*operands)
-        if wants_gradient(x, bias, a, b)
-        else kron_linear_fwd(*operands)
+        KronLinearFunction.apply(*flat) if wants_gradient(x, bias, a, b) else kron_linear_fwd(*flat)
     )
     return restore(fused, x)
 

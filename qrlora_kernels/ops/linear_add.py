@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends.chooser import pinned_backend
 from ..reference import linear_add_ref
@@ -103,17 +104,18 @@ def linear_add(
     TypeError, ValueError
         If an operand's type, shape, dtype or device does not fit the others; the message names it.
     """
+    operands = (x, weight, bias, addend)
+    if has_torch_function(operands):
+        return handle_torch_function(linear_add, operands, *operands, backend=backend)
     check_memory(x=x, weight=weight, bias=bias, addend=addend)
     x, weight, bias, addend = autocast(x, weight, bias, addend)
     check_linear(x, weight, bias)
     check_operand("addend", addend, (*x.shape[:-1], weight.shape[0]), x)
-    if reason := plain_reason(weight):
+    if reason := plain_reason(weight, trains=(x, bias, addend)):
         plain = (x, weight, bias, addend)
         return run_plain("linear_add", reason, backend, linear_add_ref, *plain)
-    operands = (flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
+    flat = (flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
     fused = (
-        LinearAddFunction.apply(*operands)
-        if wants_gradient(x, bias, addend)
-        else linear_add_fwd(*operands)
+        LinearAddFunction.apply(*flat) if wants_gradient(x, bias, addend) else linear_add_fwd(*flat)
     )
     return restore(fused, x)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends.chooser import pinned_backend
 from ..reference import lora_xs_linear_ref
@@ -145,6 +146,9 @@ def lora_xs_linear(
     y = _direct(backend, x, weight, bias, a, b, core, scaling)
     if y is not None:
         return y
+    operands = (x, weight, bias, a, b, core)
+    if has_torch_function(operands):
+        return handle_torch_function(lora_xs_linear, operands, *operands, scaling, backend=backend)
     check_scaling(scaling)
     check_memory(x=x, weight=weight, bias=bias, a=a, b=b, core=core)
     x, weight, bias, a, b = autocast(x, weight, bias, a, b)
@@ -154,13 +158,13 @@ def lora_xs_linear(
     check_operand("core", core, (rank, rank), x, or_fp32=True)
     check_operand("a", a, (rank, weight.shape[1]), x)
     check_operand("b", b, (weight.shape[0], rank), x)
-    if reason := plain_reason(weight, a, b):
+    if reason := plain_reason(weight, a, b, trains=(x, bias, core)):
         plain = (x, weight, bias, a, b, core, scaling)
         return run_plain("lora_xs_linear", reason, backend, lora_xs_linear_ref, *plain)
-    operands = (flatten(x), weight, bias, a, b, core, float(scaling), pinned_backend(backend))
+    flat = (flatten(x), weight, bias, a, b, core, float(scaling), pinned_backend(backend))
     fused = (
-        LoRAXSLinearFunction.apply(*operands)
+        LoRAXSLinearFunction.apply(*flat)
         if wants_gradient(x, bias, core)
-        else lora_xs_linear_fwd(*operands)[0]
+        else lora_xs_linear_fwd(*flat)[0]
     )
     return restore(fused, x)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..backends.chooser import pinned_backend
 from ..reference import qr_linear_ref
@@ -145,6 +146,9 @@ def qr_linear(
     y = _direct(backend, x, weight, bias, q, r, lam, scaling)
     if y is not None:
         return y
+    operands = (x, weight, bias, q, r, lam)
+    if has_torch_function(operands):
+        return handle_torch_function(qr_linear, operands, *operands, scaling, backend=backend)
     check_scaling(scaling)
     check_memory(x=x, weight=weight, bias=bias, q=q, r=r, lam=lam)
     x, weight, bias, q, r = autocast(x, weight, bias, q, r)
@@ -154,13 +158,11 @@ def qr_linear(
     check_operand("lam", lam, (max(rank, 0),), x, or_fp32=True)
     check_operand("q", q, (weight.shape[0], rank), x)
     check_operand("r", r, (rank, weight.shape[1]), x)
-    if reason := plain_reason(weight, q, r):
+    if reason := plain_reason(weight, q, r, trains=(x, bias, lam)):
         plain = (x, weight, bias, q, r, lam, scaling)
         return run_plain("qr_linear", reason, backend, qr_linear_ref, *plain)
-    operands = (flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend))
+    flat = (flatten(x), weight, bias, q, r, lam, float(scaling), pinned_backend(backend))
     fused = (
-        QRLinearFunction.apply(*operands)
-        if wants_gradient(x, bias, lam)
-        else qr_linear_fwd(*operands)[0]
+        QRLinearFunction.apply(*flat) if wants_gradient(x, bias, lam) else qr_linear_fwd(*flat)[0]
     )
     return restore(fused, x)

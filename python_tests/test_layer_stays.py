@@ -1,0 +1,568 @@
+"""An adapted layer is the object that it was: what hung on it hangs on it still, and goes back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import qrlora_kernels as qk
+
+ADAPTERS = {"qr": {"rank": 3}, "lora_xs": {"rank": 3}, "ohora": {}}
+
+
+def adapt(model: nn.Module, adapter: str = "qr", targets=("0",), **options):
+    return qk.adapt(model, list(targets), adapter, progress=False, **(ADAPTERS[adapter] | options))
+
+
+def x() -> torch.Tensor:
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def move(layer: nn.Module) -> None:
+    with torch.no_grad():
+        for name in layer.trainables:
+            getattr(layer, name).add_(0.3)
+
+
+# --- what hangs on the layer
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_hooks_and_attributes_stay_and_go_back(adapter):
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    layer = model[0]
+    calls: list[str] = []
+    layer.register_forward_hook(lambda m, a, y: calls.append("forward"))
+    layer.register_forward_pre_hook(lambda m, a: calls.append("pre"))
+    layer.register_full_backward_hook(lambda m, dx, dy: calls.append("backward"))
+    layer.register_state_dict_pre_hook(lambda m, p, k: calls.append("state"))
+    layer.register_load_state_dict_post_hook(lambda m, k: calls.append("loaded"))
+    layer.weight.register_hook(lambda g: calls.append("never: it is frozen"))
+    layer.lr_group, layer._is_hf_initialized = "low", True
+    layer.weight.tag = "mine"
+    before, parameters = dict(vars(layer)), dict(layer._parameters)
+    adapt(model, adapter)
+    assert model[0] is layer
+    model(x().requires_grad_()).sum().backward()
+    layer.load_state_dict(layer.state_dict())
+    assert calls == ["pre", "forward", "backward", "state", "loaded"]
+    assert layer.lr_group == "low"
+    assert layer._is_hf_initialized
+    assert layer.weight.tag == "mine"
+    qk.unload(model, merge=False)
+    assert model[0] is layer
+    assert type(layer) is nn.Linear
+    assert vars(layer) == before
+    assert all(layer._parameters[name] is p for name, p in parameters.items())
+    calls.clear()
+    model(x())
+    assert calls == ["pre", "forward"]
+
+
+def test_a_hook_may_be_taken_off_by_the_handle_from_before():
+    model = nn.Sequential(nn.Linear(8, 16))
+    calls = []
+    handle = model[0].register_forward_hook(lambda m, a, y: calls.append(1))
+    adapt(model)
+    handle.remove()
+    model(x())
+    assert not calls
+
+
+def test_an_optimizer_and_a_reference_from_before_still_hold():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    held = model[0]
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=1.0)
+    adapt(model)
+    optimizer.add_param_group({"params": [held.lam]})
+    model(x()).sum().backward()
+    optimizer.step()
+    assert held.lam.abs().max() > 0
+    assert held is model[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_compiled_before_follows(backend):
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    y = compiled(x())
+    adapt(model)
+    move(model[0])
+    torch.testing.assert_close(compiled(x()), model(x()))
+    assert not torch.allclose(compiled(x()), y)
+    compiled(x()).sum().backward()
+    assert model[0].lam.grad is not None
+    qk.unload(model, merge=False)
+    torch.testing.assert_close(compiled(x()), y)
+
+
+def test_a_module_in_two_places_is_one_layer_still():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.again = self.first
+            self.inside = nn.ModuleDict({"same": self.first})
+
+        def forward(self, x):
+            return self.inside["same"](self.again(self.first(x)))
+
+    torch.manual_seed(0)
+    model, plain = Twice(), Twice()
+    plain.load_state_dict(model.state_dict())
+    adapt(model, "lora_xs", ["first"])
+    assert model.first is model.again is model.inside["same"]
+    move(model.first)
+    delta = model.first.delta_weight()
+    with torch.no_grad():
+        plain.first.weight += delta
+    assert torch.allclose(model(x()), plain(x()), atol=1e-4)
+    qk.unload(model)
+    assert type(model.again) is nn.Linear
+    assert torch.allclose(model(x()), plain(x()), atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["first", "inside.same", "again"])
+def test_loading_reaches_a_module_under_all_its_names(target, tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(8, 8)
+            self.again = self.first
+            self.inside = nn.ModuleDict({"same": self.first})
+
+        def forward(self, x):
+            return self.inside["same"](self.again(self.first(x)))
+
+    model = adapt(Twice(), targets=[target])
+    move(model.first)
+    qk.save_adapter(model, tmp_path / "a.safetensors")
+    other = qk.load_adapter(Twice(), tmp_path / "a.safetensors")
+    assert torch.equal(other(x()), model(x()))
+    other = qk.load_adapter(adapt(Twice(), targets=[target]), tmp_path / "a.safetensors")
+    assert torch.equal(other(x()), model(x()))
+    assert type(qk.unload(other).again) is nn.Linear
+
+
+def test_a_short_cut_to_a_parent_is_adapted_once():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+            self.short = self.encoder
+
+        def forward(self, x):
+            return self.short(x)
+
+    model = adapt(Model(), targets=["0", "1"])
+    assert len(qk.adapted_layers(model)) == 2
+    assert isinstance(model.short[1], qk.QRLinear)
+    model = adapt(Model(), targets=["short.0", "encoder.0"])
+    assert list(qk.adapted_layers(model)) == ["encoder.0"]
+
+
+# --- what cannot be moved is refused by name
+
+
+def spectral(layer):
+    return parametrizations.spectral_norm(layer)
+
+
+def own(layer):
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    return layer
+
+
+def bias_only(layer):
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+    return layer
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def weight_norm(layer):
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(layer)
+
+
+def partial_forward(layer):
+    layer.forward = functools.partial(nn.Linear.forward, layer)
+    return layer
+
+
+def other_forward(layer):
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (spectral, "0 must have a plain weight, got a parametrised one"),
+        (own, "0 must have a plain weight, got a parametrised one"),
+        (bias_only, "0 must have a plain weight, got a parametrised one"),
+        (pruned, r"0\.weight must be a parameter"),
+        (weight_norm, r"0\.weight must be a parameter"),
+        (partial_forward, "0 must compute a plain linear product"),
+        (other_forward, "0 must compute a plain linear product"),
+    ],
+)
+def test_what_cannot_stay_is_refused_by_name(change, message):
+    model = nn.Sequential(change(nn.Linear(8, 16)))
+    kind, before = type(model[0]), dict(vars(model[0]))
+    with pytest.raises(TypeError, match=message):
+        adapt(model)
+    assert type(model[0]) is kind
+    assert vars(model[0]) == before
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_parametrised_afterwards_it_cannot_be_taken_off(merge):
+    model = adapt(nn.Sequential(nn.Linear(8, 16)))
+    y = model(x())
+    parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert torch.equal(model(x()), y)
+    with pytest.raises(TypeError, match="something stands on top of it"):
+        qk.unload(model, merge=merge)
+    parametrize.remove_parametrizations(model[0], "weight")
+    qk.unload(model, merge=merge)
+    assert type(model[0]) is nn.Linear
+
+
+def test_lazy_layers_are_refused_until_they_have_a_weight():
+    with pytest.raises(TypeError, match=r"must have a weight, got .*LazyLinear before its first"):
+        qk.QRLinear.from_linear(nn.LazyLinear(16), rank=3)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LazyLinear(4))
+    for target in ("0", "1"):  # what has no weight cannot be frozen either
+        with pytest.raises(ValueError, match=r"none yet in 1\.weight, 1\.bias"):
+            adapt(model, targets=[target])
+    assert type(model[0]) is nn.Linear
+    model(x())
+    assert isinstance(adapt(model, targets=["1"])[1], qk.QRLinear)
+
+
+def test_an_interrupted_change_is_taken_back(monkeypatch):
+    """And the next call is a first one again, which freezes the rest."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    before = [dict(vars(layer)) for layer in model]
+    take_state, taken = qk.QRLinear.take_state, []
+
+    def fails_at_the_second(layer, state):
+        taken.append(layer)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        take_state(layer, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qk.QRLinear, "take_state", fails_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(model, targets=["0", "1"])
+    assert [type(layer) for layer in model] == [nn.Linear] * 3
+    assert [vars(layer) for layer in model] == before
+    assert all(p.requires_grad for p in model.parameters())
+    adapt(model, targets=["0"])
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lam"]
+
+
+# --- subclasses
+
+
+class WithAttributes(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.temperature = 2.0
+        self.register_buffer("seen", torch.tensor(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def described(self) -> str:
+        return f"{self.temperature} {int(self.seen)}"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", mine"
+
+
+class WithSlots(nn.Linear):
+    __slots__ = ("note",)
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.note = "kept"
+
+
+class Registered(type):
+    known: ClassVar[list[str]] = []
+
+    def __new__(cls, name, bases, space):
+        cls.known.append(name)
+        return super().__new__(cls, name, bases, space)
+
+
+class WithMetaclass(nn.Linear, metaclass=Registered):
+    pass
+
+
+class WithChild(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.child = nn.LayerNorm(4)
+        self.extra = nn.Parameter(torch.ones(3))
+
+
+class WithApply(nn.Linear):
+    applied = 0
+
+    def _apply(self, fn, recurse=True):
+        self.applied += 1
+        return super()._apply(fn, recurse)
+
+
+class WithLoading(nn.Linear):
+    loaded = 0
+
+    def _load_from_state_dict(self, *args):
+        self.loaded += 1
+        return super()._load_from_state_dict(*args)
+
+
+class WithState(nn.Linear):
+    def __getstate__(self):
+        return super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__
+
+    def get_extra_state(self):
+        return {"mine": 1}
+
+    def set_extra_state(self, state):
+        self.got = state
+
+
+class WithInit(nn.Linear):
+    """Another signature than nn.Linear's."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 2 * width)
+        self.width = width
+
+
+class WithProperty(nn.Linear):
+    @property
+    def fan(self) -> int:
+        return self.in_features
+
+
+class WithGetattr(nn.Linear):
+    def __getattr__(self, name):
+        return 7 if name == "seven" else super().__getattr__(name)
+
+
+class WithReset(nn.Linear):
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+        nn.init.normal_(self.weight)
+
+
+class Quiet(nn.modules.linear.NonDynamicallyQuantizableLinear):
+    pass
+
+
+KINDS = [
+    WithAttributes,
+    WithSlots,
+    WithMetaclass,
+    WithChild,
+    WithApply,
+    WithLoading,
+    WithState,
+    WithProperty,
+    WithGetattr,
+    WithReset,
+    Quiet,
+]
+
+
+def made(kind: type[nn.Linear]) -> nn.Linear:
+    torch.manual_seed(0)
+    return WithInit(8) if kind is WithInit else kind(8, 16)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("kind", [*KINDS, WithInit])
+def test_subclasses_keep_what_they_are_and_get_it_back(kind, adapter):
+    model = nn.Sequential(made(kind))
+    layer = model[0]
+    before, y = dict(vars(layer)), layer(x())
+    adapt(model, adapter)
+    assert isinstance(layer, kind)
+    assert isinstance(layer, qk.nn.AdapterLinear)
+    assert torch.allclose(layer(x()), y, atol=1e-3)  # LoRA-XS starts with a small update
+    move(layer)
+    want = x() @ (layer.weight + layer.delta_weight()).T + layer.bias
+    assert torch.allclose(layer(x()), want, rtol=1e-4, atol=1e-3)
+    assert "rank=" in repr(layer)
+    assert not layer.weight.requires_grad
+    qk.unload(model, merge=False)
+    assert type(layer) is kind
+    assert vars(layer) == before
+    assert torch.equal(layer(x()), y)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, WithInit])
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_subclasses_are_copied_with_their_adapter(kind, way):
+    model = adapt(nn.Sequential(made(kind)))
+    move(model[0])
+    other = way(model)
+    assert type(other[0]) is type(model[0])
+    assert torch.equal(other(x()), model(x()))
+    assert type(qk.unload(other)[0]) is kind
+
+
+def test_what_a_subclass_overrides_is_called():
+    layer = adapt(nn.Sequential(made(WithAttributes)))[0]
+    assert layer.described() == "2.0 3"
+    assert "mine, rank=3" in repr(layer)
+    assert {"seen"} <= layer.state_dict().keys()
+    assert "scratch" not in layer.state_dict()
+    layer = adapt(nn.Sequential(made(WithApply)))[0]
+    layer.to(torch.float64)
+    assert layer.applied == 1
+    layer = adapt(nn.Sequential(made(WithLoading)))[0]
+    layer.load_state_dict(layer.state_dict())
+    assert layer.loaded == 1
+    layer = adapt(nn.Sequential(made(WithState)))[0]
+    layer.load_state_dict(layer.state_dict())
+    assert layer.got == {"mine": 1}
+    layer = adapt(nn.Sequential(made(WithSlots)))[0]
+    assert layer.note == "kept"
+    assert adapt(nn.Sequential(made(WithGetattr)))[0].seven == 7
+
+
+def test_an_adapter_of_a_subclass_is_saved_and_loaded(tmp_path):
+    model = adapt(nn.Sequential(made(WithAttributes)))
+    move(model[0])
+    qk.save_adapter(model, tmp_path / "a.safetensors")
+    other = qk.load_adapter(nn.Sequential(made(WithAttributes)), tmp_path / "a.safetensors")
+    assert torch.equal(other(x()), model(x()))
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OwnForwardBelow(OwnForward):
+    pass
+
+
+class OwnCall(nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class RankProperty(nn.Linear):
+    @property
+    def rank(self):
+        return 1
+
+
+class MergeMethod(nn.Linear):
+    def merge(self):
+        pass
+
+
+class OptionsBuffer(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("options", torch.zeros(1))
+
+
+class LamParameter(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lam = nn.Parameter(torch.zeros(1))
+
+
+class QAttribute(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.q = 1
+
+
+class ScalingChild(nn.Linear):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scaling = nn.Identity()
+
+
+class KindInClass(nn.Linear):
+    kind = "mine"
+
+
+class Sealed(nn.Linear):
+    def __init_subclass__(cls):
+        raise TypeError("Sealed has no subclasses")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (OwnForward, "forward of its own"),
+        (OwnForwardBelow, "forward of its own"),
+        (RankProperty, "rank"),
+        (MergeMethod, "merge"),
+        (OptionsBuffer, "options"),
+        (LamParameter, "lam"),
+        (QAttribute, "q"),
+        (ScalingChild, "scaling"),
+        (KindInClass, "kind"),
+        (Sealed, "Sealed has no subclasses"),
+    ],
+)
+def test_subclasses_that_cannot_be_adapted_are_refused_by_name(kind, message):
+    model = nn.Sequential(nn.Linear(8, 8), kind(8, 16))
+    first, before = dict(vars(model[0])), dict(vars(model[1]))
+    with pytest.raises(TypeError, match=rf"1 .*{kind.__name__}.*{message}"):
+        adapt(model, targets=["0", "1"])
+    assert type(model[0]) is nn.Linear
+    assert type(model[1]) is kind
+    assert (vars(model[0]), vars(model[1])) == (first, before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["rank", "q", "scaling", "merged", "_options", "_start", "kind"])
+def test_an_attribute_set_on_the_object_is_not_overwritten(name):
+    model = nn.Sequential(nn.Linear(8, 16))
+    vars(model[0])[name] = "mine"
+    with pytest.raises(TypeError, match=rf"0 must not have names of its own.*{name}"):
+        adapt(model)
+    assert vars(model[0])[name] == "mine"
+
+
+def test_a_call_of_its_own_goes_on():
+    layer = nn.Sequential(OwnCall(8, 16))
+    y = layer(x())
+    adapt(layer, "lora_xs", init_std=0.0)
+    assert torch.allclose(layer(x()), y, atol=1e-4)
+
+
+def test_from_linear_leaves_the_layer_it_was_given():
+    linear = made(WithAttributes)
+    before = dict(vars(linear))
+    layer = qk.QRLinear.from_linear(linear, rank=3)
+    assert type(linear) is WithAttributes
+    assert vars(linear) == before
+    assert layer.described() == "2.0 3"
+    assert layer.weight is linear.weight
+    layer.temperature = 1.0
+    layer.register_buffer("new", torch.zeros(1))
+    assert linear.temperature == 2.0
+    assert "new" not in linear._buffers

@@ -1,0 +1,123 @@
+"""What each of the three adapters says of itself: its tensors, its start, its update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import StartRunner
+from ..linalg.checks import renamed_matrices
+from ..linalg.exponents import in_range, times_two_to
+from . import base_weight
+from .options import Options
+
+State = dict[str, Tensor]
+
+
+class Adapter:
+    """What a layer asks of its adapter; everything else is the same for all three."""
+
+    kind: ClassVar[str]
+    operation: ClassVar[str]  # its Problem.op
+    trainables: ClassVar[tuple[str, ...]]
+    factors: ClassVar[tuple[str, ...]]  # frozen tensors that the start computes
+    compact: ClassVar[tuple[str, ...]] = ()  # factors that are small and give back the others
+    wide: ClassVar[tuple[str, ...]] = ()  # factors that stay in fp32 or wider, as trainables do
+    options_type: ClassVar[type[Options]]
+
+    @classmethod
+    def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
+        """What :meth:`start` factorises of each layer, [N, K]: its weight."""
+        return {name: base_weight.matrix(layer) for name, layer in layers.items()}
+
+    @classmethod
+    def start_named(
+        cls, weights: dict[str, Tensor], options: Options, run: StartRunner
+    ) -> list[State]:
+        """:meth:`start`, with errors that name the layer instead of a position in the list."""
+        with renamed_matrices([f"{name}.weight" for name in weights]):
+            states = cls.start(list(weights.values()), options, run)
+        for name, state in zip(weights, states, strict=True):
+            if not cls.can_train(state):
+                raise ValueError(
+                    f"{name}.weight must give factors that let a gradient through, got ones that "
+                    "are zero: such a layer never trains; leave it out (adapt's skip=)"
+                )
+        return states
+
+    @classmethod
+    def can_train(cls, state: State) -> bool:
+        """Whether any gradient ever reaches what trains, from the start in ``state``."""
+        return True
+
+    @classmethod
+    def start(cls, weights: Sequence[Tensor], options: Any, run: StartRunner) -> list[State]:
+        """Factors and initial trainables for each W [N, K], computed by ``run`` as one batch."""
+        raise NotImplementedError
+
+    @classmethod
+    def rebuild(cls, weight: Tensor, options: Any, compact: State) -> State:
+        """The factors of a saved layer from its weight and the small tensors in ``compact``.
+
+        Raises
+        ------
+        ValueError
+            If they cannot be the factors that were trained with.
+        """
+        with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
+            (state,) = cls.start([weight], options, StartRunner())
+        return {name: state[name] for name in cls.factors}
+
+    def rebuildable(self) -> bool:
+        """Whether the factors follow from the base's weight, so that a file can go without them."""
+        return True
+
+    def energy_kept(self) -> float | None:
+        """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
+        return None
+
+    def trained_parameters(self) -> int:
+        """How many numbers the adapter trains."""
+        return sum(getattr(self, name).numel() for name in self.trainables)
+
+    # --- the update
+
+    @property
+    def rank(self) -> int:
+        """r of the update."""
+        raise NotImplementedError
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """y [..., N] by the fused operator."""
+        raise NotImplementedError
+
+    def _update(self, x: Tensor) -> Tensor:
+        """The update alone, x ΔWᵀ [..., N], in plain PyTorch: where dropout changes its input."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """ΔW [N, K] in fp64 for fp64 weights, otherwise in fp32; transposed against a Conv1D's."""
+        raise NotImplementedError
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """(A [r, K], B [N, r]) with ΔW = B A, in the dtype of :meth:`delta_weight`.
+
+        Raises
+        ------
+        TypeError
+            If the update has no low-rank factorisation.
+        """
+        raise TypeError(f"{type(self).__name__} has no LoRA factors: its update is not low-rank")
+
+
+def share_of_energy(part: Tensor, whole: Tensor) -> float:
+    """‖part‖² / ‖whole‖², summed in fp64."""
+    scaled, exponent = in_range("weight", whole.detach())
+    return _energy(times_two_to(-exponent, part.detach())) / _energy(scaled)
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)
