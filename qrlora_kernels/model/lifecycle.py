@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..linalg import StartRunner
-from ..nn import AdapterLinear, base_weight, merging, switch
+from ..nn import AdapterLinear, base_weight, merging
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
-from ..nn.options import plain_value
 from . import heads, memory, watch
 from .adapt import require_adapted
 from .memory import Adaptation
@@ -168,49 +166,3 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
             layer._start = base_weight.digest(layer)
     watch.watch(unwrapped(model))
     return model
-
-
-# --- strength
-
-
-def scale(model: nn.Module, strength: float) -> nn.Module:
-    """Set how strongly every adapter counts, from now on: its update times ``strength``.
-
-    At 0 the model is exactly its base, at 1 what was trained. Kept by ``save_adapter``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If ``strength`` is no finite number, or a layer is merged.
-    """
-    strength = plain_value("strength", "float", strength)
-    layers = require_adapted(model)
-    _refuse_merged(layers)
-    for layer in layers.values():
-        layer.options = replace(layer.options, strength=strength)
-    return model
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, in this thread, the model answers as its base: a reference model in one memory.
-
-    Merged layers keep their update, which is inside their weight: they are refused.
-
-    Raises
-    ------
-    ValueError
-        If no layer is adapted or one is merged.
-    """
-    layers = require_adapted(model)
-    _refuse_merged(layers)
-    with switch.off(layers.values()):
-        yield model
-
-
-def _refuse_merged(layers: dict[str, AdapterLinear]) -> None:
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(
-                f"{name} must not be merged, its update is inside its weight: call unmerge() first"
-            )
