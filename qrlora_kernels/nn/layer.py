@@ -61,7 +61,7 @@ class AdapterLinear(nn.Module):
     _strength: float  # s times the run-time strength: what the kernels multiply by
     _merge: merging.Merge | None
     _start: str | None  # quick digest of the weight that the factors came from; None: unknown
-    _off: int  # how many threads ask for the base's answer
+    _off: Tensor | None  # its number while some thread asks for the base's answer
 
     # --- construction
 
@@ -155,7 +155,7 @@ class AdapterLinear(nn.Module):
             self._start = base_weight.digest(self)
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
-        self._merge, self._off, self._options = None, 0, options
+        self._merge, self._off, self._options = None, None, options
         self.take_state(state)
 
     @torch.no_grad()
@@ -240,8 +240,9 @@ class AdapterLinear(nn.Module):
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
         if self._merge is not None and merging.holds(self):
             return merging.forward(self, input)
-        if self._off:
-            return switch.forward(self, input)
+        number = self._off  # read once: another thread may end its time meanwhile
+        if number is not None:
+            return switch.forward(self, number, input)
         if self.training and "_hf_hook" in self.__dict__:
             offload.check_narrow(self)
         return self._adapted(input)

@@ -143,7 +143,7 @@ def _converted(weight: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Param
 
 def copied(layer: AdapterLinear) -> None:
     """After a copy, whose tensors count their versions anew and which no thread has off."""
-    layer._off = 0
+    layer._off = None
     record = layer._merge
     if record is not None and layer.weight is record.weight:
         layer._merge = record._replace(version=layer.weight._version)
