@@ -203,14 +203,13 @@ def freeze_all_but_adapters(root: nn.Module) -> None:
 
 
 def thaw(root: nn.Module, names: Sequence[str], dtype: torch.dtype | None) -> None:
-    """Train the named parameters in full, those in half precision kept in ``dtype`` if given."""
+    """Train the named parameters in full, kept in ``dtype``, if given, where half is asked for."""
     here = parameters(root)
     for name in names:
         here[name].requires_grad_(True)
     if dtype is not None:
-        adapted = {id(p) for layer in adapted_layers(root).values() for p in layer.parameters()}
-        others = [n for n in names if id(here[n]) not in adapted]
-        heads.keep_wide(root, others, dtype, memory.begin(root))
+        own = {id(p) for layer in adapted_layers(root).values() for p in trained(layer)}
+        heads.keep_wide(root, [n for n in names if id(here[n]) not in own], dtype)
 
 
 def _switch_parents(here: dict[str, nn.Module], name: str, record: Adaptation) -> None:

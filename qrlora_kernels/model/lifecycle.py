@@ -88,7 +88,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
 
 def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
     watch.stop(root)
-    heads.put_back(root, record)
+    heads.put_back(root)
     if replaced:
         put_replaced_back(root, record)
     here = modules(root)

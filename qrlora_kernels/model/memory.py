@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import AdapterLinear
@@ -32,8 +31,6 @@ class Adaptation:
         Whether each parameter required a gradient when the first adapter came.
     replaced : dict
         What an adapter file overwrote outside the adapters, as it was before the first file.
-    dtypes : dict
-        What tensors that train in full had before they were kept in fp32.
     switches : list of (module name, attribute, value)
         What was set on the parents of layers, as it was before.
     """
@@ -41,7 +38,6 @@ class Adaptation:
     layers: dict[str, str] = field(default_factory=dict)
     trained_before: dict[str, bool] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     switches: list[tuple[str, str, Any]] = field(default_factory=list)
 
     def prefixed(self, prefix: str) -> Adaptation:
@@ -54,7 +50,6 @@ class Adaptation:
             named(self.layers),
             named(self.trained_before),
             named(self.replaced),
-            named(self.dtypes),
             [(f"{prefix}.{n}" if n else prefix, *rest) for n, *rest in self.switches],
         )
 
@@ -63,7 +58,6 @@ class Adaptation:
         self.layers = other.layers | self.layers
         self.trained_before = other.trained_before | self.trained_before
         self.replaced = other.replaced | self.replaced
-        self.dtypes = other.dtypes | self.dtypes
         self.switches += other.switches
 
 

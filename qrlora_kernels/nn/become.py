@@ -126,6 +126,10 @@ def restore(layer: AdapterLinear) -> nn.Module:
     """
     before = over(layer)
     offload.widen(layer)
+    if layer.bias is not None and layer.bias.dtype != layer.weight.dtype:
+        # Another parameter: a copy of the layer may share this one.
+        narrow = layer.bias.detach().to(layer.weight.dtype)
+        layer.bias = nn.Parameter(narrow, requires_grad=layer.bias.requires_grad)
     for name in layer.trainables:
         del layer._parameters[name]
     for name in (*layer.factors, *layer.state_names):

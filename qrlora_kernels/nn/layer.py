@@ -43,13 +43,21 @@ class AdapterLinear(nn.Module):
 
     kind: ClassVar[str]
     operation: ClassVar[str]  # its Problem.op
+    over: ClassVar[type[nn.Module]]  # the class that the layer had before
     trainables: ClassVar[tuple[str, ...]]
     factors: ClassVar[tuple[str, ...]]  # frozen tensors that the start computes
     compact: ClassVar[tuple[str, ...]] = ()  # factors that are small and give back the others
     wide: ClassVar[tuple[str, ...]] = ()  # factors that stay in fp32 or wider, as trainables do
     options_type: ClassVar[type[Options]]
     # What an adapted layer keeps in its __dict__ beside its factors.
-    state_names: ClassVar[tuple[str, ...]] = ("_options", "_strength", "_merge", "_start", "_off")
+    state_names: ClassVar[tuple[str, ...]] = (
+        "_options",
+        "_strength",
+        "_merge",
+        "_start",
+        "_off",
+        "_bias_dtype",
+    )
 
     conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
 
@@ -62,6 +70,7 @@ class AdapterLinear(nn.Module):
     _merge: merging.Merge | None
     _start: str | None  # quick digest of the weight that the factors came from; None: unknown
     _off: Tensor | None  # its number while some thread asks for the base's answer
+    _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
     # --- construction
 
@@ -155,7 +164,7 @@ class AdapterLinear(nn.Module):
             self._start = base_weight.digest(self)
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
-        self._merge, self._off, self._options = None, None, options
+        self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
         self.take_state(state)
 
     @torch.no_grad()
@@ -210,7 +219,7 @@ class AdapterLinear(nn.Module):
 
     # --- the update
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [..., N] by the fused operator."""
         raise NotImplementedError
 
@@ -249,17 +258,37 @@ class AdapterLinear(nn.Module):
 
     def _adapted(self, x: Tensor) -> Tensor:
         if self._strength == 0.0:
-            return F.linear(x, self.matrix(), self.bias)
+            return self.base_forward(x)
+        bias = self.bias if self._bias_dtype is None else self._narrow_bias()
         if self._adds_update():
             # The base sees x, the adapter a dropped copy; one rounding still, so a small update
             # survives in half precision.
             update = self._update(F.dropout(x, self._options.dropout, self.training))
-            return linear_add(x, self.matrix(), self.bias, update)
-        return self._fused(x)
+            return linear_add(x, self.matrix(), bias, update)
+        return self._fused(x, bias)
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the layer would answer without its adapter, bit for bit."""
+        if self._bias_dtype is not None:
+            return F.linear(x, self.matrix(), self._narrow_bias())
+        y: Tensor = type(self).over.forward(self, x)
+        return y
 
     def _adds_update(self) -> bool:
         """Whether the update is computed apart instead of by the fused operator."""
         return self.training and self._options.dropout > 0.0
+
+    # --- a bias that trains
+
+    def keep_bias(self, dtype: torch.dtype) -> None:
+        """Keep the bias in ``dtype`` where the layer is in half precision, now and when cast."""
+        assert self.bias is not None
+        self._bias_dtype = dtype
+        if self.bias.dtype in HALF:
+            self.bias.data = self.bias.data.to(dtype)
+
+    def _narrow_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(self.weight.dtype)
 
     # --- merge
 
@@ -310,15 +339,18 @@ class AdapterLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ``nn.Module``, but trainables stay in fp32 when the weight becomes half precision."""
         own = [getattr(self, name) for name in (*self.trainables, *self.wide)]
-        kept = {id(t) for tensor in own for t in (tensor, tensor.grad) if t is not None}
+        kept = {id(t): torch.float32 for tensor in own for t in (tensor, tensor.grad)}
+        if self.bias is not None and self._bias_dtype is not None:
+            kept |= {id(t): self._bias_dtype for t in (self.bias, self.bias.grad)}
 
         def convert(tensor: Tensor) -> Tensor:
             out = fn(tensor)
             if id(tensor) not in kept or out.dtype not in HALF:
                 return out
+            dtype = kept[id(tensor)]
             if tensor.is_meta or out.is_meta:
-                return torch.empty_like(tensor, device=out.device, dtype=torch.float32)
-            return tensor.to(out.device, torch.float32)
+                return torch.empty_like(tensor, device=out.device, dtype=dtype)
+            return tensor.to(out.device, dtype)
 
         with merging.converted(self, fn):
             super()._apply(convert, recurse)

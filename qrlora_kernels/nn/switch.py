@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -77,12 +76,12 @@ def is_off(number: Tensor) -> bool:
 def forward(layer: AdapterLinear, number: Tensor, x: Tensor) -> Tensor:
     """Of a layer that some thread has off."""
     if torch.compiler.is_compiling():
-        base = F.linear(x, layer.matrix(), layer.bias)
+        base = layer.base_forward(x)
         y, _ = torch.ops.qrlora.base_or_adapted(base, layer._adapted(x), number)
         chosen: Tensor = y
         return chosen
     if is_off(number):
-        return F.linear(x, layer.matrix(), layer.bias)
+        return layer.base_forward(x)
     return layer._adapted(x)
 
 
