@@ -33,7 +33,6 @@ class Kept:
         self.module, self.dtype = module, dtype
         here = _tensors(module)
         self.meant = {name: here[name].dtype for name in names}
-        self._set({n: dtype for n, meant in self.meant.items() if meant in HALF})
 
     def _set(self, dtypes: dict[str, torch.dtype]) -> None:
         here = _tensors(self.module)
@@ -75,7 +74,8 @@ class Kept:
         """The half precision of the model around; None where it has another."""
         return next((dtype for dtype in self.meant.values() if dtype in HALF), None)
 
-    def hang(self) -> None:
+    def put_on(self) -> None:
+        self._set({n: self.dtype for n, meant in self.meant.items() if meant in HALF})
         vars(self.module)["_apply"] = self
         self.module.register_forward_pre_hook(self.lift, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self.lower)
@@ -92,6 +92,10 @@ class Kept:
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_buffers()), **dict(module.named_parameters())}
+
+
+def _floating(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t for name, t in _tensors(module).items() if t.is_floating_point()}
 
 
 def _map(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -118,15 +122,16 @@ def keep_wide(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> Non
     known = [kept for kept in map(_kept_by, model.modules()) if kept is not None]
     held = {id(t) for kept in known for n, t in _tensors(kept.module).items() if n in kept.meant}
     chosen = {id(here[n]) for n in names if here[n].is_floating_point()} - held
-    for module in _whole(model, chosen):
-        floating = {n: t for n, t in _tensors(module).items() if t.is_floating_point()}
-        chosen -= {id(t) for t in floating.values()}
-        Kept(module, floating, dtype).hang()
+    # All are made before the first is put on: a tied weight is meant to be half in each of them.
+    made = [Kept(module, _floating(module), dtype) for module in _whole(model, chosen)]
+    for kept in made:
+        chosen -= {id(t) for t in _floating(kept.module).values()}
+        kept.put_on()
     for module in model.modules():
         if isinstance(module, AdapterLinear) and id(module.bias) in chosen:
             module.keep_bias(dtype)
             chosen -= {id(module.bias)}
-    _tell_left([n for n in names if id(here[n]) in chosen and here[n].dtype in (*HALF,)], dtype)
+    _tell_left([n for n in names if id(here[n]) in chosen and here[n].dtype in HALF], dtype)
 
 
 def _kept_by(module: nn.Module) -> Kept | None:
