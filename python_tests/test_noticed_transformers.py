@@ -34,7 +34,13 @@ def gpt2():
 
 def t5():
     config = transformers.T5Config(
-        vocab_size=11, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+        vocab_size=11,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config), {"input_ids": IDS, "labels": IDS}
 
@@ -64,7 +70,10 @@ def test_ordinary_models_hear_nothing(make, recompute):
     model.train()
     if recompute is not None:
         model.gradient_checkpointing_enable({"use_reentrant": recompute})
-        model.enable_input_require_grads() if make is not vit else None
+        if make is vit:
+            given["pixel_values"].requires_grad_()
+        else:
+            model.enable_input_require_grads()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model(**given).loss.backward()
