@@ -141,13 +141,15 @@ def test_the_model_is_cast_after_adapt(start, target, names):
 
 @pytest.mark.parametrize("target", [torch.float32, torch.float16])
 def test_unload_gives_the_dtype_that_the_model_has_by_then(target):
-    model = adapt(net(), ["classifier", "body.bias", "embed"]).to(target)
-    kept = dict(vars(model.classifier))
+    model = net()
+    before = set(vars(model.classifier))
+    adapt(model, ["classifier", "body.bias", "embed"]).to(target)
     qk.unload(model)
     assert {p.dtype for p in model.parameters()} == {target}
     assert {t.dtype for t in model(IDS)} == {target}
-    assert "_apply" in kept and "_apply" not in vars(model.classifier)
-    assert not model.classifier._forward_pre_hooks and not model.classifier._forward_hooks
+    assert vars(model.classifier).keys() == before
+    assert not model.classifier._forward_pre_hooks
+    assert not model.classifier._forward_hooks
 
 
 def test_another_dtype_can_be_asked_for():
@@ -157,7 +159,7 @@ def test_another_dtype_can_be_asked_for():
     assert model.classifier.out.weight.dtype == model.body.bias.dtype == torch.float64
     assert {t.dtype for t in model(IDS)} == {torch.bfloat16}
     for wrong in (torch.int32, "float32", None):
-        with pytest.raises(TypeError, match="head_dtype must be a floating torch.dtype, got"):
+        with pytest.raises(TypeError, match="head_dtype must be a floating"):
             adapt(net(), ["classifier"], head_dtype=wrong)
 
 

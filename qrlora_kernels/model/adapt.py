@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,8 +93,8 @@ def adapt(
     if not isinstance(head_dtype, torch.dtype) or not head_dtype.is_floating_point:
         raise TypeError(f"head_dtype must be a floating torch.dtype, got {head_dtype!r}")
     apart = notices.task_head(root)
-    layers = find_targets(root, target_modules, kind, exclude=(*trainable, *apart), skip=skip)
-    _check_disjoint(root, layers, trainable)
+    layers = find_targets(root, target_modules, kind, trainable, apart, skip)
+    _check_disjoint(root, adapted_layers(root) | layers, trainable)
     run = StartRunner(progress, cache, distributed)
     states = _start(layers, kind, opts, run)
     first = memory.recorded(root) is None
@@ -102,7 +102,10 @@ def adapt(
     if first:
         freeze_all_but_adapters(root)
     thaw(root, [n for n in parameters(root) if within(n, trainable)], head_dtype)
-    notices.tell_passed_over(root, target_modules, layers, apart)
+    if first:
+        notices.tell_frozen_head(root, apart, skip)
+    if isinstance(target_modules, str) and target_modules == "all-linear":
+        notices.tell_passed_over(root, apart)
     watch(root)
     return model
 
@@ -148,7 +151,7 @@ def _check_named(root: nn.Module, argument: str, names: Sequence[str]) -> None:
 
 
 def _check_disjoint(
-    root: nn.Module, layers: dict[str, nn.Module], trainable: Sequence[str]
+    root: nn.Module, layers: Mapping[str, nn.Module], trainable: Sequence[str]
 ) -> None:
     """Refuse to train a weight in full that an adapter freezes, by its name or by a tie."""
     frozen = {id(layer.weight): name for name, layer in layers.items()}

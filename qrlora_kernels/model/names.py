@@ -78,6 +78,11 @@ def within(name: str, prefixes: Sequence[str]) -> bool:
     return any(f".{prefix}." in f".{name}." for prefix in prefixes)
 
 
+def under(name: str, tops: Sequence[str]) -> bool:
+    """Whether ``name`` is one of the modules with these full names, or lies in one."""
+    return any(name == top or name.startswith(f"{top}.") for top in tops)
+
+
 def as_names(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, of any iterable, which is read once."""
     names = (given,) if isinstance(given, str) else tuple(given)

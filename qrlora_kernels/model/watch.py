@@ -93,7 +93,7 @@ class Conclusion:
 def _adapted(here: dict[str, nn.Module]) -> dict[str, AdapterLinear]:
     """The adapted layers by the first of their names."""
     first = {id(m): (n, m) for n, m in reversed(here.items()) if isinstance(m, AdapterLinear)}
-    return {name: layer for name, layer in reversed(first.values())}
+    return dict(reversed(first.values()))
 
 
 def _caller(name: str, here: dict[str, nn.Module]) -> str:
@@ -117,9 +117,9 @@ def _is_compiled(module: nn.Module) -> bool:
 def _tell_unread(names: list[str]) -> None:
     if names:
         warnings.warn(
-            f"the first training forward did not call the adapted layers {', '.join(names)}, though "
-            "it called the modules that hold them: if these read the weight of the layer, its "
-            "adapter has no effect",
+            f"the first training forward did not call the adapted layers {', '.join(names)}, "
+            "though it called the modules that hold them: if these read the weight of the layer, "
+            "its adapter has no effect",
             stacklevel=2,
         )
 
