@@ -136,12 +136,21 @@ def refuse_wrapped(model: nn.Module) -> None:
                 "model must not be in DistributedDataParallel yet, which averages the gradients of "
                 "the parameters that it knew at first: adapt the model, then wrap it"
             )
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise ValueError("model must not be sharded yet: adapt the model, then wrap it in FSDP")
+    refuse_flattened(model)
     if any(p.is_inference() for p in model.parameters()):
         raise ValueError(
             "model must not be loaded under torch.inference_mode: its tensors never train"
         )
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Raise where FSDP1 has put parameters into flat ones, which no name or shape fits."""
+    for module in model.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError(
+                "model must not be in FullyShardedDataParallel yet, which flattens its parameters: "
+                "adapt the model or load the adapter, then wrap it"
+            )
 
 
 def _check_named(root: nn.Module, argument: str, names: Sequence[str]) -> None:

@@ -15,7 +15,14 @@ from ..nn import AdapterLinear, base_weight
 from ..nn.become import check_can_become, over, restore
 from ..nn.layer import State
 from . import lifecycle, memory
-from .adapt import adapted_layers, attach, freeze_all_but_adapters, refuse_wrapped, thaw
+from .adapt import (
+    adapted_layers,
+    attach,
+    freeze_all_but_adapters,
+    refuse_flattened,
+    refuse_wrapped,
+    thaw,
+)
 from .manifest import AdapterFile, Entry, describe_weight, read, sampled
 from .names import buffers, modules, parameters, unwrapped
 from .watch import watch
@@ -62,6 +69,7 @@ def load_adapter(
         If the file is no complete adapter file or of a newer format, or the model is not the base:
         a layer is missing or its weight has another shape, dtype or content.
     """
+    refuse_flattened(model)
     file = read(Path(path))
     root = unwrapped(model)
     prepared = _prepare(root, file, progress)
