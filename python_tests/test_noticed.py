@@ -69,8 +69,8 @@ def heard(work):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         work()
-    return [str(one.message) for one in caught if "adapted layers" in str(one.message)
-            or "gradient to" in str(one.message)]  # fmt: skip
+    said = [str(one.message) for one in caught]
+    return [text for text in said if "adapted layers" in text or "gradient to" in text]
 
 
 def step(model, given=None):

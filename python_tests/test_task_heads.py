@@ -103,8 +103,7 @@ def test_a_head_that_trains_is_not_mentioned(name):
     assert heard(adapt(model, trainable=head), "head for its task") == []
     assert not outside(model, head)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    for module in head:
-        assert all(f"{module}.{n}" in trained for n, _ in model.get_submodule(module).named_parameters())  # fmt: skip  # noqa: E501
+    assert trained >= {n for n, _ in model.named_parameters() if n.split(".")[0] in head}
 
 
 @pytest.mark.parametrize("targets", [["query", "value"], ["query", "classifier"]])
