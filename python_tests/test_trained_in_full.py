@@ -139,6 +139,27 @@ def test_the_model_is_cast_after_adapt(start, target, names):
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to("cpu"),
+        lambda m: m.share_memory(),
+        lambda m: m.apply(lambda part: None),
+        lambda m: m._apply(torch.clone),
+        lambda m: m.to("cpu", torch.bfloat16),
+    ],
+)
+def test_the_model_is_moved_after_adapt(move):
+    """A move leaves a wide tensor as it is, and so does a cast to fp32: they are told apart."""
+    model = adapt(net(), ["classifier", "body.bias", "embed"])
+    before = model(IDS)
+    move(model)
+    assert all(torch.equal(y, was) for y, was in zip(model(IDS), before, strict=True))
+    assert model.classifier.out.weight.dtype == torch.float32
+    model.float()
+    assert {t.dtype for t in model(IDS)} == {torch.float32}
+
+
 @pytest.mark.parametrize("target", [torch.float32, torch.float16])
 def test_unload_gives_the_dtype_that_the_model_has_by_then(target):
     model = net()

@@ -150,6 +150,16 @@ def test_targets_and_trainable_go_by_the_names_without_wrappers(wrap):
     assert not qk.adapted_layers(model)
 
 
+@pytest.mark.parametrize("wrap", list(WRAPPERS))
+def test_names_may_be_those_of_the_wrapped_model(wrap):
+    model = WRAPPERS[wrap](net())
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    layer, head, left = linear[0], linear[4], linear[3]
+    qk.adapt(model, [layer, left], rank=4, trainable=[head], skip=[left], progress=False)
+    assert list(qk.adapted_layers(model)) == ["0.up"]
+    assert qk.count_parameters(model)["other"] == 16 * 3 + 3
+
+
 @pytest.mark.parametrize("wrap", list(LATE))
 def test_distributed_already_is_refused_in_a_sentence(wrap, group, trained):
     model = LATE[wrap](net())

@@ -48,7 +48,9 @@ class Kept:
             name = held.get(id(tensor))
             if name is None:
                 return out
-            self.meant[name] = out.dtype
+            # Asked of a tensor that has it: a move leaves a wide one as a cast to fp32 does.
+            meant = fn(torch.empty(0, dtype=self.meant[name], device=tensor.device)).dtype
+            self.meant[name] = meant
             if out.dtype not in HALF:
                 return out
             if tensor.is_meta or out.is_meta:

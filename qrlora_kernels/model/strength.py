@@ -35,6 +35,10 @@ def scale(model: nn.Module, strength: float) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, in this thread, the model answers as its base: a reference model in one memory.
 
+    Bit for bit, in eager mode and compiled, and so far as adapters go: a head that was trained in
+    full stays trained. Under gradient checkpointing ``backward`` belongs inside too, since it runs
+    the forward again. A compiled model computes both answers while it is off anywhere.
+
     Merged layers keep their update, which is inside their weight: they are refused.
 
     Raises

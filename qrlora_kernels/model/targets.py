@@ -11,8 +11,8 @@ from torch import nn
 from ..nn import AdapterLinear
 from ..nn.base_weight import is_linear_like
 from ..nn.become import check_can_become
+from .names import canonical, under, within
 from .names import modules as modules_of
-from .names import under, within
 
 Targets = str | re.Pattern[str] | Iterable[str]
 
@@ -93,6 +93,7 @@ def _by_name(modules: dict[str, nn.Module], target: str) -> list[str]:
     """Modules whose full name is ``target`` or ends in ``.target``."""
     if not isinstance(target, str):
         raise TypeError(f"target_modules must hold strings, got {type(target).__name__}")
+    target = canonical(target) or target
     return [n for n in modules if n and (n == target or n.endswith("." + target))]
 
 
