@@ -1,9 +1,10 @@
 """Whole models: which layers are adapted, what is remembered, files, tables."""
 
 from .adapt import adapt, adapted_layers, count_parameters
-from .lifecycle import disabled, merge, refresh, scale, unload, unmerge
+from .lifecycle import merge, refresh, unload, unmerge
 from .loading import load_adapter
 from .saving import save_adapter
+from .strength import disabled, scale
 from .summary import summary
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -97,8 +97,8 @@ def adapt(
 
     def find() -> dict[str, nn.Module]:
         _check_named(root, "trainable", trainable)
-        found = find_targets(root, target_modules, kind, exclude=(*trainable, *apart), skip=skip)
-        _check_disjoint(root, found, trainable)
+        found = find_targets(root, target_modules, kind, trainable, apart, skip)
+        _check_disjoint(root, adapted_layers(root) | found, trainable)
         return found
 
     run = StartRunner(progress, cache, distributed)
@@ -110,7 +110,10 @@ def adapt(
         freeze_all_but_adapters(root)
     thaw(root, [n for n in parameters(root) if within(n, trainable)], head_dtype)
     advice.tell_large_factors(layers)
-    notices.tell_passed_over(root, target_modules, layers, apart)
+    if first:
+        notices.tell_frozen_head(root, apart, skip)
+    if isinstance(target_modules, str) and target_modules == "all-linear":
+        notices.tell_passed_over(root, apart)
     watch(root)
     return model
 
@@ -147,8 +150,7 @@ def refuse_wrapped(model: nn.Module) -> None:
                 "model must not be in DistributedDataParallel yet, which averages the gradients of "
                 "the parameters that it knew at first: adapt the model, then wrap it"
             )
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise ValueError("model must not be sharded yet: adapt the model, then wrap it in FSDP")
+    refuse_flattened(model)
     lazy = [name for name, p in parameters(model).items() if is_lazy(p)]
     if lazy:
         raise ValueError(f"model must have all its weights, got none yet in {', '.join(lazy)}")
@@ -158,6 +160,16 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
+def refuse_flattened(model: nn.Module) -> None:
+    """Raise where FSDP1 has put parameters into flat ones, which no name or shape fits."""
+    for module in model.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError(
+                "model must not be in FullyShardedDataParallel yet, which flattens its parameters: "
+                "adapt the model or load the adapter, then wrap it"
+            )
+
+
 def _check_named(root: nn.Module, argument: str, names: Sequence[str]) -> None:
     for name in names:
         if not any(within(n, [name]) for n in parameters(root)):
@@ -165,7 +177,7 @@ def _check_named(root: nn.Module, argument: str, names: Sequence[str]) -> None:
 
 
 def _check_disjoint(
-    root: nn.Module, layers: dict[str, nn.Module], trainable: Sequence[str]
+    root: nn.Module, layers: Mapping[str, nn.Module], trainable: Sequence[str]
 ) -> None:
     """Refuse to train a weight in full that an adapter freezes, by its name or by a tie."""
     frozen = {id(layer.weight): name for name, layer in layers.items()}
@@ -225,15 +237,14 @@ def freeze_all_but_adapters(root: nn.Module) -> None:
 
 
 def thaw(root: nn.Module, names: Sequence[str], dtype: torch.dtype | None) -> None:
-    """Train the named parameters in full, those in half precision kept in ``dtype`` if given."""
+    """Train the named parameters in full, kept in ``dtype``, if given, where half is asked for."""
     tensors.settle(root, names)
     here = parameters(root)
     for name in names:
         here[name].requires_grad_(True)
     if dtype is not None:
-        adapted = {id(p) for layer in adapted_layers(root).values() for p in layer.parameters()}
-        others = [n for n in names if id(here[n]) not in adapted]
-        heads.keep_wide(root, others, dtype, memory.begin(root))
+        own = {id(p) for layer in adapted_layers(root).values() for p in trained(layer)}
+        heads.keep_wide(root, [n for n in names if id(here[n]) not in own], dtype)
 
 
 def _switch_parents(here: dict[str, nn.Module], name: str, record: Adaptation) -> None:

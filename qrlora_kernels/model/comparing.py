@@ -16,7 +16,7 @@ from ..nn import AdapterLinear, base_weight
 from ..nn.adapter import State
 from ..nn.become import check_can_become, over
 from ..reference import HALF
-from . import memory
+from . import heads, memory
 from .adapt import adapted_layers
 from .manifest import AdapterFile, Entry, all_finite, describe_weight, sampled
 from .memory import Adaptation
@@ -190,13 +190,13 @@ def check_others(root: nn.Module, file: AdapterFile, strict: bool) -> None:
 
 def _others(root: nn.Module, frozen: dict[str, str], record: Adaptation) -> list[str]:
     """What differs, as it was before an earlier file and before heads were kept wide."""
-    here = parameters(root)
+    here, meant = parameters(root), heads.meant(root)
     found = []
     for name, digest in frozen.items():
         if name in here:
             tensor = record.replaced.get(name, here[name])
             tensor = value_of(root, name) if tensor.is_meta else base_weight.whole(tensor)
-            tensor = tensor.to(record.dtypes.get(name, tensor.dtype))
+            tensor = tensor.to(meant.get(name, tensor.dtype))
             if tensor.is_meta or sampled(tensor) == digest:
                 continue
         found.append(name)

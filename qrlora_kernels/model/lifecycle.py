@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import nn
 
 from ..linalg import StartRunner
-from ..nn import AdapterLinear, base_weight, merging, offload, switch
+from ..nn import AdapterLinear, base_weight, merging, offload
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
-from ..nn.options import plain_value
 from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
@@ -89,7 +87,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
 
 def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
     watch.stop(root)
-    heads.put_back(root, record)
+    heads.put_back(root)
     if replaced:
         put_replaced_back(root, record)
     here = modules(root)
@@ -109,15 +107,14 @@ def put_replaced_back(root: nn.Module, record: Adaptation, but: Collection[str] 
     What trained because of them alone trains no more.
     """
     here = named_tensors(root)
-    for name in [n for n in record.replaced if n not in but]:
+    going = [name for name in record.replaced if name not in but]
+    for name in record.thawed.intersection(going).intersection(here):
+        here[name].requires_grad_(False)
+    heads.release(root)
+    for name in going:
         tensor = record.replaced.pop(name)
-        if name not in here or here[name].shape != tensor.shape:
-            continue
-        if name in record.thawed:
-            here[name].requires_grad_(False)
-        if here[name].dtype != tensor.dtype:
-            here[name].data = here[name].data.to(tensor.dtype)  # a head that was kept in fp32
-        tensors.put(root, name, tensor)
+        if name in here and here[name].shape == tensor.shape:
+            tensors.put(root, name, tensor)
     record.thawed.intersection_update(but)
 
 
@@ -177,49 +174,3 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
             layer._start = base_weight.digest(layer)
     watch.watch(unwrapped(model))
     return model
-
-
-# --- strength
-
-
-def scale(model: nn.Module, strength: float) -> nn.Module:
-    """Set how strongly every adapter counts, from now on: its update times ``strength``.
-
-    At 0 the model is exactly its base, at 1 what was trained. Kept by ``save_adapter``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If ``strength`` is no finite number, or a layer is merged.
-    """
-    strength = plain_value("strength", "float", strength)
-    layers = require_adapted(model)
-    _refuse_merged(layers)
-    for layer in layers.values():
-        layer.options = replace(layer.options, strength=strength)
-    return model
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, in this thread, the model answers as its base: a reference model in one memory.
-
-    Merged layers keep their update, which is inside their weight: they are refused.
-
-    Raises
-    ------
-    ValueError
-        If no layer is adapted or one is merged.
-    """
-    layers = require_adapted(model)
-    _refuse_merged(layers)
-    with switch.off(layers.values()):
-        yield model
-
-
-def _refuse_merged(layers: dict[str, AdapterLinear]) -> None:
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(
-                f"{name} must not be merged, its update is inside its weight: call unmerge() first"
-            )

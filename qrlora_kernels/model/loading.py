@@ -12,7 +12,14 @@ from ..nn import AdapterLinear, base_weight
 from ..nn.adapter import State
 from ..nn.become import restore
 from . import lifecycle, memory, tensors
-from .adapt import adapted_layers, attach, freeze_all_but_adapters, refuse_wrapped, thaw
+from .adapt import (
+    adapted_layers,
+    attach,
+    freeze_all_but_adapters,
+    refuse_flattened,
+    refuse_wrapped,
+    thaw,
+)
 from .comparing import check_extra, check_others, prepare, refuse_sharded, same
 from .manifest import AdapterFile, read
 from .memory import Adaptation
@@ -67,6 +74,7 @@ def load_adapter(
         raise ValueError(
             "load_adapter must not be called under torch.inference_mode: nothing would train"
         )
+    refuse_flattened(model)
     file = read(Path(path))
     root = unwrapped(model)
     refuse_sharded(root)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import AdapterLinear
@@ -34,8 +33,6 @@ class Adaptation:
         What an adapter file overwrote outside the adapters, as it was before the first file.
     thawed : set
         What an adapter file made trainable and did not train before.
-    dtypes : dict
-        What tensors that train in full had before they were kept in fp32.
     switches : list of (module name, attribute, value)
         What was set on the parents of layers, as it was before.
     """
@@ -44,7 +41,6 @@ class Adaptation:
     trained_before: dict[str, bool] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     thawed: set[str] = field(default_factory=set)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     switches: list[tuple[str, str, Any]] = field(default_factory=list)
 
     def prefixed(self, prefix: str) -> Adaptation:
@@ -61,7 +57,6 @@ class Adaptation:
             named(self.trained_before),
             named(self.replaced),
             {full(name) for name in self.thawed},
-            named(self.dtypes),
             [(full(name), *rest) for name, *rest in self.switches],
         )
 
@@ -71,7 +66,6 @@ class Adaptation:
         self.trained_before = other.trained_before | self.trained_before
         self.replaced = other.replaced | self.replaced
         self.thawed |= other.thawed
-        self.dtypes = other.dtypes | self.dtypes
         self.switches += other.switches
 
 

@@ -83,10 +83,15 @@ def within(name: str, prefixes: Sequence[str]) -> bool:
     return any(f".{prefix}." in f".{name}." for prefix in prefixes)
 
 
+def under(name: str, tops: Sequence[str]) -> bool:
+    """Whether ``name`` is one of the modules with these full names, or lies in one."""
+    return any(name == top or name.startswith(f"{top}.") for top in tops)
+
+
 def as_names(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
-    """One name or several, of any iterable, which is read once."""
+    """One name or several, of any iterable, which is read once; without those of wrappers."""
     names = (given,) if isinstance(given, str) else tuple(given)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"{argument} must hold strings, got {type(name).__name__}")
-    return names
+    return tuple(canonical(name) or name for name in names)

@@ -11,8 +11,8 @@ from torch import nn
 from ..nn import AdapterLinear
 from ..nn.base_weight import is_linear_like
 from ..nn.become import check_can_become
+from .names import canonical, under, within
 from .names import modules as modules_of
-from .names import within
 
 Targets = str | re.Pattern[str] | Iterable[str]
 
@@ -28,6 +28,7 @@ def find_targets(
     targets: Targets,
     adapter: type[AdapterLinear],
     exclude: Sequence[str] = (),
+    apart: Sequence[str] = (),
     skip: Sequence[str] = (),
 ) -> dict[str, nn.Module]:
     """The layers of ``model`` that ``targets`` names, each checked, in the model's order.
@@ -39,7 +40,9 @@ def find_targets(
     adapter : type
         The class that they will become.
     exclude : sequence of str
-        What "all-linear" leaves out.
+        What "all-linear" leaves out, by name or suffix.
+    apart : sequence of str
+        What "all-linear" leaves out, by full name.
     skip : sequence of str
         What is left out, however it was matched.
 
@@ -51,7 +54,11 @@ def find_targets(
         If nothing matches, two matches share a weight, or the parent bypasses the layer's forward.
     """
     modules = modules_of(model)
-    names = [n for n in _matched(model, modules, targets, exclude) if not within(n, skip)]
+    if isinstance(targets, str) and targets == "all-linear":
+        found = [n for n in _all_linear(model, modules, exclude) if not under(n, apart)]
+    else:
+        found = _matched(modules, targets)
+    names = [n for n in found if not within(n, skip)]
     if not names:
         raise ValueError(_no_match(targets, modules))
     layers = {name: modules[name] for name in _first_names(names, modules)}
@@ -59,11 +66,7 @@ def find_targets(
     return layers
 
 
-def _matched(
-    model: nn.Module, modules: dict[str, nn.Module], targets: Targets, exclude: Sequence[str]
-) -> list[str]:
-    if isinstance(targets, str) and targets == "all-linear":
-        return _all_linear(model, modules, exclude)
+def _matched(modules: dict[str, nn.Module], targets: Targets) -> list[str]:
     if isinstance(targets, re.Pattern):
         return [n for n, m in modules.items() if is_linear_like(m) and targets.fullmatch(n)]
     if isinstance(targets, str):
@@ -90,6 +93,7 @@ def _by_name(modules: dict[str, nn.Module], target: str) -> list[str]:
     """Modules whose full name is ``target`` or ends in ``.target``."""
     if not isinstance(target, str):
         raise TypeError(f"target_modules must hold strings, got {type(target).__name__}")
+    target = canonical(target) or target
     return [n for n in modules if n and (n == target or n.endswith("." + target))]
 
 
@@ -116,11 +120,11 @@ def _all_linear(
         and module is not output
         and not isinstance(module, AdapterLinear)
         and not within(name, exclude)
-        and not _bypassed(name, modules)
+        and not bypassed(name, modules)
     ]
 
 
-def _bypassed(name: str, modules: dict[str, nn.Module]) -> str:
+def bypassed(name: str, modules: dict[str, nn.Module]) -> str:
     """The class of the parent that reads the layer's weight and never calls it; empty if none."""
     parent, _, leaf = name.rpartition(".")
     for kind in type(modules.get(parent)).__mro__:
@@ -140,7 +144,7 @@ def _check(
         if not name:
             raise ValueError("model must contain the target layers, got the bare layer itself")
         check_can_become(layer, adapter, name)
-        parent = _bypassed(name, modules)
+        parent = bypassed(name, modules)
         if parent:
             raise ValueError(
                 f"{name} belongs to an {parent}, which reads its weight and never calls it: an "

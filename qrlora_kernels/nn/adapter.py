@@ -90,7 +90,7 @@ class Adapter:
         """r of the update."""
         raise NotImplementedError
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y [..., N] by the fused operator."""
         raise NotImplementedError
 

@@ -133,6 +133,10 @@ def restore(layer: AdapterLinear) -> nn.Module:
     Its weight stays what it is now: merged or not.
     """
     before = over(layer)
+    if layer.bias is not None and layer.bias.dtype != layer.weight.dtype:
+        # Another parameter: a copy of the layer may share this one.
+        narrow = layer.bias.detach().to(layer.weight.dtype)
+        layer.bias = nn.Parameter(narrow, requires_grad=layer.bias.requires_grad)
     for name in layer.trainables:
         layer._parameters.pop(name, None)
     offload.widen(layer)

@@ -20,17 +20,23 @@ Change = Callable[[Tensor], Tensor]
 
 
 def keeping_wide(layer: AdapterLinear, fn: Change) -> Change:
-    """``fn``, after which trainables and wide factors are in fp32 where it asks for half."""
+    """``fn``, after which trainables and wide factors are in fp32 where it asks for half.
+
+    A bias that trains is then in the dtype that was asked for it.
+    """
     own = [getattr(layer, name) for name in (*layer.trainables, *layer.wide)]
-    kept = {id(t) for tensor in own for t in (tensor, tensor.grad) if t is not None}
+    kept = {id(t): torch.float32 for tensor in own for t in (tensor, tensor.grad)}
+    if layer.bias is not None and layer._bias_dtype is not None:
+        kept |= {id(t): layer._bias_dtype for t in (layer.bias, layer.bias.grad)}
 
     def change(tensor: Tensor) -> Tensor:
         out = fn(tensor)
         if id(tensor) not in kept or out.dtype not in HALF:
             return out
+        dtype = kept[id(tensor)]
         if tensor.is_meta or out.is_meta:
-            return torch.empty_like(tensor, device=out.device, dtype=torch.float32)
-        return tensor.to(out.device, torch.float32)
+            return torch.empty_like(tensor, device=out.device, dtype=dtype)
+        return tensor.to(out.device, dtype)
 
     return change
 

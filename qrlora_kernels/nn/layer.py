@@ -38,6 +38,7 @@ class AdapterLinear(Adapter, nn.Module):
     them.
     """
 
+    over: ClassVar[type[nn.Module]]  # the class that the layer had before
     # What an adapted layer keeps in its __dict__ beside its factors.
     state_names: ClassVar[tuple[str, ...]] = (
         "_options",
@@ -46,6 +47,7 @@ class AdapterLinear(Adapter, nn.Module):
         "_start",
         "_starts",
         "_off",
+        "_bias_dtype",
     )
 
     conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
@@ -59,7 +61,8 @@ class AdapterLinear(Adapter, nn.Module):
     _merge: merging.Merge | None
     _start: str | None  # quick digest of the weight that the factors came from; None: unknown
     _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
-    _off: int  # how many threads ask for the base's answer
+    _off: Tensor | None  # its number while some thread asks for the base's answer
+    _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
     # --- construction
 
@@ -111,7 +114,7 @@ class AdapterLinear(Adapter, nn.Module):
             self._start, self._starts = base_weight.digest(self), {}
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
-        self._merge, self._off, self._options = None, 0, options
+        self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
         self.take_state(state)
 
     @torch.no_grad()
@@ -172,25 +175,46 @@ class AdapterLinear(Adapter, nn.Module):
             return nested.through(self.forward, input)
         if self._merge is not None:
             return merging.forward(self, input)
-        if self._off:
-            return switch.forward(self, input)
+        number = self._off  # read once: another thread may end its time meanwhile
+        if number is not None:
+            return switch.forward(self, number, input)
         if self.training and "_hf_hook" in self.__dict__:
             offload.check_narrow(self)
         return self._adapted(input)
 
     def _adapted(self, x: Tensor) -> Tensor:
         if self._strength == 0.0:
-            return F.linear(x, self.matrix(), self.bias)
+            return self.base_forward(x)
+        bias = self.bias if self._bias_dtype is None else self._narrow_bias()
         if self._adds_update():
             # The base sees x, the adapter a dropped copy; one rounding still, so a small update
             # survives in half precision.
             update = self._update(F.dropout(x, self._options.dropout, self.training))
-            return linear_add(x, self.matrix(), self.bias, update)
-        return self._fused(x)
+            return linear_add(x, self.matrix(), bias, update)
+        return self._fused(x, bias)
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the layer would answer without its adapter, bit for bit."""
+        if self._bias_dtype is not None:
+            return F.linear(x, self.matrix(), self._narrow_bias())
+        y: Tensor = type(self).over.forward(self, x)
+        return y
 
     def _adds_update(self) -> bool:
         """Whether the update is computed apart instead of by the fused operator."""
         return self.training and self._options.dropout > 0.0
+
+    # --- a bias that trains
+
+    def keep_bias(self, dtype: torch.dtype) -> None:
+        """Keep the bias in ``dtype`` where the layer is in half precision, now and when cast."""
+        assert self.bias is not None
+        self._bias_dtype = dtype
+        if self.bias.dtype in HALF:
+            self.bias.data = self.bias.data.to(dtype)
+
+    def _narrow_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(self.weight.dtype)
 
     # --- merge
 
@@ -277,7 +301,7 @@ class AdapterLinear(Adapter, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._off = 0  # no thread has the copy off
+        self._off = None  # no thread has the copy off
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``, which comes here for every assignment of a parameter."""

@@ -159,9 +159,9 @@ class LoRAXSLinear(AdapterLinear):
     def rank(self) -> int:
         return self.core.shape[0]
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return functional.lora_xs_linear(
-            x, self.matrix(), self.bias, self.a, self.b, self.core, self._strength
+            x, self.matrix(), bias, self.a, self.b, self.core, self._strength
         )
 
     def _update(self, x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..fingerprint import quick_digest
@@ -35,7 +34,7 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor:
         raise RuntimeError(
             "a merged layer cannot train: its update is inside the weight; call unmerge()"
         )
-    return F.linear(x, layer.matrix(), layer.bias)
+    return layer.base_forward(x)
 
 
 @torch.no_grad()

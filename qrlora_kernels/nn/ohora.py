@@ -187,12 +187,12 @@ class OHoRALinear(AdapterLinear):
     def _adds_update(self) -> bool:
         return self.options.product != "kron" or super()._adds_update()
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         a, b = self.a, self.b
         if self.folded is not None and not _computed_in_half(self.folded):
-            return functional.kron_linear(x, self.folded, self.bias, a, b, scaling=self._strength)
+            return functional.kron_linear(x, self.folded, bias, a, b, scaling=self._strength)
         return functional.kron_linear(
-            x, self.matrix(), self.bias, a, b, self.a0, self.b0, self._strength
+            x, self.matrix(), bias, a, b, self.a0, self.b0, self._strength
         )
 
     def _update(self, x: Tensor) -> Tensor:

@@ -161,9 +161,9 @@ class QRLinear(AdapterLinear):
     def rank(self) -> int:
         return self.lam.shape[0]
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return functional.qr_linear(
-            x, self.matrix(), self.bias, self.q, self.r, self.lam, self._strength
+            x, self.matrix(), bias, self.q, self.r, self.lam, self._strength
         )
 
     def _update(self, x: Tensor) -> Tensor:

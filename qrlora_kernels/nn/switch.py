@@ -1,8 +1,9 @@
 """Layers that answer as their base for a while, in one thread, see :func:`qrlora_kernels.disabled`.
 
 A compiled graph is guarded by what it read when it was made, and no guard knows threads. So a layer
-carries a number while any thread has it off, which a graph can be guarded by, and the graph that is
-made then asks at run time which of both answers its thread wants.
+carries a number while any thread has it off, and the graph that is made then asks at run time which
+of both answers its thread wants. The number is a tensor, since a graph takes tensors as they come:
+it is made once for all layers of a kind and for every time that they are off.
 """
 
 from __future__ import annotations
@@ -15,63 +16,83 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
 
+KEY = "qrlora_kernels.off"
 _numbers = itertools.count(1)
 _lock = threading.Lock()
-_off: dict[int, Counter[int]] = {}  # by a layer's number: how often each thread has it off
+_users: Counter[int] = Counter()  # by a layer's number: how often it is off, in all threads
 
 
 @contextmanager
 def off(layers: Iterable[AdapterLinear]) -> Iterator[None]:
     """Inside, in this thread, ``layers`` answer as their base."""
-    thread, layers = threading.get_ident(), list(layers)
     with _lock:
-        for layer in layers:
-            layer._off = layer._off or next(_numbers)
-            _off.setdefault(layer._off, Counter())[thread] += 1
-    numbers = [layer._off for layer in layers]
+        held = [(layer, _number(layer)) for layer in layers]
+        numbers = Counter(int(number) for _, number in held)
+        _users.update(numbers)
+    _set_mine(_mine() + numbers)
     try:
         yield
     finally:
+        _set_mine(_mine() - numbers)
         with _lock:
-            for layer, number in zip(layers, numbers, strict=True):
-                _off[number][thread] -= 1
-                _off[number] += Counter()  # drops those at zero
-                if not _off[number]:
-                    del _off[number]
-                    layer._off = 0
+            _users.subtract(numbers)
+            for layer, number in held:
+                if _users[int(number)] == 0:
+                    del _users[int(number)]
+                    if vars(layer).get("_off") is number:  # not if it was taken off meanwhile
+                        layer._off = None
 
 
-def is_off(number: int) -> bool:
+def _number(layer: AdapterLinear) -> Tensor:
+    if layer._off is None:
+        layer._off = torch.tensor(next(_numbers))
+    return layer._off
+
+
+def _mine() -> Counter[int]:
+    """The numbers that this thread has off, and how often."""
+    # PyTorch's own thread-local state, and not Python's: a backward takes it along to the threads
+    # that it runs in, where checkpointing computes a forward again.
+    held: Counter[int] = (
+        torch._C._get_obj_in_tls(KEY) if torch._C._is_key_in_tls(KEY) else Counter()
+    )
+    return held
+
+
+def _set_mine(numbers: Counter[int]) -> None:
+    torch._C._stash_obj_in_tls(KEY, numbers)
+
+
+def is_off(number: Tensor) -> bool:
     """Whether this thread has the layer of ``number`` off."""
-    return _off.get(number, Counter())[threading.get_ident()] > 0
+    return _mine()[int(number)] > 0
 
 
-def forward(layer: AdapterLinear, x: Tensor) -> Tensor:
+def forward(layer: AdapterLinear, number: Tensor, x: Tensor) -> Tensor:
     """Of a layer that some thread has off."""
     if torch.compiler.is_compiling():
-        base = F.linear(x, layer.matrix(), layer.bias)
-        y, _ = torch.ops.qrlora.base_or_adapted(base, layer._adapted(x), layer._off)
+        base = layer.base_forward(x)
+        y, _ = torch.ops.qrlora.base_or_adapted(base, layer._adapted(x), number)
         chosen: Tensor = y
         return chosen
-    if is_off(layer._off):
-        return F.linear(x, layer.matrix(), layer.bias)
+    if is_off(number):
+        return layer.base_forward(x)
     return layer._adapted(x)
 
 
 @torch.library.custom_op("qrlora::base_or_adapted", mutates_args=())
-def _base_or_adapted(base: Tensor, adapted: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def _base_or_adapted(base: Tensor, adapted: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
     chosen = is_off(number)
     return (base if chosen else adapted).clone(), torch.tensor(chosen, device=base.device)
 
 
 @_base_or_adapted.register_fake
-def _(base: Tensor, adapted: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def _(base: Tensor, adapted: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(adapted), torch.empty((), dtype=torch.bool, device=base.device)
 
 
