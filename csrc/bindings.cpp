@@ -70,6 +70,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_config", &build_config, "What this binary was built from and for");
     m.def("instruction_sets", &instruction_sets,
           "{set that there are CPU kernels for: why it does not run here, or nothing}");
+    m.def("cpu_features", &qrlora::amx::features,
+          "[(feature beyond the baseline that CPU kernels use, whether this CPU has it)]");
     m.def("amx_obstacle", &qrlora::amx::obstacle,
           "Why bf16 products do not run on the AMX tile unit, or nothing");
 #ifdef QRLORA_SANITIZE

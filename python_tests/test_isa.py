@@ -8,11 +8,13 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from qrlora_kernels import native
+from qrlora_kernels.__main__ import _instruction_sets
 from qrlora_kernels.backends import amx
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -41,6 +43,46 @@ def test_each_missing_feature_is_named_and_no_other() -> None:
         named = re.fullmatch(r"the CPU lacks (.*)|.*", reason)[1]
         missing = [feature for feature in NEEDED[isa] if feature not in has]
         assert (named or "").split(", ") == (missing or [""]), isa
+
+
+@pytest.mark.skipif(not CPUINFO.is_file(), reason="the system does not list the CPU's features")
+@pytest.mark.skipif("avx2" not in built_for(), reason="the names are those of x86-64")
+def test_what_the_core_says_of_the_cpu_is_what_the_system_says() -> None:
+    has = set(re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)[1].split())
+    features = dict(native.core().cpu_features())
+    assert features == {name: name in has for name in features}
+    assert list(features) == list(NEEDED["amx" if "amx" in built_for() else "avx512"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "has", "lacks"),
+    [
+        (
+            {"avx512_bf16"},
+            "avx2, fma, avx512f, avx512bw, avx512dq, avx512vl, amx_tile, amx_bf16",
+            "avx512_bf16",
+        ),
+        (
+            {"amx_tile", "amx_bf16"},
+            "avx2, fma, avx512f, avx512bw, avx512dq, avx512vl, avx512_bf16",
+            "amx_tile, amx_bf16",
+        ),
+        (set(), ", ".join(NEEDED["amx"]), "nothing that the kernels use"),
+        (set(NEEDED["amx"]), "the baseline alone", ", ".join(NEEDED["amx"])),
+    ],
+    ids=["AMX_alone", "AVX512-BF16_alone", "both", "neither"],
+)
+def test_the_report_names_each_apart(
+    monkeypatch: pytest.MonkeyPatch, missing: set[str], has: str, lacks: str
+) -> None:
+    """It said that AMX and AVX512-BF16 are not offered where the CPU has one of them."""
+    core = types.SimpleNamespace(
+        cpu_features=lambda: [(name, name not in missing) for name in NEEDED["amx"]],
+        instruction_sets=native.core().instruction_sets,
+    )
+    monkeypatch.setattr(native, "CORE", core)
+    monkeypatch.setattr(native, "build_config", lambda: {"cpu_kernels": "baseline"})
+    assert _instruction_sets()[:2] == [f"  this CPU has: {has}", f"  this CPU lacks: {lacks}"]
 
 
 def test_the_report_lists_the_sets_that_the_core_was_built_for(

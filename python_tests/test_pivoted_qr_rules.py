@@ -77,6 +77,56 @@ def test_rank_profile() -> None:
         assert list(ranks) == expected
 
 
+def test_a_profile_prints_as_a_short_table_and_keeps_its_numbers() -> None:
+    """It was 6 KB of numbers."""
+    profile = rank_profile(gaussian(40, 60).bfloat16())
+    text = str(profile)
+    assert text == repr(profile)
+    assert len(text.splitlines()) == 12
+    assert max(map(len, text.splitlines())) <= 100
+    shown = [float(line.split()[0]) for line in text.splitlines()[3:]]
+    assert shown == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+    assert len(profile.taus) == len(profile.ranks["energy"]) == 99
+    middle = profile.ranks["magnitude"][profile.taus.index(0.5)]
+    kib = middle * (40 + 60) * 2 / 1024
+    row = text.splitlines()[7].split()
+    assert row[1:4] == [str(middle), f"{middle / 40:.0%}", f"{kib:.1f}"]
+    assert "weight [40, 60] bfloat16, 4.7 KiB" in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 25])
+def test_a_profile_of_other_thresholds_shows_them_or_nine_of_them(count: int) -> None:
+    taus = [0.9 + 0.099 * i / count for i in range(count)]
+    lines = str(rank_profile(gaussian(12, 8), taus)).splitlines()[3:]
+    assert len({line.split()[0] for line in lines}) == len(lines) == min(count, 9)
+
+
+def test_a_profile_without_thresholds_is_refused() -> None:
+    with pytest.raises(ValueError, match="taus must hold at least one threshold"):
+        rank_profile(gaussian(12, 8), [])
+
+
+def test_a_profile_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    profile = rank_profile(gaussian(12, 8), [0.7, 0.2])
+    figure = profile.plot()
+    diagonal, ranks = figure.axes
+    assert diagonal.lines[0].get_ydata()[0] == 1
+    assert len(diagonal.lines[0].get_ydata()) == 8
+    assert [line.get_label() for line in ranks.lines] == list(RANK_RULES)
+    for line in ranks.lines:
+        assert list(line.get_xdata()) == [0.2, 0.7]
+        assert list(line.get_ydata()) == list(reversed(profile.ranks[line.get_label()]))
+    pyplot.close(figure)
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"plot\(\) needs matplotlib.*pip install matplotlib"):
+        profile.plot()
+
+
 @pytest.mark.parametrize(
     ("error", "options"),
     [

@@ -217,7 +217,7 @@ def test_two_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
         zero, differ = results[len(STARTS) :]
         assert zero.startswith("ValueError: ")
         assert "weights[3] must not be zero" in zero
-        assert differ == "ValueError: weights must have the same shapes and dtypes on all ranks"
+        assert differ.startswith("ValueError: the number of weights must be the same on all ranks")
 
 
 def _adapting_rank(rank: int, folder: str) -> None:
@@ -236,8 +236,7 @@ def _adapting_rank(rank: int, folder: str) -> None:
             file.unlink()
         states.append(_adapt(_net(), cache=own, rank=3))
     broken = _net()
-    if rank == 1:
-        broken[2].weight.data[0, 0] = torch.nan  # its own share
+    broken[2].weight.data[0, 0] = torch.nan  # rank 1's share
     blocked = Path(folder) / "blocked"
     if rank == 1:
         blocked.touch()
@@ -265,12 +264,14 @@ def test_two_ranks_adapt_to_the_same_bits(tmp_path: Path) -> None:
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert len(left_files) == len(LAYERS)
     assert left_files == right_files
-    for own, other in zip(right_errors, left_errors, strict=True):
+    for own, other in ((right_errors[i], left_errors[i]) for i in (0, 2)):
         message = own.partition(": ")[2]
         assert own != "no error"
         assert message in other
         assert "on rank 1: " in other
-    assert all(kind.startswith("ValueError: ") for kind in (*left_errors[:2], *right_errors[:2]))
     assert right_errors[0].startswith("ValueError: 2.weight must be finite")
     assert left_errors[0].startswith("ValueError: on rank 1: 2.weight must be finite")
-    assert "FileExistsError" in left_errors[2]
+    # Random factors are drawn, and their weights looked at, by every rank.
+    assert left_errors[1] == right_errors[1]
+    assert left_errors[1].startswith("ValueError: 2.weight must be finite")
+    assert "cache must be a folder" in left_errors[2]

@@ -5,81 +5,28 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import helpers
 import pytest
 import torch
+from contests import (  # noqa: F401  fixtures among them
+    PROBLEM,
+    clock_of_steps,
+    model_of,
+    nothing_measured,
+    only_these,
+    same,
+    slow_step,
+    tune,
+)
 from torch import nn
 
 import qrlora_kernels as qk
-from qrlora_kernels import backends
-from qrlora_kernels.backends import Problem, chooser, composed, tuning
+from qrlora_kernels import backends, contest
+from qrlora_kernels.backends import chooser, tuning
 from qrlora_kernels.tune import Tuning
-
-CPU = torch.device("cpu")
-PROBLEM = Problem("qr_linear", CPU, torch.float32, 16, 24, 36, 4)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("QRLORA_TUNING", raising=False)
-    tuning.clear()
-    chooser.forget()
-    yield
-    tuning.clear()
-    chooser.forget()
-
-
-def _model(adapter: str = "qr", dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 32)).to(dtype)
-    options |= {} if adapter == "ohora" else {"rank": 4}
-    return qk.adapt(model, ["0", "2"], adapter=adapter, progress=False, **options)
-
-
-def _tune(model: nn.Module, tokens: tuple[int, ...] = (3,), **options: Any) -> Any:
-    return qk.tune(model, tokens, seconds=0.001, progress=False, **options)
-
-
-class _Backend:
-    """A stand-in for a backend module: library products, with a step changed."""
-
-    def __init__(self, change: Callable[..., Any]) -> None:
-        self.change = change
-
-    def supports(self, problem: Problem) -> tuple[bool, str]:
-        return True, "for the test"
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *operands: self.change(name, getattr(composed, name)(*operands))
-
-
-@pytest.fixture
-def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Callable[..., Any]]], None]:
-    """Let there be these backends, in this order of preference, and no other."""
-
-    def install(changes: dict[str, Callable[..., Any]]) -> None:
-        there = {name: _Backend(change) for name, change in changes.items()}
-        monkeypatch.setattr(chooser, "BACKENDS", dict.fromkeys(there, ""))
-        original = chooser.load
-        monkeypatch.setattr(chooser, "load", lambda name: there.get(name) or original(name))
-        monkeypatch.setattr(chooser, "passed_over", lambda name, problem: None)
-        chooser.forget()
-
-    return install
-
-
-def _same(name: str, results: Any) -> Any:
-    return results
-
-
-def _slow(name: str, results: Any) -> Any:
-    time.sleep(0.002)
-    return results
-
 
 # --- the table
 
@@ -126,15 +73,15 @@ def test_a_winner_that_cannot_run_is_passed_over(winner):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adapter", ["qr", "lora_xs", "ohora"])
 def test_every_problem_gets_its_winner(adapter, dtype):
-    model = _model(adapter, dtype)
-    found = _tune(model, (1, 5))
+    model = model_of(adapter, dtype)
+    found = tune(model, (1, 5))
     assert len(found.contests) == 4
-    for contest in found.contests:
-        assert not contest.left_out
-        assert contest.winner in contest.seconds
-        assert "composed" in contest.seconds
-        choice = backends.choose(contest.problem)
-        assert choice.name == contest.winner
+    for one in found.contests:
+        assert not one.left_out
+        assert one.winner in one.seconds
+        assert "composed" in one.seconds
+        choice = backends.choose(one.problem)
+        assert choice.name == one.winner
         assert choice.reason.startswith("measured on this")
     for layer in qk.adapted_layers(model).values():
         assert layer.explain(5).reason.startswith("measured on this")
@@ -142,27 +89,26 @@ def test_every_problem_gets_its_winner(adapter, dtype):
     assert str(found).count("tokens") == 4
 
 
-def test_the_fastest_is_chosen_and_the_call_takes_it(only):
-    model = _model()
-    only({"cpu": _slow, "triton": _same, "composed": _slow})
+def test_the_fastest_is_chosen_and_the_call_takes_it(only, slow):
+    model = model_of()
+    only({"cpu": slow, "triton": same, "composed": slow})
     assert backends.choose(PROBLEM).name == "cpu"
-    (contest, _) = _tune(model).contests
-    assert contest.winner == "triton"
-    assert contest.rules == "cpu"
-    assert next(iter(contest.seconds)) == "triton"
+    (found, _) = tune(model).contests
+    assert found.winner == "triton"
+    assert found.rules == "cpu"
+    assert next(iter(found.seconds)) == "triton"
     model(torch.randn(3, 32))
     assert backends.last_choice("qr_linear").name == "triton"
     assert "of" in backends.last_choice("qr_linear").reason
 
 
 def test_a_near_tie_and_an_uncertain_lead_change_nothing(only, monkeypatch):
-    only({"cpu": _same, "composed": _same})
-    module = sys.modules["qrlora_kernels.tune"]
+    only({"cpu": same, "composed": same})
 
     def winner(of_cpu: list[float]) -> str:
-        samples = {"cpu": of_cpu, "composed": [1.0] * 8}
-        monkeypatch.setattr(module, "_time", lambda *_: samples)
-        return _tune(_model()).contests[0].winner
+        samples = {"cpu": [1e-4 * t for t in of_cpu], "composed": [1e-4] * 8}
+        monkeypatch.setattr(contest, "_time", lambda *_: samples)
+        return tune(model_of()).contests[0].winner
 
     assert winner([1.019] * 8) == "cpu"
     assert winner([1.5] * 5 + [0.9] * 3) == "cpu"
@@ -195,14 +141,14 @@ def _off(part: int) -> Callable[..., Any]:
     ],
     ids=["raises", "y", "dx", "dlam", "nan"],
 )
-def test_what_is_wrong_never_wins(only, change, why):
+def test_what_is_wrong_never_wins(only, slow, change, why):
     """However fast, and although it is preferred."""
-    only({"triton": change, "composed": _slow})
-    (contest, _) = _tune(_model()).contests
-    assert contest.winner == "composed"
-    assert contest.left_out["triton"].startswith(why)
-    assert "\n" not in contest.left_out["triton"]
-    assert "left out triton" in str(Tuning([contest]))
+    only({"triton": change, "composed": slow})
+    (found, _) = tune(model_of()).contests
+    assert found.winner == "composed"
+    assert found.left_out["triton"].startswith(why)
+    assert "\n" not in found.left_out["triton"]
+    assert "left out triton" in str(Tuning([found]))
 
 
 def test_plain_calls_choose_again():
@@ -227,8 +173,8 @@ def test_a_forced_backend_stays_forced():
 
 def test_layers_that_add_their_update_are_measured_as_they_run():
     """With dropout in training the operation is another one."""
-    model = _model("qr", dropout=0.5).train()
-    assert {c.problem.op for c in _tune(model).contests} == {"linear_add"}
+    model = model_of("qr", dropout=0.5).train()
+    assert {c.problem.op for c in tune(model).contests} == {"linear_add"}
     layer = next(iter(qk.adapted_layers(model).values()))
     assert layer.explain(3).reason.startswith("measured on this")
     layer(torch.randn(3, layer.in_features))
@@ -236,29 +182,29 @@ def test_layers_that_add_their_update_are_measured_as_they_run():
 
 
 def test_autocast_is_measured_as_it_runs():
-    model = _model()
+    model = model_of()
     with torch.autocast("cpu", torch.bfloat16):
-        assert {c.problem.dtype for c in _tune(model).contests} == {torch.bfloat16}
+        assert {c.problem.dtype for c in tune(model).contests} == {torch.bfloat16}
         model(torch.randn(3, 32))
     assert backends.last_choice("qr_linear").reason.startswith("measured on this")
 
 
 def test_measuring_leaves_no_trace_but_its_result():
     before = dict(chooser._last)
-    _tune(_model())
+    tune(model_of())
     assert chooser._last == before
 
 
 def test_wrong_arguments_are_named():
-    model = _model()
+    model = model_of()
     with pytest.raises(TypeError, match="tokens must be a sequence of integers, got 5"):
         qk.tune(model, 5)
     with pytest.raises(ValueError, match="seconds must be positive, got '1'"):
         qk.tune(model, (1,), seconds="1")
     with pytest.raises(ValueError, match="model must be on a CPU or CUDA device, got meta"):
-        qk.tune(_model().to("meta"), (1,))
+        qk.tune(model_of().to("meta"), (1,))
     with pytest.raises(ValueError, match="adapted layers that are not merged, got none"):
-        qk.tune(qk.merge(_model()), (1,))
+        qk.tune(qk.merge(model_of()), (1,))
     for tokens in ((), (0,), (1.5,), (True,)):
         with pytest.raises(ValueError, match="tokens must be positive integers, got"):
             qk.tune(model, tokens)
@@ -278,7 +224,7 @@ def test_wrong_arguments_are_named():
 
 def test_another_process_reads_the_file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "tuning.json"
-    _tune(_model(), (5,), path=path)
+    tune(model_of(), (5,), path=path)
     assert [p.name for p in path.parent.iterdir()] == ["tuning.json"]
     code = (
         "import torch, qrlora_kernels as qk\n"
@@ -294,9 +240,9 @@ def test_another_process_reads_the_file(tmp_path, monkeypatch):
 
 def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
-    _tune(_model(), (5,), path=path)
+    tune(model_of(), (5,), path=path)
     tuning.clear()
-    _tune(_model("lora_xs"), (5,), path=path)
+    tune(model_of("lora_xs"), (5,), path=path)
     want = tuning.entries()
     tuning.clear()
     monkeypatch.setenv("QRLORA_TUNING", str(path))
@@ -308,7 +254,7 @@ def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     module = sys.modules["qrlora_kernels.tune"]
-    measured, original = [], module._contest
+    measured, original = [], module.contest
 
     def stop_at_the_second(*arguments: Any) -> Any:
         if measured:
@@ -316,9 +262,9 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
         measured.append(original(*arguments))
         return measured[0]
 
-    monkeypatch.setattr(module, "_contest", stop_at_the_second)
+    monkeypatch.setattr(module, "contest", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        _tune(_model(), (5,), path=path)
+        tune(model_of(), (5,), path=path)
     assert backends.choose(measured[0].problem).reason.startswith("measured on this")
     want = tuning.entries()
     tuning.clear()
@@ -330,7 +276,7 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
 def test_a_file_may_be_named_before_it_is_there(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     monkeypatch.setenv("QRLORA_TUNING", str(path))
-    _tune(_model(), (5,), path=path)
+    tune(model_of(), (5,), path=path)
     assert len(tuning.entries()) == 2
 
 

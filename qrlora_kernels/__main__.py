@@ -43,12 +43,19 @@ def report() -> str:
 
 
 def _instruction_sets() -> list[str]:
-    """Those that the core was built for, and what this machine lacks of each."""
+    """What this CPU has and lacks, each by name, and why the kernels for a set do not run here."""
     if native.CORE is None:
         return []
+    features: list[tuple[str, bool]] = native.CORE.cpu_features()
+    has = ", ".join(name for name, there in features if there)
+    lacks = ", ".join(name for name, there in features if not there)
     sets: dict[str, str] = native.CORE.instruction_sets()
     names = native.build_config()["cpu_kernels"].split(",")
-    return [f"  kernels for {name}: {sets[name] or 'run here'}" for name in names]
+    return [
+        f"  this CPU has: {has or 'the baseline alone'}",
+        f"  this CPU lacks: {lacks or 'nothing that the kernels use'}",
+        *(f"  kernels for {name}: {sets[name] or 'run here'}" for name in names),
+    ]
 
 
 def _version(name: str) -> str:

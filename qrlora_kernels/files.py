@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -28,8 +29,10 @@ def write_text(path: Path, text: str) -> None:
 def _replacing(path: Path) -> Iterator[Path]:
     """A file to write, which then takes the place of ``path`` with the permissions of any new one.
 
-    Folders on the way are made.
+    Folders on the way are made. A symbolic link stays, and what it leads to is replaced: the draft
+    lies beside that, since a rename cannot leave its disk.
     """
+    path = _behind_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     # Made by hand: the umask decides its mode, which safetensors' own file would not have.
@@ -41,3 +44,11 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _behind_links(path: Path) -> Path:
+    """The file that ``path`` leads to, there or not."""
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():  # realpath gives up on links that lead in a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return real

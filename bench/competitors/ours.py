@@ -8,12 +8,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import torch
-from qrlora_kernels.nn.base import AdapterLinear, Options
 from torch import nn
 
 import qrlora_kernels as qk
+from qrlora_kernels.nn import AdapterLinear
 from qrlora_kernels.nn.lora_xs import LoRAXSOptions
 from qrlora_kernels.nn.ohora import OHoRAOptions
+from qrlora_kernels.nn.options import Options
 from qrlora_kernels.nn.qr import QROptions
 
 from ..problem import TRAINABLES, LayerProblem, Runner, Unavailable
@@ -41,11 +42,10 @@ def _layer(adapter: str, problem: LayerProblem) -> Runner:
         state["pivots"] = torch.arange(rank)
         state["diagonal"] = torch.ones(rank, dtype=torch.float64)
     layer = kind.from_state(problem.linear(), options(rank), state)
-    model = nn.Sequential(OrderedDict(linear=layer))
     return Runner(
         layer,
         {name: getattr(layer, name) for name in TRAINABLES[adapter]},
-        save=functools.partial(_save, model),
+        save=functools.partial(_save_started, kind, options(rank), problem),
         operation=_OPERATIONS[adapter],
         rank=rank,
     )
@@ -55,12 +55,17 @@ def _r_kron(problem: LayerProblem) -> Runner:
     state = problem.operands("ohora")
     options = OHoRAOptions(rank=state["a"].shape[-1], product="materialised")
     layer = qk.OHoRALinear.from_state(problem.linear(), options, state)
-    model = nn.Sequential(OrderedDict(linear=layer))
     trainables = {name: getattr(layer, name) for name in TRAINABLES["ohora"]}
-    return Runner(layer, trainables, save=functools.partial(_save, model))
+    save = functools.partial(_save_started, qk.OHoRALinear, options, problem)
+    return Runner(layer, trainables, save=save)
 
 
-def _save(model: nn.Module, folder: object) -> None:
+def _save_started(
+    kind: type[AdapterLinear], options: Options, problem: LayerProblem, folder: object
+) -> None:
+    """Of a real start: what is timed has drawn factors, which follow from no weight."""
+    model = nn.Sequential(OrderedDict(linear=problem.linear()))
+    qk.adapt(model, ["linear"], kind.kind, progress=False, **options.to_dict())
     qk.save_adapter(model, f"{folder}/adapter.safetensors")
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import qrlora_kernels as qk
 from qrlora_kernels.linalg import kron_factors, pivoted_qr, truncated_svd
 
+from .. import llama
+from ..llama import gaussian
 from ..memory import peak_bytes, saved_bytes
 from . import pictures
 from .records import Record
@@ -52,15 +54,10 @@ def seconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
     return median(times)
 
 
-def draw_weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
-
-
 def cost_rows(scale: Scale, _: Workshop) -> list[Record]:
     rows = []
     for width in scale.widths:
-        weight = draw_weight(width, width)
+        weight = gaussian(width, width, torch.float32)
         for name, routine in ROUTINES.items():
             if name == "SVD" and width > LARGEST_SVD:
                 continue
@@ -97,7 +94,7 @@ def kron_rows(scale: Scale, _: Workshop) -> list[Record]:
 def _step(width: int, product: Any) -> dict[str, float | None]:
     linear = nn.Linear(width, width)
     with torch.no_grad():
-        linear.weight.copy_(draw_weight(width, width))
+        linear.weight.copy_(gaussian(width, width, torch.float32))
     layer = qk.OHoRALinear.from_linear(linear, columns="selected", product=product)
     x = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
@@ -127,39 +124,41 @@ def kron_lines(_: Scale, rows: Sequence[Record]) -> list[Line]:
     ]
 
 
-# N, K and how many of them a layer of LLaMA-3-8B has: q and o; k and v; gate and up; down.
-LLAMA = {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1}
-LLAMA_LAYERS = 32
 PAPER_LLAMA = {"OHoRA's QR start": "147.5 s", "OHoRA's SVD start": "1,375 s"}  # on an A100
 LLAMA_RANKS = (64, 150)
 SMALL_PART = 8  # of every side and rank, in a small scale
 SVD_SHAPE = (1024, 4096)  # alone, for the others take minutes
 
 
-def _starts(part: int) -> dict[str, Callable[[Tensor], Any]]:
-    def pivoted(rank: int) -> Callable[[Tensor], Any]:
-        return lambda weight: pivoted_qr(weight, rank=rank)
+def _starts(shape: llama.Shape, part: int) -> dict[str, llama.Start]:
+    def pivoted(rank: int) -> llama.Start:
+        return lambda weights: pivoted_qr(weights, rank=rank)
 
-    return {
-        "OHoRA's QR start": lambda weight: kron_factors(weight, columns="selected"),
-        "OHoRA's SVD start": lambda weight: kron_factors(weight, columns="selected", start="svd"),
+    starts: dict[str, llama.Start] = {
+        "OHoRA's QR start": lambda weights: kron_factors(weights, columns="selected"),
+        "OHoRA's SVD start": lambda weights: kron_factors(weights, columns="selected", start="svd"),
         **{f"pivoted_qr, r = {rank // part}": pivoted(rank // part) for rank in LLAMA_RANKS},
     }
+    if shape != tuple(side // part for side in SVD_SHAPE):
+        del starts["OHoRA's SVD start"]
+    return starts
 
 
 def llama_rows(scale: Scale, _: Workshop) -> list[Record]:
     """Starts of one layer's matrices, bf16, one matrix in memory at a time."""
     part = 1 if scale.name == "full" else SMALL_PART
-    rows = []
-    for (n, k), count in LLAMA.items():
-        weight = draw_weight(n // part, k // part, torch.bfloat16)
-        for name, start in _starts(part).items():
-            if name == "OHoRA's SVD start" and (n, k) != SVD_SHAPE:
-                continue
-            taken = seconds(lambda: start(weight), repeats=1)  # noqa: B023
-            shape = list(weight.shape)
-            rows.append({"start": name, "shape": shape, "count": count, "seconds": taken})
-    return rows
+    counts = {(n // part, k // part): count for (n, k), count in llama.LAYER.items()}
+    return [
+        {
+            "start": timed.start,
+            "shape": list(timed.shape),
+            "count": counts[timed.shape],
+            "seconds": timed.seconds,
+        }
+        for timed in llama.timed_starts(
+            dict.fromkeys(counts, 1), lambda shape: _starts(shape, part)
+        )
+    ]
 
 
 def llama_lines(_: Scale, rows: Sequence[Record]) -> list[Line]:
@@ -173,8 +172,8 @@ def llama_lines(_: Scale, rows: Sequence[Record]) -> list[Line]:
             **{f"{n} × {k}": f"{row['seconds']:.2f} s" for (n, k), row in own.items()},
         }
         if own.keys() == shapes:
-            whole = LLAMA_LAYERS * sum(row["count"] * row["seconds"] for row in own.values())
-            line[f"{LLAMA_LAYERS} layers of seven matrices"] = f"{whole:,.1f} s"
+            whole = llama.LAYERS * sum(row["count"] * row["seconds"] for row in own.values())
+            line[f"{llama.LAYERS} layers of seven matrices"] = f"{whole:,.1f} s"
         found.append(line)
     return found
 

@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from qrlora_kernels.nn.base import AdapterLinear
 from torch import Tensor, nn
 
 import qrlora_kernels as qk
-from qrlora_kernels.model import replace_module
+from qrlora_kernels.nn import AdapterLinear
 
 from ..competitors.plain import EAGER
 from ..competitors.registry import R_KRON, require
@@ -154,7 +153,7 @@ def _eager(
 def _with_eager_layers(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for name, layer in qk.adapted_layers(model).items():
-        replace_module(model, name, EagerLinear(layer))
+        model.set_submodule(name, EagerLinear(layer))
     return model
 
 

@@ -26,6 +26,7 @@ ROOM_OF = {
     "__main__": "top",
     "model": "model",
     "tune": "model",
+    "contest": "dispatch",
     "nn": "nn",
     "functional": "public",
     "kernels": "public",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,11 +62,20 @@ def check_rank_fits(name: str, rank: int, weight: Tensor) -> None:
         )
 
 
-def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ValueError if ``weight`` [N, K] holds NaN or Inf."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    if not bool(torch.isfinite(weight.sum(0, dtype=wide)).all()):
+def check_finite(name: str, weight: Tensor) -> float:
+    """The largest magnitude in ``weight`` [N, K]; ValueError if it holds NaN or Inf."""
+    largest = largest_magnitude(weight)
+    if not math.isfinite(largest):
         raise ValueError(f"{name} must be finite, got NaN or Inf")
+    return largest
+
+
+def largest_magnitude(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor with elements; NaN where it holds one."""
+    # Read as it lies in memory: across it takes ten times as long.
+    along = tensor.mT if tensor.ndim == 2 and tensor.stride(0) < tensor.stride(1) else tensor
+    low, high = (float(end) for end in torch.aminmax(along.detach()))
+    return max(abs(low), abs(high))
 
 
 def _check_matrix(name: str, weight: object) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ..fingerprint import fingerprint
+from ..fingerprint import digest_of
+from .agreement import require_agreement
 from .cache import Store
-from .checks import named_matrices
 from .ranks import Ranks
-from .records import Start, check_start, from_record, start_some, to_record
+from .records import Start, check_start, from_record, shaping_options, start_some, to_record
 
 
 def distributed_start(
@@ -29,22 +29,22 @@ def distributed_start(
 ) -> list[Any]:
     """``start(weights, **options)`` shared over the ranks of a process group.
 
-    Every rank calls it with the same weights and options. A matrix is factorised by one rank, which
-    sends the result to the others, so that different machines do not start from different bits. An
-    error on one rank is raised on all.
+    Every rank calls it with the same weights and options, which is checked. A matrix is factorised
+    by one rank, which sends the result to the others, so that different machines do not start from
+    different bits. An error on one rank is raised on all.
 
     Parameters
     ----------
     start : pivoted_qr, truncated_svd or kron_factors
     weights : sequence of Tensor [N, K]
-        Equal on all ranks. Where the group's backend cannot send from their device, results go
-        over one that it can.
+        Equal on all ranks, bit for bit. Where the group's backend cannot send from their device,
+        results go over one that it can.
     group : ProcessGroup, optional
         The default group if None.
     cache : path, optional
         A folder as :func:`cached_start` takes it, one for all ranks or one of each. A result that
         any rank finds there is not computed again; where ranks find different bits, all take the
-        lowest one's.
+        lowest one's. A rank that cannot write there warns, one of several with the same folder.
     **options
         As ``start`` takes them. A progress bar is shown by rank 0, for its share.
 
@@ -58,7 +58,7 @@ def distributed_start(
     RuntimeError
         ``torch.distributed`` is not initialised, or another rank had an error of another kind.
     TypeError, ValueError
-        As ``start`` raises them, or the ranks' matrices differ in number, shape or dtype.
+        As ``start`` raises them, or ranks differ in ``start``, options or weights; on all ranks.
     """
     check_start(start)
     if not (dist.is_available() and dist.is_initialized()):
@@ -68,24 +68,25 @@ def distributed_start(
     ranks = Ranks(group)
     if ranks.rank != 0:
         options = {**options, "progress": False}
-    layouts = ranks.gather(lambda: [(w.shape, w.dtype) for _, w in named_matrices(weights)[0]])
-    if any(layout != layouts[0] for layout in layouts):
-        raise ValueError("weights must have the same shapes and dtypes on all ranks")
+    facts = {"factorisation": start.__name__, "cache": "none" if cache is None else "a folder"}
+    require_agreement(ranks, weights, facts | shaping_options(options))
     if cache is None:
         return _share(ranks, start, weights, {}, [{}] * ranks.size, options)
     store = ranks.together(lambda: Store(cache))
     keys = _shared_keys(ranks, store, start, weights, options)
-    found = ranks.together(lambda: _read(store, start, keys, weights))
+    found = ranks.together(lambda: store.read(start, keys, weights))
     digests = ranks.gather(lambda: {i: _digest(result) for i, result in found.items()})
     results = _share(ranks, start, weights, found, digests, options)
 
-    def keep() -> None:
+    def keep() -> str | None:
+        lacking = {}
         for i, result in enumerate(results):
             held = [digest.get(i) for digest in digests]
             if held[ranks.rank] is None or held[ranks.rank] != _first(held):
-                store.write(keys[i], result)
+                lacking[keys[i]] = result
+        return store.keep(lacking)
 
-    ranks.together(keep)
+    _tell_unkept(ranks, ranks.gather(keep))
     return results
 
 
@@ -144,20 +145,16 @@ def _shared_keys(
     return [shares[owner][i] for i, owner in enumerate(owners)]
 
 
-def _read(
-    store: Store, start: Start, keys: Sequence[str], weights: Sequence[Tensor]
-) -> dict[int, Any]:
-    read = (
-        store.read(start, key, weight.device) for key, weight in zip(keys, weights, strict=True)
-    )
-    return {i: result for i, result in enumerate(read) if result is not None}
+def _tell_unkept(ranks: Ranks, unkept: Sequence[str | None]) -> None:
+    """Warn of what a rank could not keep, once where several ranks say the same."""
+    own = unkept[ranks.rank]
+    if own is not None and own not in unkept[: ranks.rank]:
+        warnings.warn(own, stacklevel=3)
 
 
 def _digest(result: Any) -> str:
     tensors, values = to_record(result)
-    prints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    text = json.dumps([prints, values], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest_of(tensors, json.dumps(values, sort_keys=True))
 
 
 def _first(held: Sequence[str | None]) -> str | None:

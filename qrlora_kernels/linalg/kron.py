@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_finite, check_out_dtype, named_matrices
+from .exponents import in_range, rounded, times_two_to
 from .parallel import map_matrices
 from .precision import start_computation, work_dtype
 from .rules import check_rank_options
@@ -40,7 +41,8 @@ def effective_rank(matrix: Tensor) -> float:
 
     Lies between 1 and min(N, K); 0 for a zero matrix.
     """
-    values = torch.linalg.svdvals(matrix.double())
+    scaled, _ = in_range("matrix", matrix.double())
+    values = torch.linalg.svdvals(scaled)
     total = values.sum()
     if total == 0:
         return 0.0
@@ -112,7 +114,8 @@ def kron_factors(
         Name the argument, and which matrix of the list. Among them: ``rank`` does not divide N and
         K or exceeds r_high; fewer than 2r diagonal entries; K/r rows asked of a Q that has N < K/r
         (a matrix more than r times wider than tall: the paper's formula has no B₀ there, use
-        "kaiming"); both factors zero, from which no gradient leads away.
+        "kaiming"); both factors zero, from which no gradient leads away; a factor that its dtype
+        cannot hold.
     """
     check_rank_options(rank, None, "magnitude", None)
     check_out_dtype(out_dtype)
@@ -128,14 +131,16 @@ def kron_factors(
 
     def one(name: str, weight: Tensor) -> KronFactors:
         r = _check_rank(name, weight, rank, start)
-        check_finite(name, weight)
-        if start == "kaiming":
-            pair = _kaiming(weight, r, seed)
-        else:
-            pair = _from_factors(name, weight, r, columns, start, seed, cut)
-            _check_can_train(name, pair)
         dtype = out_dtype or weight.dtype
-        return KronFactors(pair.a0.to(dtype), pair.b0.to(dtype))
+        if start == "kaiming":
+            check_finite(name, weight)
+            a0, b0 = _kaiming(weight, r, seed)
+            return KronFactors(a0.to(dtype), b0.to(dtype))
+        scaled, exponent = in_range(name, weight)
+        pair = _from_factors(name, scaled, r, columns, start, seed, cut)
+        _check_can_train(name, pair)
+        a0, b0 = (times_two_to(exponent, factor.double()) for factor in pair)
+        return KronFactors(rounded(name, "a0", a0, dtype), rounded(name, "b0", b0, dtype))
 
     results = map_matrices(one, named, "Kronecker start", progress)
     return results[0] if single else results

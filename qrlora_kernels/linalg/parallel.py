@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,12 @@ def map_matrices(
             results[name] = result
             bar.update()
     return [results[name] for name, _ in named]
+
+
+def in_threads(task: Callable[..., T], *items: Sequence[Any]) -> list[T]:
+    """``list(map(task, *items))`` for what releases the GIL, as hashing and reading do."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(task, *items))
 
 
 def _is_small(matrix: Tensor) -> bool:

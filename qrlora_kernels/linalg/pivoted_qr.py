@@ -13,6 +13,7 @@ from tqdm import tqdm
 from . import cpu_core, cuda_core
 from .checks import check_out_dtype, check_rank_fits, named_matrices
 from .cpu_core import Factors
+from .exponents import check_held, in_range, is_held, times_two_to
 from .factors import factors_from_pivots
 from .precision import start_computation
 from .rules import RankRule, check_rank_options
@@ -113,7 +114,8 @@ def pivoted_qr(
     axis : int
         Dimension that is pivoted: 1 (columns), or 0 to factorise the transpose.
     out_dtype : torch.dtype, optional
-        dtype of q and r; the weight's by default.
+        dtype of q and r; the weight's by default, and fp32 where fp16 cannot hold r (a column norm
+        above 65,504).
     progress : bool
         Show a progress bar over the list.
 
@@ -125,7 +127,7 @@ def pivoted_qr(
     ------
     TypeError, ValueError
         Name the argument, and which matrix of the list: not a floating 2-D matrix, NaN or Inf, all
-        zero, ``rank`` beyond min(N, K), ``tau`` outside (0, 1).
+        zero, ``rank`` beyond min(N, K), ``tau`` outside (0, 1), an r that its dtype cannot hold.
     """
     check_rank_options(rank, tau, rank_rule, max_rank)
     check_out_dtype(out_dtype)
@@ -137,6 +139,8 @@ def pivoted_qr(
     for name, weight in named:
         if rank is not None:
             check_rank_fits(name, rank, weight)
+    scaled = [in_range(name, weight) for name, weight in named]
+    named = [(name, weight) for (name, _), (weight, _) in zip(named, scaled, strict=True)]
     options = RankOptions(rank, tau, rank_rule, max_rank, exact)
     dtypes = [out_dtype or weight.dtype for _, weight in named]
     with tqdm(total=2 * len(named), desc="pivoted QR", unit="step", disable=not progress) as bar:
@@ -150,7 +154,12 @@ def pivoted_qr(
         )
         factors = dict(zip(open_, made, strict=True))
         _advance(bar, 2 * len(named))
-    results = [_result(one, one.factors or factors[i]) for i, one in enumerate(chosen)]
+    results = [
+        _result(name, weight, one, one.factors or factors[i], exponent, out_dtype)
+        for i, ((name, weight), one, (_, exponent)) in enumerate(
+            zip(named, chosen, scaled, strict=True)
+        )
+    ]
     return results[0] if single else results
 
 
@@ -181,14 +190,28 @@ def rebuild_pivoted_qr(
         raise ValueError(f"pivots must lie in [0, K = {weight.shape[1]}), got {pivots.tolist()}")
     if len(torch.unique(pivots)) != len(pivots):
         raise ValueError(f"pivots must be distinct columns of {name}, got {pivots.tolist()}")
-    [(q, r, diagonal)] = _factors([weight], [pivots], [out_dtype or weight.dtype], lambda _: None)
-    if not bool((diagonal > 0).all()):  # NaN included
+    weight, exponent = in_range(name, weight)
+    [factors] = _factors([weight], [pivots], [out_dtype or weight.dtype], lambda _: None)
+    if not bool((factors[2] > 0).all()):  # NaN included
         raise ValueError(f"pivots must be independent columns of {name}, got {pivots.tolist()}")
-    return PivotedQR(q, r, pivots, diagonal, len(pivots))
+    chosen = Chosen(pivots, False, None, None)
+    return _result(name, weight, chosen, factors, exponent, out_dtype)
 
 
-def _result(chosen: Chosen, factors: Factors) -> PivotedQR:
+def _result(
+    name: str,
+    weight: Tensor,
+    chosen: Chosen,
+    factors: Factors,
+    exponent: int,
+    out_dtype: torch.dtype | None,
+) -> PivotedQR:
+    """The factors of ``name``, which is ``weight`` · 2ᵉ, from those of ``weight``."""
     q, r, diagonal = factors
+    if out_dtype is None and weight.dtype == torch.float16 and not is_held(r):
+        [(q, r, diagonal)] = _factors([weight], [chosen.pivots], [torch.float32], lambda _: None)
+    r, diagonal = times_two_to(exponent, r), times_two_to(exponent, diagonal)
+    check_held(name, "r", r, diagonal[:1])
     return PivotedQR(q, r, chosen.pivots, diagonal, len(diagonal), chosen.deficient, chosen.bracket)
 
 

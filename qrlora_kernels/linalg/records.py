@@ -27,6 +27,11 @@ def check_start(start: Start) -> None:
         raise ValueError(f"start must be one of {names}, got {start!r}")
 
 
+def shaping_options(options: Mapping[str, Any]) -> dict[str, str]:
+    """The options that shape a start's result, as text."""
+    return {name: str(value) for name, value in options.items() if name != "progress"}
+
+
 def start_some(
     start: Start, weights: Sequence[Tensor], chosen: Sequence[int], options: Mapping[str, Any]
 ) -> dict[int, Any]:

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .exponents import in_range, times_two_to
+
 RankRule = Literal["magnitude", "energy", "abs_sum"]
 RANK_RULES: tuple[str, ...] = get_args(RankRule)
 
@@ -50,12 +52,14 @@ def magnitude_rank(diagonal: Tensor, tau: float) -> int:
 
 def energy_rank(diagonal: Tensor, tau: float) -> int:
     """Smallest r with Σ_{i≤r} R_ii² ≥ τ Σ R_ii² (paper eq. 4); needs the whole diagonal."""
-    return _first_reaching(diagonal.double() ** 2, tau)
+    scaled, _ = in_range("diagonal", diagonal.double())
+    return _first_reaching(scaled**2, tau)
 
 
 def abs_sum_rank(diagonal: Tensor, tau: float) -> int:
     """Smallest r with Σ_{i≤r} \\|R_ii\\| ≥ τ Σ \\|R_ii\\| (paper section 2.2)."""
-    return _first_reaching(diagonal.double().abs(), tau)
+    scaled, _ = in_range("diagonal", diagonal.double())
+    return _first_reaching(scaled.abs(), tau)
 
 
 def rank_from_diagonal(diagonal: Tensor, tau: float, rank_rule: str) -> int:
@@ -88,10 +92,12 @@ def rank_bracket(
         low ≤ r ≤ high; ``high`` is None while k pivots do not bound r from above.
     """
     power = 2 if rank_rule == "energy" else 1
-    known = diagonal.double().abs() ** power
+    scaled, exponent = in_range("diagonal", diagonal.double())
+    known = scaled.abs() ** power
     cumulative = known.cumsum(0)
     left = max(max_terms - len(known), 0)
-    tail = (residual_norms.double() ** power).topk(min(left, len(residual_norms))).values
+    residual = times_two_to(-exponent, residual_norms.double())
+    tail = (residual**power).topk(min(left, len(residual_norms))).values
     at_least = float(cumulative[-1]) + (float(tail[0]) if len(tail) else 0.0)
     at_most = float(cumulative[-1]) + float(tail.sum())
     # A relative 1e-12 covers the rounding of both sums.

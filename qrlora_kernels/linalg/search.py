@@ -129,7 +129,7 @@ def _are_final(weight: Tensor, limit: int, rank: int, rule: RankRule | None) -> 
 
 def _searched(name: str, pivots: Pivots | None) -> Pivots:
     if pivots is None:
-        raise ValueError(f"{name} must be finite, got NaN, Inf or values whose squares overflow")
+        raise ValueError(f"{name} must be finite, got NaN or Inf")
     if len(pivots.columns) == 0:
         raise ValueError(f"{name} must not be zero, got a matrix of norm 0")
     return pivots

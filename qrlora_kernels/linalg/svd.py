@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple, get_args, overload
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_out_dtype, check_rank_fits, named_matrices
+from .checks import check_out_dtype, check_rank_fits, named_matrices
+from .exponents import in_range, rounded, times_two_to
 from .krylov import top_triplets
 from .parallel import map_matrices
 from .precision import start_computation, work_dtype
@@ -18,7 +19,10 @@ Which = Literal["top", "middle", "bottom"]
 
 
 class TruncatedSVD(NamedTuple):
-    """u [N, r], s [r] descending, vh [r, K]; the largest entry of each column of u is positive."""
+    """u [N, r], s [r] descending, vh [r, K]; the largest entry of each column of u is positive.
+
+    s is in fp32 or wider: a singular value may exceed what holds u and vh.
+    """
 
     u: Tensor
     s: Tensor
@@ -74,7 +78,8 @@ def truncated_svd(
     tol : float
         Largest accepted ‖Wᵀu - σv‖ over the triplets, relative to σ_1.
     out_dtype : torch.dtype, optional
-        dtype of the factors; the weight's by default. Computed in fp64 for fp64, else in fp32.
+        dtype of u and vh; the weight's by default. s has it too, in half precision fp32. Computed
+        in fp64 for fp64, else in fp32.
     progress : bool
         Show a progress bar over the list.
 
@@ -97,12 +102,17 @@ def truncated_svd(
 
     def one(name: str, weight: Tensor) -> TruncatedSVD:
         check_rank_fits(name, rank, weight)
-        work = weight.to(work_dtype(weight))
+        scaled, exponent = in_range(name, weight)
+        work = scaled.to(work_dtype(weight))
         if 1 not in work.stride():
             work = work.contiguous()  # or every product would copy it
-        check_finite(name, work)
         found = top_triplets(work, rank, seed, tol) if which == "top" else None
-        return _canonical(*(found or _full(work, rank, which)), out_dtype or weight.dtype)
+        u, s, vh = found or _full(work, rank, which)
+        dtype = out_dtype or weight.dtype
+        u, vh = _canonical(u, vh)
+        s = times_two_to(exponent, s.double())
+        s = rounded(name, "s", s, torch.promote_types(dtype, torch.float32))
+        return TruncatedSVD(u.to(dtype).contiguous(), s, vh.to(dtype).contiguous())
 
     results = map_matrices(one, named, "SVD", progress)
     return results[0] if single else results
@@ -119,11 +129,7 @@ def _full(weight: Tensor, rank: int, which: Which) -> TruncatedSVD:
     return TruncatedSVD(u[:, part], s[part], vh[part])
 
 
-def _canonical(u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype) -> TruncatedSVD:
+def _canonical(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     peak = u.gather(0, u.abs().argmax(0, keepdim=True))
     sign = torch.where(peak < 0, -1.0, 1.0).to(u)
-    return TruncatedSVD(
-        (u * sign).to(dtype).contiguous(),
-        s.to(dtype).clone(),
-        (vh * sign.mT).to(dtype).contiguous(),
-    )
+    return u * sign, vh * sign.mT

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear
@@ -17,10 +17,10 @@ from ..nn.base_weight import present
 from ..nn.become import become, restore
 from ..nn.offload import is_away
 from ..nn.options import Options
-from . import heads, memory, notices, tensors
+from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, modules, parameters, unwrapped, within
-from .targets import Targets, find_targets
+from .targets import Targets, find_targets, refuse_wrapped
 from .watch import watch
 
 Made = tuple[Options, State]
@@ -90,19 +90,25 @@ def adapt(
     opts = _options(kind, options)
     root = unwrapped(model)
     trainable, skip = as_names("trainable", trainable), as_names("skip", skip)
-    _check_named(root, "trainable", trainable)
     if not isinstance(head_dtype, torch.dtype) or not head_dtype.is_floating_point:
         raise TypeError(f"head_dtype must be a floating torch.dtype, got {head_dtype!r}")
     apart = notices.task_head(root)
-    layers = find_targets(root, target_modules, kind, exclude=(*trainable, *apart), skip=skip)
-    _check_disjoint(root, layers, trainable)
+
+    def find() -> dict[str, nn.Module]:
+        _check_named(root, "trainable", trainable)
+        found = find_targets(root, target_modules, kind, exclude=(*trainable, *apart), skip=skip)
+        _check_disjoint(root, found, trainable)
+        return found
+
     run = StartRunner(progress, cache, distributed)
+    layers = run.together(find)
     states = _start(layers, kind, opts, run)
     first = memory.recorded(root) is None
     attach(root, {name: (opts, state) for name, state in states.items()}, kind)
     if first:
         freeze_all_but_adapters(root)
     thaw(root, [n for n in parameters(root) if within(n, trainable)], head_dtype)
+    advice.tell_large_factors(layers)
     notices.tell_passed_over(root, target_modules, layers, apart)
     watch(root)
     return model
@@ -111,38 +117,23 @@ def adapt(
 def _start(
     layers: dict[str, nn.Module], kind: type[AdapterLinear], options: Options, run: StartRunner
 ) -> dict[str, State]:
-    """Of all layers as one batch, or one by one where their weights do not fit into memory."""
+    """Of all layers as one batch, or one by one where their weights do not fit into memory.
+
+    Ranks that share the work must agree on all options, also on those that no start sees, as a
+    strength: their models would differ.
+    """
     if any(is_away(layer) for layer in layers.values()):
         batches = [{name: layer} for name, layer in layers.items()]
     else:
         batches = [layers]
+    counts = {"the number of layers": len(layers), "the number of batches": len(batches)}
+    run.require_agreement(facts={"adapter": kind.kind} | counts | options.to_dict())
     states: dict[str, State] = {}
     for batch in batches:
         with present(*batch.values()):
-            made = kind.start_named(kind.start_matrices(batch, options), options, run)
-        states |= dict(zip(batch, made, strict=True))
+            matrices = run.together(partial(kind.start_matrices, batch, options))
+            states |= dict(zip(batch, kind.start_named(matrices, options, run), strict=True))
     return states
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise where new parameters would not be trained as the others are."""
-    if torch.is_inference_mode_enabled():
-        raise ValueError("adapt must not be called under torch.inference_mode: nothing would train")
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "model must not be in DistributedDataParallel yet, which averages the gradients of "
-                "the parameters that it knew at first: adapt the model, then wrap it"
-            )
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise ValueError("model must not be sharded yet: adapt the model, then wrap it in FSDP")
-    lazy = [name for name, p in parameters(model).items() if is_lazy(p)]
-    if lazy:
-        raise ValueError(f"model must have all its weights, got none yet in {', '.join(lazy)}")
-    if any(p.is_inference() for p in model.parameters()):
-        raise ValueError(
-            "model must not be loaded under torch.inference_mode: its tensors never train"
-        )
 
 
 def _check_named(root: nn.Module, argument: str, names: Sequence[str]) -> None:

@@ -15,9 +15,10 @@ from ..nn import AdapterLinear, base_weight
 from ..nn.adapter import State
 from ..nn.become import check_can_become, over, restore
 from . import lifecycle, memory, tensors
-from .adapt import adapted_layers, attach, freeze_all_but_adapters, refuse_wrapped, thaw
+from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
 from .manifest import AdapterFile, Entry, describe_weight, read, sampled
 from .names import buffers, modules, parameters, unwrapped
+from .targets import refuse_wrapped
 from .watch import watch
 
 CHANGED = "changed"  # as digest of a start: that of a weight which is not there

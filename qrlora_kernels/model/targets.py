@@ -6,13 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..nn import AdapterLinear
 from ..nn.base_weight import is_linear_like
 from ..nn.become import check_can_become
 from .names import modules as modules_of
-from .names import within
+from .names import parameters, within
 
 Targets = str | re.Pattern[str] | Iterable[str]
 
@@ -21,6 +23,27 @@ BYPASSING: dict[str, tuple[str, ...]] = {
     "nn.MultiheadAttention": ("out_proj",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise where new parameters would not be trained as the others are."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("adapt must not be called under torch.inference_mode: nothing would train")
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model must not be in DistributedDataParallel yet, which averages the gradients of "
+                "the parameters that it knew at first: adapt the model, then wrap it"
+            )
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError("model must not be sharded yet: adapt the model, then wrap it in FSDP")
+    lazy = [name for name, p in parameters(model).items() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"model must have all its weights, got none yet in {', '.join(lazy)}")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "model must not be loaded under torch.inference_mode: its tensors never train"
+        )
 
 
 def find_targets(

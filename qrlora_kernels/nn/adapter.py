@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..linalg import StartRunner
 from ..linalg.checks import renamed_matrices
+from ..linalg.exponents import in_range, times_two_to
 from . import base_weight
 from .options import Options
 
@@ -111,6 +112,11 @@ class Adapter:
         raise TypeError(f"{type(self).__name__} has no LoRA factors: its update is not low-rank")
 
 
-def energy(tensor: Tensor) -> float:
-    """The squared Frobenius norm, summed in fp64."""
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) ** 2)
+def share_of_energy(part: Tensor, whole: Tensor) -> float:
+    """‖part‖² / ‖whole‖², summed in fp64."""
+    scaled, exponent = in_range("weight", whole.detach())
+    return _energy(times_two_to(-exponent, part.detach())) / _energy(scaled)
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)

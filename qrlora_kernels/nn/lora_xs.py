@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
-from ..linalg.checks import check_finite, check_rank_fits
+from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude
+from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
 from . import base_weight
-from .adapter import State, energy
+from .adapter import State, share_of_energy
 from .layer import AdapterLinear
 from .options import AlphaOptions, one_of
 
@@ -140,10 +141,12 @@ class LoRAXSLinear(AdapterLinear):
                 for w in weights
             ]
         )
-        return [
-            {"a": a.to(w.dtype).contiguous(), "b": b.to(w.dtype).contiguous(), "core": core}
-            for w, (a, b), core in zip(weights, bases, cores, strict=True)
-        ]
+        states = []
+        for i, (w, (a, b), core) in enumerate(zip(weights, bases, cores, strict=True)):
+            a = rounded(f"weights[{i}]", "a", a, w.dtype)
+            b = rounded(f"weights[{i}]", "b", b, w.dtype)
+            states.append({"a": a.contiguous(), "b": b.contiguous(), "core": core})
+        return states
 
     @classmethod
     def can_train(cls, state: State) -> bool:
@@ -181,7 +184,7 @@ class LoRAXSLinear(AdapterLinear):
             return None
         carrier = self.a if self.options.sigma == "in" else self.b
         with base_weight.present(self):
-            return energy(carrier) / energy(self.matrix())
+            return share_of_energy(carrier, self.matrix())
 
 
 def _bases(
@@ -190,10 +193,11 @@ def _bases(
     """(a, b) for each weight, with Σ on the side that the options ask for."""
     rank = options.rank
     if options.basis == "random":
+        run.require_agreement(weights)  # no start does
         flat = run.drawn(lambda: _random_factors(weights, rank, options.seed))
         return list(zip(flat[::2], flat[1::2], strict=True))
     if options.basis == "random_svd":
-        weights = [_random_like(w, options.seed) for w in weights]
+        weights = [_random_like(f"weights[{i}]", w, options.seed) for i, w in enumerate(weights)]
     results = run(
         linalg.truncated_svd,
         weights,
@@ -213,7 +217,8 @@ def _scaled_gradients(
     Σ is then as large as W's where it is largest: a gradient's falls much faster, and at W's
     Frobenius norm its first direction would outweigh what the others' learning rate is made for.
     """
-    gradients = {name: _gradient(name, layer) for name, layer in layers.items()}
+    # Their size means nothing, and may be too small for a quotient.
+    gradients = {name: in_range(name, _gradient(name, layer))[0] for name, layer in layers.items()}
     both = [*weights.values(), *gradients.values()]
     tops = [found.s[0] for found in linalg.truncated_svd(both, 1, seed=seed)]
     return {
@@ -233,11 +238,11 @@ def _gradient(name: str, linear: nn.Module) -> Tensor:
             "requires_grad_ and backward before), got None"
         )
     wide = gradient.detach().to(accumulation_dtype(gradient.dtype))
-    norm = float(torch.linalg.vector_norm(wide))
-    if not (math.isfinite(norm) and norm > 0.0):
+    largest = largest_magnitude(wide)
+    if not (math.isfinite(largest) and largest > 0.0):
         raise ValueError(
             f"basis 'gradient' needs a finite gradient other than zero in {name}.weight.grad, got "
-            f"one of norm {norm}"
+            f"one of maximum norm {largest}"
         )
     return wide.t() if base_weight.is_conv1d(linear) else wide
 
@@ -248,10 +253,12 @@ def _place_sigma(u: Tensor, s: Tensor, vh: Tensor, side: str) -> tuple[Tensor, T
     return to_a[:, None] * vh, u * to_b
 
 
-def _random_like(weight: Tensor, seed: int) -> Tensor:
+def _random_like(name: str, weight: Tensor, seed: int) -> Tensor:
+    scaled, exponent = in_range(name, weight.detach())
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(weight.shape, generator=generator, device="cpu").to(weight.device)
-    return draw * float(weight.detach().float().std())
+    like = draw * float(scaled.float().std())
+    return times_two_to(exponent, like.double()) if exponent else like
 
 
 def _random_factors(weights: list[Tensor], rank: int, seed: int) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
+from ..linalg.exponents import rounded
 from ..linalg.kron import Columns, Start
 from ..ops.common import autocast_enabled, outside_autocast
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
@@ -148,9 +149,10 @@ class OHoRALinear(AdapterLinear):
             out_dtype=torch.float64,
         )
         states = []
-        for weight, (a0, b0) in zip(weights, results, strict=True):
+        for i, (weight, (a0, b0)) in enumerate(zip(weights, results, strict=True)):
             dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
-            a0, b0 = a0.to(dtype), b0.to(dtype)
+            a0 = rounded(f"weights[{i}]", "a0", a0, dtype)
+            b0 = rounded(f"weights[{i}]", "b0", b0, dtype)
             states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
         return states
 

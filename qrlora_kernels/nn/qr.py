@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
+from ..linalg.exponents import rounded
 from ..reference import accumulation_dtype, qr_delta_ref
 from . import base_weight
-from .adapter import State, energy
+from .adapter import State, share_of_energy
 from .layer import AdapterLinear
 from .options import Options, one_of
 
@@ -134,19 +135,21 @@ class QRLinear(AdapterLinear):
         )
         return [
             {
-                "q": result.q,
-                "r": result.r,
+                "q": result.q.to(weight.dtype),
+                "r": rounded(f"weights[{i}]", "r", result.r, weight.dtype),
                 "pivots": result.pivots,
                 "diagonal": result.diagonal,
                 "lam": result.diagonal.new_zeros(result.rank),
             }
-            for result in results
+            for i, (weight, result) in enumerate(zip(weights, results, strict=True))
         ]
 
     @classmethod
     def rebuild(cls, weight: Tensor, options: Any, compact: State) -> State:
         result = linalg.rebuild_pivoted_qr(weight, compact["pivots"])
-        if not torch.allclose(result.diagonal, compact["diagonal"].to(result.diagonal), rtol=1e-4):
+        stored = compact["diagonal"].to(result.diagonal)
+        rounding = 1e-8 * float(result.diagonal[0])
+        if not torch.allclose(result.diagonal, stored, rtol=1e-4, atol=rounding):
             raise ValueError("the stored pivots do not give the stored diagonal of R")
         return {name: getattr(result, name) for name in cls.factors}
 
@@ -179,4 +182,4 @@ class QRLinear(AdapterLinear):
     def energy_kept(self) -> float:
         """‖Q_r R̃_r‖² / ‖W‖², the share of the weight that the basis spans."""
         with base_weight.present(self):
-            return energy(self.r) / energy(self.matrix())
+            return share_of_energy(self.r, self.matrix())

@@ -21,8 +21,13 @@ struct Leaf {
     }
 };
 
-Features needed() {
-    Features all = features(Isa::avx512);
+// Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+bool kernel_grants_it() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+}  // namespace
+
+Features features() {
+    Features all = qrlora::features(Isa::avx512);
     const Leaf first(0), second(1);
     all.emplace_back("amx_tile", first.d >> 24 & 1);
     all.emplace_back("amx_bf16", first.d >> 22 & 1);
@@ -30,14 +35,9 @@ Features needed() {
     return all;
 }
 
-// Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
-bool kernel_grants_it() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-
-}  // namespace
-
 std::string obstacle() {
     static const std::string reason = [] {
-        std::string lacks = lacking(needed());
+        std::string lacks = lacking(features());
         if (lacks.empty()) lacks = qrlora::obstacle(Isa::avx512);
         if (!lacks.empty()) return lacks;
         return std::string(kernel_grants_it() ? "" : "Linux does not grant the tile registers");
@@ -46,6 +46,8 @@ std::string obstacle() {
 }
 
 #else
+
+Features features() { return qrlora::features(Isa::avx512); }
 
 std::string obstacle() { return "this build has no kernels for it"; }
 

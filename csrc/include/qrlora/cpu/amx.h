@@ -6,10 +6,14 @@
 
 #include "qrlora/cpu/kron.h"
 #include "qrlora/dtype.h"
+#include "qrlora/isa.h"
 #include "qrlora/strided.h"
 
 namespace qrlora::amx {
 
+// What the compiler may use here, and whether this CPU and its operating system have it; only that
+// of the AVX-512 kernels where this build has none for AMX.
+Features features();
 // Whether this CPU and this kernel offer AMX; asks the kernel for the tile state on the first call.
 bool available();
 // Why they do not, or this build does not, each thing that is missing named apart; empty if they
