@@ -16,11 +16,10 @@ _WORD = 8  # bytes
 def fingerprint(tensor: Tensor) -> str:
     """Hexadecimal digest of ``tensor``'s dtype, shape and bits, whatever its strides and device."""
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
-    tensor = tensor.detach().resolve_neg()
-    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
-    step = max(1, _CHUNK // max(1, rows.shape[1]))
-    for part in rows.split(step):
-        digest.update(_bytes(part.cpu()).numpy().data)
+    if tensor.numel():
+        rows = _resolved(tensor).reshape(tensor.shape[0] if tensor.dim() else 1, -1)
+        for part in rows.split(max(1, _CHUNK // rows.shape[1])):
+            digest.update(_bytes(part.cpu()).numpy().data)
     return digest.hexdigest()
 
 
@@ -31,10 +30,9 @@ def quick_digest(tensor: Tensor) -> str:
     with dtype and shape: exact in any order, and every element counts. A change that cancels in
     each row and in each column goes unseen, so it is no cryptographic digest.
     """
-    tensor = tensor.detach().resolve_neg()
     digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=16)
     if tensor.numel():
-        rows = tensor.reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+        rows = _resolved(tensor).reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
         raw = _bytes(rows)
         whole = raw.shape[1] // _WORD * _WORD
         for sums in (*_sums(raw[:, :whole]), *_sums(_padded(raw[:, whole:]))):
@@ -42,10 +40,15 @@ def quick_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _resolved(tensor: Tensor) -> Tensor:
+    """``tensor`` with the bits that it stands for, where a view only notes a sign."""
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
 def _bytes(rows: Tensor) -> Tensor:
     """The bytes of ``rows`` [n, m] as [n, bytes]."""
     # A dimension of one element may keep any stride and pass for contiguous.
-    packed = rows.contiguous().as_strided(rows.shape, (max(rows.shape[1], 1), 1))
+    packed = rows.contiguous().as_strided(rows.shape, (rows.shape[1], 1))
     return packed.view(torch.uint8)
 
 

@@ -79,6 +79,13 @@ def test_adapter_files(adapter: str, dtype: str, factors: str) -> None:
     check_outputs(model, x, adapter, dtype)
 
 
+def test_strict_asks_for_a_file_that_knows_the_whole_base() -> None:
+    model, _ = base("fp32")
+    with pytest.raises(ValueError, match="strict needs a file that knows the whole base"):
+        qk.load_adapter(model, FIXTURES / "qr-fp32-auto.safetensors", strict=True)
+    assert not qk.adapted_layers(model)
+
+
 @each
 def test_state_dicts(adapter: str, dtype: str) -> None:
     """Into a model that was adapted alike; merged layers are unmerged by it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from ..nn.options import plain_value
 from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
-from .names import buffers, modules, parameters, unwrapped
+from .names import modules, named_tensors, parameters, unwrapped
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -103,13 +103,22 @@ def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
             parameter.requires_grad_(record.trained_before[name])
 
 
-def put_replaced_back(root: nn.Module, record: Adaptation) -> None:
-    """Put back what adapter files overwrote outside the adapters."""
-    here = {**parameters(root), **buffers(root)}
-    for name, tensor in record.replaced.items():
-        if name in here and here[name].shape == tensor.shape:
-            tensors.put(root, name, tensor)
-    record.replaced.clear()
+def put_replaced_back(root: nn.Module, record: Adaptation, but: Collection[str] = ()) -> None:
+    """Put back what adapter files overwrote outside the adapters, save what is named in ``but``.
+
+    What trained because of them alone trains no more.
+    """
+    here = named_tensors(root)
+    for name in [n for n in record.replaced if n not in but]:
+        tensor = record.replaced.pop(name)
+        if name not in here or here[name].shape != tensor.shape:
+            continue
+        if name in record.thawed:
+            here[name].requires_grad_(False)
+        if here[name].dtype != tensor.dtype:
+            here[name].data = here[name].data.to(tensor.dtype)  # a head that was kept in fp32
+        tensors.put(root, name, tensor)
+    record.thawed.intersection_update(but)
 
 
 def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from ..fingerprint import fingerprint
 from ..nn import AdapterLinear, base_weight
 from ..nn.adapter import State
-from ..nn.become import check_can_become, over, restore
+from ..nn.become import restore
 from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
-from .manifest import AdapterFile, Entry, describe_weight, read, sampled
-from .names import buffers, modules, parameters, unwrapped
+from .comparing import check_extra, check_others, prepare, refuse_sharded, same
+from .manifest import AdapterFile, read
+from .memory import Adaptation
+from .names import modules, named_tensors, unwrapped
 from .targets import refuse_wrapped
 from .watch import watch
 
@@ -60,15 +59,22 @@ def load_adapter(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is no complete adapter file or of a newer format, or the model is not the base:
-        a layer is missing or its weight has another shape, dtype or content.
+        If the file is no complete adapter file or of a newer format, the model is sharded, or it is
+        not the base: a layer is missing or its weight has another shape, dtype or content.
+    TypeError
+        If a layer can no longer be adapted, because something stands on top of it.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "load_adapter must not be called under torch.inference_mode: nothing would train"
+        )
     file = read(Path(path))
     root = unwrapped(model)
-    prepared = _prepare(root, file, progress)
-    _check_extra(root, file)
-    _check_others(root, file, strict)
-    if any(not _same(prepared[n], modules(root)[n], entry) for n, entry in file.layers.items()):
+    refuse_sharded(root)
+    prepared = prepare(root, file, progress)
+    check_extra(root, file)
+    check_others(root, file, strict)
+    if any(not same(prepared[n], modules(root)[n], entry) for n, entry in file.layers.items()):
         refuse_wrapped(model)
     _apply(root, file, prepared)
     return model
@@ -77,13 +83,14 @@ def load_adapter(
 def _apply(root: nn.Module, file: AdapterFile, prepared: dict[str, State]) -> None:
     here, first = modules(root), memory.recorded(root) is None
     record = memory.begin(root)
-    lifecycle.put_replaced_back(root, record)
+    for adapted in adapted_layers(root).values():
+        adapted.unmerge()
+    lifecycle.put_replaced_back(root, record, but=file.extra.keys())
     fresh: dict[type[AdapterLinear], dict[str, State]] = {}
     for name, entry in file.layers.items():
         layer = here[name]
         if isinstance(layer, AdapterLinear):
-            layer.unmerge()
-            if _same(prepared[name], layer, entry):
+            if same(prepared[name], layer, entry):
                 layer._options = entry.options
                 layer.take_state(prepared[name])
                 continue
@@ -93,142 +100,28 @@ def _apply(root: nn.Module, file: AdapterFile, prepared: dict[str, State]) -> No
         attach(root, {n: (file.layers[n].options, state) for n, state in states.items()}, kind)
     if first:
         freeze_all_but_adapters(root)
-    _take_extra(root, file)
-    for name in file.layers:
-        layer = here[name]
-        assert isinstance(layer, AdapterLinear)
-        with base_weight.present(layer):
-            kept = f"{name}.weight" in file.extra and f"{name}.weight" not in file.thawed
-            layer._start = CHANGED if kept else base_weight.digest(layer)
+    _take_extra(root, file, record)
+    for name, adapted in adapted_layers(root).items():
+        _begin(adapted, brought=f"{name}.weight" in file.extra)
     watch(root)
 
 
-def _take_extra(root: nn.Module, file: AdapterFile) -> None:
-    record = memory.begin(root)
-    adapted = {f"{name}.weight" for name in file.layers}
-    wide = [n for n in file.thawed - adapted if file.extra[n].dtype == torch.float32]
-    for name in file.extra:
-        record.replaced.setdefault(name, tensors.value_of(root, name).cpu().clone())
-    thaw(root, sorted(file.thawed - set(wide)), None)
-    thaw(root, sorted(wide), torch.float32)
-    for name, tensor in file.extra.items():
-        tensors.put(root, name, tensor)
-
-
-def _same(state: State, layer: nn.Module, entry: Entry) -> bool:
-    """Whether ``layer`` is adapted already as the file's is, with parameters of the same shapes."""
-    return isinstance(layer, entry.adapter) and all(
-        getattr(layer, key).shape == state[key].shape for key in entry.adapter.trainables
-    )
-
-
-# --- checks
-
-
-def _prepare(root: nn.Module, file: AdapterFile, progress: bool) -> dict[str, State]:
-    """The tensors of every layer, checked against the base that is there."""
-    stray = sorted(set(adapted_layers(root)) - set(file.layers))
-    if stray:
-        raise ValueError(
-            f"model has adapted layers that {file.path} does not know: {', '.join(stray)}"
-        )
-    here = modules(root)
-    states = {}
-    for name, entry in tqdm(file.layers.items(), "load", disable=not progress):
-        if name not in here:
-            raise ValueError(f"model has no layer {name}, which the adapter was trained on")
-        states[name] = _state(here[name], name, entry, file)
-    return states
-
-
-def _state(layer: nn.Module, name: str, entry: Entry, file: AdapterFile) -> State:
-    if isinstance(layer, AdapterLinear):
-        over(layer)  # that nothing stands on top of it
-    else:
-        check_can_become(layer, entry.adapter, name)
+def _begin(layer: AdapterLinear, brought: bool) -> None:
+    """Let the layer know which weight its factors came from, and compute what follows from it."""
     with base_weight.present(layer):
-        weight = layer.base_weight if isinstance(layer, AdapterLinear) else layer.weight
-        assert isinstance(weight, Tensor)
-        _check_weight(layer, weight, name, entry, file)
-        device = weight.device
-        own = {key: file.tensors[f"{name}.{key}"].to(device) for key in entry.keys}
-        _check_finite(own, name, file)
-        own = {k: t.to(torch.int64) if t.dtype == torch.int32 else t for k, t in own.items()}
-        matrix = weight.t() if base_weight.is_conv1d(layer) else weight
-        return own | _factors(name, entry, matrix.detach(), own)
+        layer._start = CHANGED if brought else base_weight.digest(layer)
+    layer.options = layer.options
 
 
-def _check_weight(
-    layer: nn.Module, weight: Tensor, name: str, entry: Entry, file: AdapterFile
-) -> None:
-    have, want = describe_weight(layer, weight), entry.weight
-    for key in ("conv1d", "shape", "dtype", "fingerprint"):
-        brought = key == "fingerprint" and f"{name}.weight" in file.extra
-        if have[key] != want[key] and not brought:
-            raise ValueError(
-                f"{name}.weight is not the weight the adapter was trained over: its {key} must be "
-                f"{want[key]}, got {have[key]}"
-            )
-
-
-def _check_finite(own: State, name: str, file: AdapterFile) -> None:
-    for key, tensor in own.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{file.path} holds NaN or infinite numbers in {name}.{key}")
-
-
-def _factors(name: str, entry: Entry, weight: Tensor, own: State) -> State:
-    kind = entry.adapter
-    if entry.stored_factors:
-        return {key: own[key] for key in kind.factors}
-    try:
-        factors = kind.rebuild(weight, entry.options, {key: own[key] for key in kind.compact})
-    except ValueError as error:
-        raise ValueError(f"the factors of {name} cannot be rebuilt: {error}") from None
-    for key, digest in entry.digests.items():
-        if fingerprint(factors[key]) != digest:
-            raise ValueError(
-                f"the factor {key} of {name}, recomputed here, differs from the one that was "
-                "trained with; save the adapter with factors='stored' where it was trained"
-            )
-    return factors
-
-
-def _check_extra(root: nn.Module, file: AdapterFile) -> None:
-    here: dict[str, Tensor] = {**buffers(root), **parameters(root)}
-    for name, tensor in file.extra.items():
-        have = list(here[name].shape) if name in here else "no such parameter"
-        if have != list(tensor.shape):
-            raise ValueError(
-                f"model must have a parameter {name} of shape {list(tensor.shape)} for "
-                f"{file.path}, got {have}"
-            )
-
-
-def _check_others(root: nn.Module, file: AdapterFile, strict: bool) -> None:
-    """Compare what the adapter was trained in beside its own layers."""
-    if file.frozen is None:
-        if strict:
-            raise ValueError(
-                f"strict needs a file that knows the whole base, got {file.path} of an earlier "
-                "release"
-            )
-        return
-    here = parameters(root)
-    record = memory.recorded(root)
-    before = record.replaced if record is not None else {}
-    other = [
-        name
-        for name, digest in file.frozen.items()
-        if name not in here
-        or (not here[name].is_meta and sampled(before.get(name, here[name])) != digest)
-    ]
-    if not other:
-        return
-    said = (
-        f"the model differs from the one that {file.path} was trained in, beside the adapted "
-        f"layers: {', '.join(other)}"
-    )
-    if strict:
-        raise ValueError(said)
-    warnings.warn(said, stacklevel=3)
+def _take_extra(root: nn.Module, file: AdapterFile, record: Adaptation) -> None:
+    here = named_tensors(root)
+    brought = {name: tensor for name, tensor in file.extra.items() if name in here}
+    for name in brought:
+        if name not in record.replaced:
+            record.replaced[name] = tensors.value_of(root, name).cpu().clone()
+    thawed = {name: brought[name].dtype for name in brought if name in file.thawed}
+    record.thawed |= {name for name in thawed if not here[name].requires_grad}
+    for dtype in dict.fromkeys(thawed.values()):
+        thaw(root, [name for name in thawed if thawed[name] == dtype], dtype)
+    for name, tensor in brought.items():
+        tensors.put(root, name, tensor)

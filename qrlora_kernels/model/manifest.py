@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +60,8 @@ class AdapterFile:
         What was trained beside the adapters, and statistics that training moves.
     thawed : set of str
         Those of ``extra`` that trained.
+    tied : set of str
+        Those of ``extra`` that are another one's tensor under a further name.
     frozen : dict of str or None
         Sampled digests of everything else; None in files that have none.
     tensors : dict of Tensor
@@ -70,6 +72,7 @@ class AdapterFile:
     layers: dict[str, Entry]
     extra: dict[str, Tensor]
     thawed: frozenset[str]
+    tied: frozenset[str]
     frozen: dict[str, str] | None
     tensors: dict[str, Tensor]
 
@@ -91,15 +94,27 @@ def metadata_of(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, str
     }
 
 
-def describe_weight(layer: nn.Module, weight: Tensor) -> Manifest:
-    """The base weight of ``layer``; ``weight`` as the layer stores it."""
+def describe_weight(layer: nn.Module, weight: Tensor, digest: str) -> Manifest:
+    """The base weight of ``layer``; ``weight`` as the layer stores it, and its fingerprint."""
     shape = weight.t().shape if base_weight.is_conv1d(layer) else weight.shape
     return {
         "shape": list(shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "conv1d": base_weight.is_conv1d(layer),
-        "fingerprint": fingerprint(weight),
+        "fingerprint": digest,
     }
+
+
+def for_file(tensor: Tensor) -> Tensor:
+    """A contiguous CPU copy; of complex numbers, pairs [..., 2] of real ones."""
+    tensor = tensor.detach().cpu()
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return real.contiguous().clone()
+
+
+def all_finite(tensor: Tensor) -> bool:
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    return not floating or bool(tensor.isfinite().all())
 
 
 def sampled(tensor: Tensor) -> str:
@@ -138,19 +153,22 @@ def read(path: Path) -> AdapterFile:
     try:
         manifest = json.loads(text)
         layers = {name: _entry(entry) for name, entry in manifest["layers"].items()}
-        extra, thawed, frozen = _others(manifest)
+        others = _others(manifest)
         shapes = {str(key): [int(n) for n in s] for key, s in manifest["shapes"].items()}
     except _DAMAGE as error:
         raise ValueError(f"{path} has a damaged manifest: {error!r}") from None
-    wanted = [*extra, *(f"{name}.{key}" for name, entry in layers.items() for key in entry.keys)]
-    _check_tensors(path, wanted, shapes, tensors)
+    in_layers = [f"{name}.{key}" for name, entry in layers.items() for key in entry.keys]
+    _check_tensors(path, [*others.extra, *in_layers], shapes, tensors)
+    values = {n: _value(tensors[n], n in others.pairs) for n in others.extra}
+    values |= {n: values[first] for n, first in others.tied.items()}
     return AdapterFile(
         path,
         {canonical(name): entry for name, entry in layers.items()},
-        {canonical(name): tensors[name] for name in extra},
-        frozenset(canonical(name) for name in thawed),
-        frozen,
-        {canonical(name): tensor for name, tensor in tensors.items()},
+        {canonical(name): value for name, value in values.items()},
+        frozenset(canonical(n) for n in values if others.tied.get(n, n) in others.thawed),
+        frozenset(others.tied),
+        others.frozen,
+        {canonical(name): tensors[name] for name in in_layers},
     )
 
 
@@ -184,12 +202,35 @@ def _entry(entry: Manifest) -> Entry:
     )
 
 
-def _others(manifest: Manifest) -> tuple[list[str], list[str], dict[str, str] | None]:
+class _Others(NamedTuple):
+    """What the manifest says of tensors outside the adapters."""
+
+    extra: list[str]
+    thawed: set[str]
+    tied: dict[str, str]  # a further name -> the name in ``extra``
+    pairs: set[str]  # complex numbers, which are stored as pairs of real ones
+    frozen: dict[str, str] | None
+
+
+def _others(manifest: Manifest) -> _Others:
+    """Of earlier releases too, whose files know nothing but ``extra``."""
     extra = [str(name) for name in manifest["extra"]]
     frozen = manifest.get("frozen")
-    if frozen is not None:
-        frozen = {str(name): str(digest) for name, digest in frozen.items()}
-    return extra, list(manifest.get("thawed", extra)), frozen
+    tied = {str(name): str(first) for name, first in manifest.get("tied", {}).items()}
+    lost = sorted({*manifest.get("thawed", extra), *tied.values()} - set(extra))
+    if lost:
+        raise ValueError(f"extra lacks {', '.join(lost)}")
+    return _Others(
+        extra,
+        set(manifest.get("thawed", extra)),
+        tied,
+        set(manifest.get("complex", ())),
+        None if frozen is None else {str(n): str(digest) for n, digest in frozen.items()},
+    )
+
+
+def _value(tensor: Tensor, is_pair: bool) -> Tensor:
+    return torch.view_as_complex(tensor) if is_pair else tensor
 
 
 def _check_tensors(

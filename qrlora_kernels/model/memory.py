@@ -32,6 +32,8 @@ class Adaptation:
         Whether each parameter required a gradient when the first adapter came.
     replaced : dict
         What an adapter file overwrote outside the adapters, as it was before the first file.
+    thawed : set
+        What an adapter file made trainable and did not train before.
     dtypes : dict
         What tensors that train in full had before they were kept in fp32.
     switches : list of (module name, attribute, value)
@@ -41,21 +43,26 @@ class Adaptation:
     layers: dict[str, str] = field(default_factory=dict)
     trained_before: dict[str, bool] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    thawed: set[str] = field(default_factory=set)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     switches: list[tuple[str, str, Any]] = field(default_factory=list)
 
     def prefixed(self, prefix: str) -> Adaptation:
         """The same as seen from a module that holds this one as ``prefix``."""
 
+        def full(name: str) -> str:
+            return f"{prefix}.{name}" if name else prefix
+
         def named(values: dict[str, Any]) -> dict[str, Any]:
-            return {f"{prefix}.{name}" if name else prefix: v for name, v in values.items()}
+            return {full(name): v for name, v in values.items()}
 
         return Adaptation(
             named(self.layers),
             named(self.trained_before),
             named(self.replaced),
+            {full(name) for name in self.thawed},
             named(self.dtypes),
-            [(f"{prefix}.{n}" if n else prefix, *rest) for n, *rest in self.switches],
+            [(full(name), *rest) for name, *rest in self.switches],
         )
 
     def join(self, other: Adaptation) -> None:
@@ -63,6 +70,7 @@ class Adaptation:
         self.layers = other.layers | self.layers
         self.trained_before = other.trained_before | self.trained_before
         self.replaced = other.replaced | self.replaced
+        self.thawed |= other.thawed
         self.dtypes = other.dtypes | self.dtypes
         self.switches += other.switches
 
@@ -81,14 +89,15 @@ def recorded(model: nn.Module) -> Adaptation | None:
 def begin(model: nn.Module) -> Adaptation:
     """The record on ``model`` to write to, with what its parts remember; made at the first call."""
     root = unwrapped(model)
-    whole = recorded(root)
-    if whole is None:
-        whole = Adaptation()
+    parts = dict(_parts(root))
+    if set(parts) == {""}:
+        whole = parts[""]  # the same object for every caller
+    else:
+        whole = recorded(root) or Adaptation()
+        forget(root)
+        vars(root)[ATTRIBUTE] = whole
     for name, p in parameters(root).items():
         whole.trained_before.setdefault(name, p.requires_grad)
-    for module in root.modules():
-        vars(module).pop(ATTRIBUTE, None)
-    vars(root)[ATTRIBUTE] = whole
     return whole
 
 

@@ -47,6 +47,11 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers."""
+    return {**buffers(model), **parameters(model)}
+
+
 def _persistent(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for key, buffer in module._buffers.items():
         if buffer is not None and key not in module._non_persistent_buffers_set:

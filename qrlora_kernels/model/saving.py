@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,13 +14,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import save_tensors
-from ..fingerprint import fingerprint
 from ..nn import AdapterLinear
 from ..nn.base_weight import present, whole
 from .adapt import require_adapted, trained
-from .manifest import Manifest, describe_weight, file_at, metadata_of, sampled
+from .known import known_of
+from .manifest import (
+    Manifest,
+    all_finite,
+    describe_weight,
+    file_at,
+    for_file,
+    metadata_of,
+    sampled,
+)
 from .names import buffers, parameters, unwrapped
-from .tensors import value_of
+from .tensors import values_of
 
 Factors = Literal["auto", "stored", "rebuild"]
 
@@ -55,114 +64,128 @@ def save_adapter(
     Raises
     ------
     ValueError
-        If the model has no adapted layer or is in an FSDP1 wrapper, ``factors`` is none of the
-        three, or it is "rebuild" for factors that do not follow from the base.
+        If the model has no adapted layer, is in an FSDP1 wrapper or has tensors without data,
+        ``factors`` is none of the three, or it is "rebuild" for factors that do not follow from
+        the base.
     """
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
     _refuse_flattened(model)
     root, layers = unwrapped(model), require_adapted(model)
-    own = {id(p) for layer in layers.values() for p in trained(layer)}
-    thawed = _named_once({n: p for n, p in parameters(root).items() if p.requires_grad}, own)
-    extra = {n: value_of(root, n) for n in thawed | _named_once(buffers(root), own)}
-    tensors: dict[str, Tensor] = {}
-    manifest: Manifest = {"layers": {}}
-    changed = []
+    content = _Content()
     for name, layer in tqdm(layers.items(), "save", disable=not progress):
         with present(layer):
-            weight = whole(layer.base_weight)
-            stored = _stores(name, layer, weight, factors)
-            kept = (*layer.trainables, *(layer.factors if stored else layer.compact))
-            tensors |= {f"{name}.{key}": getattr(layer, key) for key in kept}
-            manifest["layers"][name] = _describe(layer, weight, stored)
-            if layer.base_changed():
-                changed.append(name)
-                extra[f"{name}.weight"] = weight
-    _tell_changed(changed)
-    _tell_not_finite(tensors)
-    tensors = {key: _for_file(tensor) for key, tensor in (tensors | extra).items()}
-    narrow = {f"{n}.{key}" for n, layer in layers.items() for key in layer.compact}
-    tensors |= {key: _narrowed(tensors[key]) for key in narrow & tensors.keys()}
-    adapted = {f"{name}.weight" for name in layers}
-    manifest |= {
-        "extra": sorted(extra),
-        "thawed": sorted(thawed),
-        "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()},
-        "frozen": _frozen(root, own, {*extra, *adapted}),
+            _add_layer(content, name, layer, factors)
+    _add_others(content, root, layers)
+    _tell_changed(content.changed)
+    _tell_left_out(content.left_out)
+    _tell_not_finite(content)
+    tensors = {key: for_file(tensor) for key, tensor in content.tensors.items()}
+    manifest = content.manifest | {
+        "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()}
     }
     _write(model, file_at(Path(path)), tensors, metadata_of(manifest, tensors))
 
 
-def _named_once(named: dict[str, Any], without: set[int]) -> dict[str, Tensor]:
-    """Each tensor under the first of its names."""
-    once = {id(tensor): name for name, tensor in reversed(named.items())}
-    return {name: named[name] for tensor, name in reversed(once.items()) if tensor not in without}
+@dataclass
+class _Content:
+    """What goes into the file, as it is found."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=lambda: {"layers": {}})
+    changed: dict[str, Tensor] = field(default_factory=dict)  # base weights by the layer's name
+    left_out: list[str] = field(default_factory=list)
 
 
-def _frozen(root: nn.Module, own: set[int], known: set[str]) -> dict[str, str]:
-    """Sampled digests of what was not trained and is in no adapted weight."""
-    rest = {n: p for n, p in parameters(root).items() if n not in known and id(p) not in own}
-    return {n: sampled(whole(p)) for n, p in _named_once(rest, set()).items() if not p.is_meta}
+# --- adapted layers
 
 
-def _stores(name: str, layer: AdapterLinear, weight: Tensor, factors: Factors) -> bool:
-    """Whether the factors go into the file themselves."""
-    if factors == "stored" or (factors == "auto" and not layer.compact):
-        return True
-    if not layer.rebuildable():
+def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Factors) -> None:
+    weight = whole(layer.base_weight)
+    own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.factors)}
+    _check_data({f"{name}.{key}": t for key, t in {"weight": weight, **own}.items()})
+    known, changed = known_of(layer, weight), layer.base_changed()
+    follow = factors != "stored" and _follow(layer, factors) and not changed
+    follow = follow and known.rebuilds(layer, weight)
+    if factors == "rebuild" and not follow:
         raise ValueError(
-            f"factors must be 'auto' or 'stored' for {name}, whose basis does not follow from "
-            f"its weight, got {factors!r}"
+            f"factors must be 'auto' or 'stored' for {name}, whose factors do not follow from its "
+            f"weight (by their option, or it was cast or changed after adapt), got {factors!r}"
         )
-    if not layer.compact:
-        return False  # the file has digests of what loading recomputes
-    if _rebuilds(layer, weight):
-        return False
-    if factors == "rebuild":
-        raise ValueError(
-            f"factors must be 'auto' or 'stored' for {name}, whose factors no longer follow from "
-            f"its weight (it was cast or changed after adapt), got {factors!r}"
-        )
-    return True
-
-
-def _rebuilds(layer: AdapterLinear, weight: Tensor) -> bool:
-    """Whether loading would compute the very bits of the layer's factors."""
-    matrix = weight.t() if layer.conv1d else weight
-    try:
-        made = layer.rebuild(
-            matrix, layer.options, {key: getattr(layer, key) for key in layer.compact}
-        )
-    except ValueError:
-        return False
-    return all(
-        made[key].dtype == getattr(layer, key).dtype and torch.equal(made[key], getattr(layer, key))
-        for key in layer.factors
-    )
-
-
-def _describe(layer: AdapterLinear, weight: Tensor, stored: bool) -> Manifest:
-    return {
+    kept = (*layer.trainables, *(layer.compact if follow else layer.factors))
+    content.tensors |= {f"{name}.{key}": _narrowed(own[key], key, layer) for key in kept}
+    content.manifest["layers"][name] = {
         "adapter": layer.kind,
         "options": layer.options.to_dict(),
         "rank": layer.rank,
-        "stored_factors": stored,
-        "weight": describe_weight(layer, weight),
+        "stored_factors": not follow,
+        "weight": describe_weight(layer, weight, known.fingerprint(weight)),
         # Factors without compact numbers must come back bit for bit.
-        "digests": {}
-        if layer.compact
-        else {n: fingerprint(getattr(layer, n)) for n in layer.factors},
+        "digests": {} if layer.compact else known.digests(layer),
+    }
+    if changed:
+        content.changed[name] = weight
+
+
+def _follow(layer: AdapterLinear, factors: Factors) -> bool:
+    """Whether the factors are to be recomputed from the weight, if that gives their bits."""
+    return layer.rebuildable() and (factors == "rebuild" or bool(layer.compact))
+
+
+def _narrowed(tensor: Tensor, key: str, layer: AdapterLinear) -> Tensor:
+    """Column indices take half the room as int32."""
+    return tensor.int() if key in layer.compact and not tensor.is_floating_point() else tensor
+
+
+def _check_data(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"model must hold data, got {name} on the meta device")
+
+
+# --- everything else
+
+
+def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLinear]) -> None:
+    own = {id(p) for layer in layers.values() for p in trained(layer)}
+    unmerged = {id(layer.weight): layer.base_weight for layer in layers.values()}
+    held = {n: unmerged.get(id(p), p) for n, p in parameters(root).items()}
+    moving = buffers(root)
+    thawed = {n: p for n, p in held.items() if p.requires_grad and id(p) not in own}
+    content.left_out = [n for n, b in moving.items() if b.layout != torch.strided]
+    extra = thawed | {n: b for n, b in moving.items() if n not in content.left_out}
+    changed = {id(weight) for weight in content.changed.values()}
+    extra |= {n: p for n, p in held.items() if id(p) in changed}
+    names = _names_of(extra)
+    first = {name for name, *_ in names}
+    values = {n: whole(t) for n, t in values_of(root, extra).items() if n in first}
+    # Of an offloaded layer the parameter is another tensor than the weight that was brought in.
+    changed_too = {f"{name}.weight": weight for name, weight in content.changed.items()}
+    values |= {n: w for n, w in changed_too.items() if n in first or n not in extra}
+    _check_data(values)
+    content.tensors |= values
+    adapted = {f"{name}.weight" for name in layers}
+    rest = {
+        n: p for n, p in held.items() if n not in extra and n not in adapted and id(p) not in own
+    }
+    content.manifest |= {
+        "extra": sorted(values),
+        "thawed": sorted(thawed.keys() & first),
+        "tied": {other: name for name, *others in names for other in others},
+        "complex": sorted(n for n, t in values.items() if t.is_complex()),
+        "frozen": {n: sampled(whole(t)) for n, t in values_of(root, rest).items() if not t.is_meta},
     }
 
 
-def _for_file(tensor: Tensor) -> Tensor:
-    """A contiguous CPU copy of a whole tensor."""
-    return whole(tensor).detach().cpu().contiguous().clone()
+def _names_of(tensors: dict[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor, the first one first."""
+    found: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(id(tensor), []).append(name)
+    return list(found.values())
 
 
-def _narrowed(tensor: Tensor) -> Tensor:
-    """Column indices take half the room as int32."""
-    return tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor
+# --- the file
 
 
 def _write(model: nn.Module, path: Path, tensors: dict[str, Tensor], metadata: Any) -> None:
@@ -183,18 +206,30 @@ def _refuse_flattened(model: nn.Module) -> None:
             )
 
 
-def _tell_changed(names: list[str]) -> None:
-    if names:
+def _tell_changed(layers: dict[str, Tensor]) -> None:
+    if layers:
         warnings.warn(
-            f"the base weights of {', '.join(names)} were changed after their adapters began; the "
+            f"the base weights of {', '.join(layers)} were changed after their adapters began; the "
             "file holds these weights too, so that it loads over either base. If a checkpoint was "
             "loaded after adapt, call qk.refresh(model) before training",
             stacklevel=3,
         )
 
 
-def _tell_not_finite(tensors: dict[str, Tensor]) -> None:
-    bad = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+def _tell_left_out(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            "sparse buffers are not saved, and loading leaves them as they are: "
+            f"{', '.join(names)}",
+            stacklevel=3,
+        )
+
+
+def _tell_not_finite(content: _Content) -> None:
+    # Buffers may hold infinite numbers: masks do.
+    trained_here = set(content.tensors) - set(content.manifest["extra"])
+    trained_here |= {*content.manifest["thawed"], *(f"{n}.weight" for n in content.changed)}
+    bad = [n for n, t in content.tensors.items() if n in trained_here and not all_finite(t)]
     if bad:
         warnings.warn(
             f"saved with NaN or infinite numbers, and not to be loaded: {', '.join(bad)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,11 @@ def value_of(root: nn.Module, name: str) -> Tensor:
     owner, key = _owner(root, name)
     tensor = _held(owner, key).detach()
     return offload.stored(owner, key) if offload.is_away(owner, key) else tensor
+
+
+def values_of(root: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``named`` tensors of ``root``, those that are away from where they are kept."""
+    return {n: value_of(root, n) if t.is_meta else t.detach() for n, t in named.items()}
 
 
 @torch.no_grad()

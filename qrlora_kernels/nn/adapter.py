@@ -27,6 +27,15 @@ class Adapter:
     compact: ClassVar[tuple[str, ...]] = ()  # factors that are small and give back the others
     wide: ClassVar[tuple[str, ...]] = ()  # factors that stay in fp32 or wider, as trainables do
     options_type: ClassVar[type[Options]]
+    # What an adapted layer keeps in its __dict__ beside its factors.
+    state_names: ClassVar[tuple[str, ...]] = (
+        "_options",
+        "_strength",
+        "_merge",
+        "_start",
+        "_starts",
+        "_off",
+    )
 
     @classmethod
     def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:
@@ -67,7 +76,8 @@ class Adapter:
         ValueError
             If they cannot be the factors that were trained with.
         """
-        (state,) = cls.start([weight], options, StartRunner())
+        with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
+            (state,) = cls.start([weight], options, StartRunner())
         return {name: state[name] for name in cls.factors}
 
     def rebuildable(self) -> bool:

@@ -50,7 +50,17 @@ def account_kept(layer: AdapterLinear, fn: Change) -> Iterator[None]:
         assert weight is not None
         layer._merge = merging.Merge(weight, _converted(layer._merge.original, fn))
     if changed is False and not layer.base_weight.is_meta:
-        layer._start = quick_digest(layer.base_weight)
+        _begin_in(layer, dtype, target)
+
+
+def _begin_in(layer: AdapterLinear, before: torch.dtype, now: torch.dtype) -> None:
+    """Let the factors be those of the cast weight, unless it is back in a dtype that it had.
+
+    There it has either the bits that it had, or others, which a narrower dtype has rounded.
+    """
+    if layer._start != layer._starts.get(before):
+        layer._starts = {before: layer._start}  # loaded or refreshed since
+    layer._start = layer._starts.setdefault(now, quick_digest(layer.base_weight))
 
 
 def _converted(weight: nn.Parameter, fn: Change) -> nn.Parameter:

@@ -38,9 +38,6 @@ class AdapterLinear(Adapter, nn.Module):
     them.
     """
 
-    # What an adapted layer keeps in its __dict__ beside its factors.
-    state_names: ClassVar[tuple[str, ...]] = ("_options", "_strength", "_merge", "_start", "_off")
-
     conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
 
     in_features: int
@@ -51,6 +48,7 @@ class AdapterLinear(Adapter, nn.Module):
     _strength: float  # s times the run-time strength: what the kernels multiply by
     _merge: merging.Merge | None
     _start: str | None  # quick digest of the weight that the factors came from; None: unknown
+    _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
     _off: int  # how many threads ask for the base's answer
 
     # --- construction
@@ -100,7 +98,7 @@ class AdapterLinear(Adapter, nn.Module):
     def _take_up(self, options: Options, state: State) -> None:
         """Freeze what is there and hold the adapter's tensors beside it."""
         with base_weight.present(self):
-            self._start = base_weight.digest(self)
+            self._start, self._starts = base_weight.digest(self), {}
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self._merge, self._off, self._options = None, 0, options

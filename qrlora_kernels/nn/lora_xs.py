@@ -18,8 +18,9 @@ from ..reference import accumulation_dtype, lora_xs_delta_ref
 from . import base_weight
 from .adapter import State, share_of_energy
 from .layer import AdapterLinear
-from .options import AlphaOptions, one_of
+from .options import LARGEST, AlphaOptions, one_of
 
+MAX_STD = LARGEST / 100  # no draw leaves fp32's range
 Sigma = Literal["in", "out", "split", "none"]
 Basis = Literal["svd", "random_svd", "random", "gradient"]
 
@@ -40,8 +41,10 @@ class LoRAXSOptions(AlphaOptions):
         one_of("vectors", self.vectors, get_args(Which))
         one_of("sigma", self.sigma, get_args(Sigma))
         one_of("basis", self.basis, get_args(Basis))
-        if not self.init_std >= 0.0:
-            raise ValueError(f"init_std must be at least 0, got {self.init_std}")
+        if not 0.0 <= self.init_std <= MAX_STD:
+            raise ValueError(
+                f"init_std must be at least 0 and at most {MAX_STD:.3g}, got {self.init_std}"
+            )
 
 
 class LoRAXSLinear(AdapterLinear):

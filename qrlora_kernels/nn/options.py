@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+import torch
+
+LARGEST = torch.finfo(torch.float32).max  # what the kernels can multiply by
+SEEDS = range(-(2**63), 2**64)  # what PyTorch's generators take
+
 Own = TypeVar("Own", bound="Options")
 
 
@@ -32,6 +37,14 @@ class Options:
             object.__setattr__(self, one.name, value)  # the way into a frozen dataclass
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        largest = self.scaling_of(1) * self.strength  # a rank above 1 only makes it smaller
+        if not abs(largest) <= LARGEST:
+            raise ValueError(
+                f"scaling or alpha, times strength, must be within ±{LARGEST:.3g}, got {largest}"
+            )
+        seed = getattr(self, "seed", 0)
+        if seed not in SEEDS:
+            raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Without a strength of 1, which releases that know no strength mean as well."""
@@ -59,7 +72,7 @@ class AlphaOptions(Options):
         return 1.0 if self.alpha is None else self.alpha / rank
 
     def with_scaling(self: Any, scaling: float, rank: int) -> Any:
-        return replace(self, alpha=scaling * rank)
+        return replace(self, alpha=plain_value("scaling", "float", scaling) * rank)
 
 
 def plain_value(name: str, kind: Any, value: Any) -> Any:
@@ -84,29 +97,34 @@ def plain_value(name: str, kind: Any, value: Any) -> Any:
     if "float" in allowed:
         return _number(name, value)
     if isinstance(value, str):
-        return str(value)
+        return str.__str__(value)  # of an enum's member that is a string, its value
     raise TypeError(f"{name} must be a string, got {type(value).__name__}")
 
 
 def _integer(name: str, value: Any) -> int:
-    value = _scalar(value)
+    value = _scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {_told(value)}")
     return int(value)
 
 
 def _number(name: str, value: Any) -> float:
-    value = _scalar(value)
+    value = _scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a float, got {_told(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+        raise ValueError(f"{name} must be finite and within fp64's range, got {value!r}")
     return number
 
 
-def _scalar(value: Any) -> Any:
+def _scalar(name: str, value: Any) -> Any:
     """The Python number in a NumPy or PyTorch scalar of no dimension."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        raise TypeError(f"{name} must hold a number, got a tensor on the meta device")
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value

@@ -1,0 +1,70 @@
+"""What a save finds out about a layer, remembered: the next save of an unchanged start is cheap."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..fingerprint import fingerprint, quick_digest
+from ..nn import AdapterLinear
+
+State = tuple[str, ...]
+
+
+class Known:
+    """Of a layer while its base weight and its factors stay as they are; found when first asked.
+
+    It holds no tensor. The quick digests in ``state`` tell whether it is still about the layer.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._weight: str | None = None
+        self._factors: dict[str, str] = {}
+        self._rebuilds: bool | None = None
+
+    def fingerprint(self, weight: Tensor) -> str:
+        if self._weight is None:
+            self._weight = fingerprint(weight)
+        return self._weight
+
+    def digests(self, layer: AdapterLinear) -> dict[str, str]:
+        """The fingerprint of each factor."""
+        if not self._factors:
+            self._factors = {name: fingerprint(getattr(layer, name)) for name in layer.factors}
+        return self._factors
+
+    def rebuilds(self, layer: AdapterLinear, weight: Tensor) -> bool:
+        """Whether loading would compute the very bits of the factors."""
+        if self._rebuilds is None:
+            self._rebuilds = _rebuilds(layer, weight)
+        return self._rebuilds
+
+
+_known: WeakKeyDictionary[AdapterLinear, Known] = WeakKeyDictionary()
+
+
+def known_of(layer: AdapterLinear, weight: Tensor) -> Known:
+    """What is known of ``layer`` as it is; ``weight`` is its base weight as it stores it."""
+    tensors = (weight, *(getattr(layer, name) for name in layer.factors))
+    state = (str(layer.options), *map(quick_digest, tensors))
+    have = _known.get(layer)
+    if have is None or have.state != state:
+        have = _known[layer] = Known(state)
+    return have
+
+
+def _rebuilds(layer: AdapterLinear, weight: Tensor) -> bool:
+    matrix = weight.detach().t() if layer.conv1d else weight.detach()
+    try:
+        made = layer.rebuild(
+            matrix, layer.options, {key: getattr(layer, key) for key in layer.compact}
+        )
+    except ValueError:
+        return False
+    return all(
+        made[key].dtype == getattr(layer, key).dtype and torch.equal(made[key], getattr(layer, key))
+        for key in layer.factors
+    )
