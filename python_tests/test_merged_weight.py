@@ -297,4 +297,5 @@ def test_casts_and_moves_keep_it_merged(adapter, change):
     assert torch.equal(model[0].weight, merged)
     assert torch.equal(model[0].base_weight, base)
     assert torch.equal(qk.unmerge(model)[0].weight, base)
-    assert not model[0].base_changed()
+    lost = not torch.equal(base.to(torch.float32), net()[0].weight) and base.dtype == torch.float32
+    assert model[0].base_changed() == lost  # rounded on the way there and back

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear
@@ -21,7 +20,7 @@ from ..nn.options import Options
 from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, modules, parameters, unwrapped, within
-from .targets import Targets, find_targets
+from .targets import Targets, find_targets, refuse_wrapped
 from .watch import watch
 
 Made = tuple[Options, State]
@@ -138,36 +137,6 @@ def _start(
             matrices = run.together(partial(kind.start_matrices, batch, options))
             states |= dict(zip(batch, kind.start_named(matrices, options, run), strict=True))
     return states
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise where new parameters would not be trained as the others are."""
-    if torch.is_inference_mode_enabled():
-        raise ValueError("adapt must not be called under torch.inference_mode: nothing would train")
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "model must not be in DistributedDataParallel yet, which averages the gradients of "
-                "the parameters that it knew at first: adapt the model, then wrap it"
-            )
-    refuse_flattened(model)
-    lazy = [name for name, p in parameters(model).items() if is_lazy(p)]
-    if lazy:
-        raise ValueError(f"model must have all its weights, got none yet in {', '.join(lazy)}")
-    if any(p.is_inference() for p in model.parameters()):
-        raise ValueError(
-            "model must not be loaded under torch.inference_mode: its tensors never train"
-        )
-
-
-def refuse_flattened(model: nn.Module) -> None:
-    """Raise where FSDP1 has put parameters into flat ones, which no name or shape fits."""
-    for module in model.modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise ValueError(
-                "model must not be in FullyShardedDataParallel yet, which flattens its parameters: "
-                "adapt the model or load the adapter, then wrap it"
-            )
 
 
 def _check_named(root: nn.Module, argument: str, names: Sequence[str]) -> None:

@@ -12,18 +12,12 @@ from ..nn import AdapterLinear, base_weight
 from ..nn.adapter import State
 from ..nn.become import restore
 from . import lifecycle, memory, tensors
-from .adapt import (
-    adapted_layers,
-    attach,
-    freeze_all_but_adapters,
-    refuse_flattened,
-    refuse_wrapped,
-    thaw,
-)
+from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
 from .comparing import check_extra, check_others, prepare, refuse_sharded, same
 from .manifest import AdapterFile, read
 from .memory import Adaptation
 from .names import modules, named_tensors, unwrapped
+from .targets import refuse_flattened, refuse_wrapped
 from .watch import watch
 
 CHANGED = "changed"  # as digest of a start: that of a weight which is not there

@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..nn import AdapterLinear
 from ..nn.base_weight import is_linear_like
 from ..nn.become import check_can_become
-from .names import canonical, under, within
+from .names import canonical, parameters, under, within
 from .names import modules as modules_of
 
 Targets = str | re.Pattern[str] | Iterable[str]
@@ -21,6 +23,36 @@ BYPASSING: dict[str, tuple[str, ...]] = {
     "nn.MultiheadAttention": ("out_proj",),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise where new parameters would not be trained as the others are."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("adapt must not be called under torch.inference_mode: nothing would train")
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model must not be in DistributedDataParallel yet, which averages the gradients of "
+                "the parameters that it knew at first: adapt the model, then wrap it"
+            )
+    refuse_flattened(model)
+    lazy = [name for name, p in parameters(model).items() if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"model must have all its weights, got none yet in {', '.join(lazy)}")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "model must not be loaded under torch.inference_mode: its tensors never train"
+        )
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Raise where FSDP1 has put parameters into flat ones, which no name or shape fits."""
+    for module in model.modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError(
+                "model must not be in FullyShardedDataParallel yet, which flattens its parameters: "
+                "adapt the model or load the adapter, then wrap it"
+            )
 
 
 def find_targets(

@@ -27,6 +27,16 @@ class Adapter:
     compact: ClassVar[tuple[str, ...]] = ()  # factors that are small and give back the others
     wide: ClassVar[tuple[str, ...]] = ()  # factors that stay in fp32 or wider, as trainables do
     options_type: ClassVar[type[Options]]
+    # What an adapted layer keeps in its __dict__ beside its factors.
+    state_names: ClassVar[tuple[str, ...]] = (
+        "_options",
+        "_strength",
+        "_merge",
+        "_start",
+        "_starts",
+        "_off",
+        "_bias_dtype",
+    )
 
     @classmethod
     def start_matrices(cls, layers: dict[str, nn.Module], options: Any) -> dict[str, Tensor]:

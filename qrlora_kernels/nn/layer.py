@@ -39,17 +39,6 @@ class AdapterLinear(Adapter, nn.Module):
     """
 
     over: ClassVar[type[nn.Module]]  # the class that the layer had before
-    # What an adapted layer keeps in its __dict__ beside its factors.
-    state_names: ClassVar[tuple[str, ...]] = (
-        "_options",
-        "_strength",
-        "_merge",
-        "_start",
-        "_starts",
-        "_off",
-        "_bias_dtype",
-    )
-
     conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
 
     in_features: int
