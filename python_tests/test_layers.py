@@ -297,3 +297,13 @@ def test_dropout_reaches_dx_and_ends_in_eval(kind):
     torch.testing.assert_close(x.grad, dy @ layer.weight + mask * (dy @ delta))
     layer.eval()
     torch.testing.assert_close(layer(x), x @ (layer.weight + delta).T + layer.bias)
+
+
+@all_three
+def test_factors_follow_parameters_that_something_else_moved(kind):
+    """As accelerate's dispatch and fully_shard do: they know parameters and buffers alone."""
+    layer = trained(kind)
+    for name, parameter in list(layer.named_parameters()):
+        setattr(layer, name, nn.Parameter(parameter.detach().to("meta")))
+    assert layer(tokens().to("meta")).shape == (7, N)
+    assert all(getattr(layer, name).is_meta for name in layer.factors)

@@ -41,6 +41,16 @@ def keeping_wide(layer: AdapterLinear, fn: Change) -> Change:
     return change
 
 
+def follow_weight(layer: AdapterLinear) -> None:
+    """Move the frozen tensors to where the weight is.
+
+    ``fully_shard`` and accelerate's ``dispatch_model`` move parameters and buffers, and them alone.
+    """
+    for name in layer.factors:
+        vars(layer)[name] = vars(layer)[name].to(layer.weight.device)
+    layer._set_options(layer._options)  # what is computed from them follows
+
+
 @contextmanager
 def account_kept(layer: AdapterLinear, fn: Change) -> Iterator[None]:
     """Around a cast or a move of all the layer's tensors: its account of the weight stays true."""
