@@ -218,17 +218,18 @@ def test_a_cell_says_all_that_decides_it():
     assert len({c.digest() for c in (cell, *others)}) == 1 + len(others)
 
 
-def test_seeds_are_outermost_and_a_prefix_of_the_rules_compares_both():
+def test_seeds_are_outermost_and_a_prefix_of_the_rules_compares_all():
     cells = TABLES["rules"].cells(FULL)
     seeds = [cell.seed for cell in cells]
     assert seeds == sorted(seeds)
-    for first, second in zip(cells[::2], cells[1::2], strict=True):
-        assert (first.options["rank_rule"], second.options["rank_rule"]) == ("magnitude", "energy")
-        assert replace(first, options={}) == replace(second, options={})
+    for trio in zip(cells[::3], cells[1::3], cells[2::3], strict=True):
+        rules = [(cell.options["rank_rule"], cell.options["tau"]) for cell in trio]
+        assert rules == [("magnitude", 0.5), ("energy", 0.5), ("energy", 0.7)]
+        assert all(replace(c, options={}) == replace(trio[0], options={}) for c in trio)
 
 
 def test_the_whole_has_three_seeds_and_fits_its_time():
-    """Four hours at fifteen seconds a run, ten minutes at five."""
+    """Four hours at fifteen seconds a run, two at a time; ten minutes at five."""
     for scale, most in ((FULL, 960), (QUICK, 120)):
         cells = {cell.digest(): cell for table in TRAINED for cell in table.cells(scale)}
         assert len(cells) <= most
