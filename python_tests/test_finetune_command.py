@@ -31,7 +31,7 @@ def _cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str) -> list[S
     monkeypatch.setattr(finetune, "load_data", lambda args: data.Data(split, split, ("no", "yes")))
     asked: list[Settings] = []
 
-    def take(cells: Any, lines: Path) -> list[Any]:
+    def take(cells: Any, lines: Path, jobs: int) -> list[Any]:
         asked.extend(cells)
         return []
 
@@ -137,6 +137,44 @@ def test_a_run_that_fails_keeps_the_results_before_it(settings, capsys):
     assert finetune.main(line.split()) == 1
     assert "| head only " in capsys.readouterr().out
     assert len((settings.out / "results.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_at_a_time_give_the_results_of_one_at_a_time_in_their_order(settings, capsys):
+    """The bar and the table are seen; what the runs say lies in a log beside each."""
+    line = (
+        f"--adapter none qr --seeds 0 1 --data {settings.train_file} --eval-data "
+        f"{settings.eval_file} --rank 4 --model {settings.model} --epochs 1 --precision fp32"
+    ).split()
+    scores = []
+    for jobs in ("1", "2"):
+        out = settings.out / jobs
+        assert finetune.main([*line, "--jobs", jobs, "--out", str(out)]) == 0
+        results = [json.loads(r) for r in (out / "results.jsonl").read_text().splitlines()]
+        names = [(r["settings"]["adapter"], r["settings"]["seed"]) for r in results]
+        assert names == [(adapter, seed) for adapter in ("none", "qr") for seed in (0, 1)]
+        scores.append([r["scores"] for r in results])
+    assert scores[0] == scores[1]
+    assert "2 runs at a time." in capsys.readouterr().out
+    assert len(list(out.rglob("*.log"))) == 4
+
+
+@pytest.mark.slow
+def test_a_failure_among_several_ends_them_with_its_words(settings, capsys):
+    line = (
+        f"--adapter none lora_xs --data {settings.train_file} --eval-data {settings.eval_file} "
+        f"--rank 99 --model {settings.model} --epochs 1 --jobs 2 --out {settings.out}"
+    )
+    assert finetune.main(line.split()) == 1
+    said = capsys.readouterr()
+    assert "| head only " in said.out
+    assert "rank must be at most" in said.err
+
+
+def test_no_run_at_a_time_is_refused(settings, capsys):
+    line = f"--jobs 0 --data {settings.train_file} --eval-data {settings.eval_file}"
+    assert finetune.main([*line.split(), "--out", str(settings.out)]) == 2
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_run_that_is_killed_says_so(settings, monkeypatch, capsys):

@@ -18,12 +18,12 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from finetuning.cells import INTERRUPTED, Stopped
+from finetuning.cells import INTERRUPTED, Stopped, share_cores
 
 from ..machine import REPOSITORY
 from .page import AnyTable, write
 from .records import Records
-from .runner import Workshop, share_cores
+from .runner import Workshop
 from .scale import FULL, QUICK, Scale
 from .tables import TABLES
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -153,10 +152,3 @@ def _outcome(result: dict[str, Any]) -> Record:
 def _complaint(cell: Cell, status: int, log: Path) -> str:
     said = log.read_text(encoding="utf-8").strip().splitlines() if log.exists() else []
     return f"{cell.claims()} ended with status {status}: {said[-1] if said else 'it said nothing'}"
-
-
-def share_cores(jobs: int) -> None:
-    """Give each of ``jobs`` runs at a time its part of the cores; before the first of them."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    if jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,4 +1,4 @@
-"""Runs one after another, each in a process of its own: its times and peak memory are its own."""
+"""Runs, each in a process of its own: its times and peak memory are its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from .report import Result, append_line, read_result
 from .settings import Settings
@@ -32,14 +35,24 @@ class Stopped(Exception):
         self.status = status
 
 
-def run_cells(cells: Iterable[Settings], lines: Path) -> Iterator[Result]:
-    """Run the cells in order, add each result to the file ``lines`` and yield it.
+def run_cells(cells: Iterable[Settings], lines: Path, jobs: int = 1) -> Iterator[Result]:
+    """Run the cells, add each result to the file ``lines`` and yield it, in their order.
+
+    Parameters
+    ----------
+    cells : iterable of Settings
+    lines : Path
+    jobs : int
+        Runs at a time, which share the cores; what several say goes into a log beside each.
 
     Raises
     ------
     Stopped
         If a run fails or is interrupted; it said why on stderr.
     """
+    if jobs > 1:
+        yield from _together(list(cells), lines, jobs)
+        return
     precision = ""
     for settings in cells:
         if precision and settings.precision == "auto":
@@ -51,6 +64,43 @@ def run_cells(cells: Iterable[Settings], lines: Path) -> Iterator[Result]:
         precision = result["settings"]["precision"]
         append_line(lines, result)
         yield result
+
+
+def _together(cells: list[Settings], lines: Path, jobs: int) -> Iterator[Result]:
+    """Small models use two cores badly: two runs, a core each, take much less than two in turn."""
+    share_cores(jobs)
+    if any(settings.precision == "auto" for settings in cells):
+        from .training import faster_precision  # imports torch, with the threads of a run
+
+        precision = faster_precision(cells[0].device)
+        cells = [replace(s, precision=precision) if s.precision == "auto" else s for s in cells]
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), unit="run") as bar:
+        runs = [pool.submit(run_alone, settings, _log_of(settings)) for settings in cells]
+        for run in runs:
+            run.add_done_callback(lambda _: bar.update())
+        try:
+            for settings, run in zip(cells, runs, strict=True):
+                if status := run.result():
+                    log = _log_of(settings)
+                    bar.write(log.read_text(encoding="utf-8") if log.exists() else "", sys.stderr)
+                    raise Stopped(status)
+                result = read_result(settings.result_file)
+                append_line(lines, result)
+                yield result
+        except KeyboardInterrupt:  # it reached the runs too
+            raise Stopped(INTERRUPTED) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _log_of(settings: Settings) -> Path:
+    return settings.out.with_suffix(".log")
+
+
+def share_cores(jobs: int) -> None:
+    """Give each of ``jobs`` runs at a time its part of the cores; before the first of them."""
+    if jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
 
 
 def run_alone(settings: Settings, log: Path | None = None) -> int:
