@@ -244,39 +244,6 @@ def test_gradient_checkpointing_computes_the_base_again(reentrant, backend):
     assert not torch.equal(gradient(call, x), gradient(base, x))
 
 
-class Again(torch.autograd.Function):
-    """Calls ``work`` in a backward within ``depth`` backwards, which PyTorch puts on a thread."""
-
-    @staticmethod
-    def forward(ctx, x, depth, work):
-        ctx.depth, ctx.work = depth, work
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.depth == 0:
-            ctx.work()
-        else:
-            with torch.enable_grad():
-                x = torch.ones(1, requires_grad=True)
-                Again.apply(x, ctx.depth - 1, ctx.work).sum().backward()
-        return grad, None, None
-
-
-def test_a_backward_takes_it_along_to_its_threads():
-    model, base = pair()
-    x, found = inputs(), {}
-
-    def work():
-        found[threading.get_ident()] = model(x)
-
-    with qk.disabled(model):
-        Again.apply(torch.ones(1, requires_grad=True), 70, work).sum().backward()
-    (thread,) = found
-    assert thread != threading.get_ident()
-    assert torch.equal(found[thread], base(x))
-
-
 def test_no_gradient_reaches_what_is_off():
     model, _ = pair()
     with qk.disabled(model):

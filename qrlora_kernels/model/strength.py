@@ -36,8 +36,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, in this thread, the model answers as its base: a reference model in one memory.
 
     Bit for bit, in eager mode and compiled, and so far as adapters go: a head that was trained in
-    full stays trained. Under gradient checkpointing ``backward`` belongs inside too, since it runs
-    the forward again. A compiled model computes both answers while it is off anywhere.
+    full stays trained. A compiled model computes both answers while it is off anywhere.
+
+    A checkpointed forward is run again by ``backward``, which then belongs inside too, and in this
+    thread: on a GPU PyTorch runs it in another, so take no gradient through it there.
 
     Merged layers keep their update, which is inside their weight: they are refused.
 

@@ -174,7 +174,8 @@ class AdapterLinear(Adapter, nn.Module):
     def _adapted(self, x: Tensor) -> Tensor:
         if self._strength == 0.0:
             return self.base_forward(x)
-        if self.__dict__[self.factors[0]].device != x.device:
+        weight = self._parameters.get("weight")  # none where it is parametrised
+        if weight is not None and weight.device != self.__dict__[self.factors[0]].device:
             conversion.follow_weight(self)
         bias = self.bias if self._bias_dtype is None else self._narrow_bias()
         if self._adds_update():

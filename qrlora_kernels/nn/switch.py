@@ -21,7 +21,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .layer import AdapterLinear
 
-KEY = "qrlora_kernels.off"
 _numbers = itertools.count(1)
 _lock = threading.Lock()
 _users: Counter[int] = Counter()  # by a layer's number: how often it is off, in all threads
@@ -34,11 +33,11 @@ def off(layers: Iterable[AdapterLinear]) -> Iterator[None]:
         held = [(layer, _number(layer)) for layer in layers]
         numbers = Counter(int(number) for _, number in held)
         _users.update(numbers)
-    _set_mine(_mine() + numbers)
+    _mine.numbers = _mine.numbers + numbers
     try:
         yield
     finally:
-        _set_mine(_mine() - numbers)
+        _mine.numbers = _mine.numbers - numbers
         with _lock:
             _users.subtract(numbers)
             for layer, number in held:
@@ -54,23 +53,21 @@ def _number(layer: AdapterLinear) -> Tensor:
     return layer._off
 
 
-def _mine() -> Counter[int]:
+class _Mine(threading.local):
     """The numbers that this thread has off, and how often."""
-    # PyTorch's own thread-local state, and not Python's: a backward takes it along to the threads
-    # that it runs in, where checkpointing computes a forward again.
-    held: Counter[int] = (
-        torch._C._get_obj_in_tls(KEY) if torch._C._is_key_in_tls(KEY) else Counter()
-    )
-    return held
+
+    # PyTorch has a thread-local state of its own, which a backward takes along to its threads, but
+    # what is stashed there is not kept alive in every release (2.11 ends the process).
+    def __init__(self) -> None:  # of each thread
+        self.numbers: Counter[int] = Counter()
 
 
-def _set_mine(numbers: Counter[int]) -> None:
-    torch._C._stash_obj_in_tls(KEY, numbers)
+_mine = _Mine()
 
 
 def is_off(number: Tensor) -> bool:
     """Whether this thread has the layer of ``number`` off."""
-    return _mine()[int(number)] > 0
+    return _mine.numbers[int(number)] > 0
 
 
 def forward(layer: AdapterLinear, number: Tensor, x: Tensor) -> Tensor:
