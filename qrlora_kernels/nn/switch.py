@@ -68,6 +68,14 @@ def _set_mine(numbers: Counter[int]) -> None:
     torch._C._stash_obj_in_tls(KEY, numbers)
 
 
+def check_on(layers: Iterable[AdapterLinear], doing: str) -> None:
+    """Raise if some thread has one of ``layers`` off, whose base would then no longer answer."""
+    if any(layer._off is not None for layer in layers):
+        raise ValueError(
+            f"{doing} needs adapters that are on, got some that qk.disabled has off: leave it first"
+        )
+
+
 def is_off(number: Tensor) -> bool:
     """Whether this thread has the layer of ``number`` off."""
     return _mine()[int(number)] > 0
