@@ -179,3 +179,29 @@ def test_whatever_changes_after_a_save_is_seen_by_the_next(path):
         model[2].weight[1, 1] += 1
     qk.save_adapter(model, path)
     assert helpers.same_bits(answer(qk.load_adapter(base(), path)), answer(model))
+
+
+@changed
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_file_with_its_base_is_refused_after_a_cast_of_the_model(adapter, path):
+    """The weight that the first file overwrote was asked for its dtype, which the cast changed."""
+    trained = trained_through(adapter)
+    with torch.no_grad():
+        for layer in qk.adapted_layers(trained).values():
+            layer.weight.add_(0.1)
+    qk.save_adapter(trained, path)
+    model = qk.load_adapter(base(), path).double()
+    want = model(x(torch.float64))
+    with pytest.raises(ValueError, match="dtype must be float32, got float64: cast the model"):
+        qk.load_adapter(model, path)
+    assert torch.equal(model(x(torch.float64)), want)
+
+
+@pytest.mark.parametrize("adapter", ["qr", "lora_xs"])
+def test_a_weight_set_to_zero_is_summarised(adapter):
+    model = moved(adapter)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    summary = qk.summary(model)
+    assert summary.layers[0].energy is None
+    assert "the weights of 0 are not those" in summary.table()

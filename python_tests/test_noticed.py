@@ -269,3 +269,14 @@ def test_wavlm_is_refused_at_once(name):
     model = nn.ModuleDict({"attention": wavlm.WavLMAttention(16, 2)})
     with pytest.raises(ValueError, match=f"attention.{name} belongs to an WavLMAttention"):
         adapted(model, [name])
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_model_that_is_the_adapted_layer_is_not_told_that_nothing_called_it(adapter, tmp_path):
+    kind = {"qr": qk.QRLinear, "lora_xs": qk.LoRAXSLinear, "ohora": qk.OHoRALinear}[adapter]
+    linear = nn.Linear(16, 16)
+    qk.save_adapter(kind.from_linear(copy.deepcopy(linear), **ADAPTERS[adapter]), tmp_path)
+    model = qk.load_adapter(linear, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(3, 16)).sum().backward()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..linalg import StartRunner
-from ..nn import ADAPTERS, AdapterLinear
+from ..nn import ADAPTERS, AdapterLinear, switch
 from ..nn.adapter import State
 from ..nn.base_weight import present
 from ..nn.become import become, restore
@@ -19,7 +19,7 @@ from ..nn.offload import is_away
 from ..nn.options import Options
 from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
-from .names import as_names, modules, parameters, unwrapped, within
+from .names import as_names, check_model, modules, parameters, unwrapped, within
 from .targets import Targets, find_targets, refuse_wrapped
 from .watch import watch
 
@@ -82,10 +82,12 @@ def adapt(
     ------
     TypeError, ValueError
         If nothing matches, a match cannot be adapted (quantised, meta, shared weight, ...), the
-        model is wrapped already, or an option is out of range; the message names the layer or the
-        option. An error of one rank is raised on all.
+        model is wrapped already or off in :func:`disabled`, or an option is out of range; the
+        message names the layer or the option. An error of one rank is raised on all.
     """
+    check_model(model)
     refuse_wrapped(model)
+    switch.check_on(adapted_layers(model).values(), "adapt")
     kind = adapter_type(adapter)
     opts = _options(kind, options)
     root = unwrapped(model)

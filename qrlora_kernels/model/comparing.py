@@ -68,8 +68,8 @@ def _state(
         weight = layer.base_weight if isinstance(layer, AdapterLinear) else layer.weight
         assert isinstance(weight, Tensor)
         device = weight.device
-        # An earlier file's weight goes before this file comes.
-        weight = record.replaced.get(f"{name}.weight", weight).to(device)
+        # An earlier file's weight goes before this file comes; the model may have been cast since.
+        weight = record.replaced.get(f"{name}.weight", weight).to(weight)
         _check_weight(layer, weight, name, entry, file)
         own = {key: file.tensors[f"{name}.{key}"].to(device) for key in entry.keys}
         _check_finite({f"{name}.{key}": tensor for key, tensor in own.items()}, file)

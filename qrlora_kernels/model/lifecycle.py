@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..linalg import StartRunner
-from ..nn import AdapterLinear, base_weight, merging, offload
+from ..nn import AdapterLinear, base_weight, merging, offload, switch
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
 from . import heads, memory, tensors, watch
@@ -27,8 +27,9 @@ def merge(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        If no layer is adapted, a layer's weight is tied to another module's, or a merged weight
-        would not be finite. The message names the layer and every weight is as it was.
+        If no layer is adapted, a layer's weight is tied to another module's, a merged weight would
+        not be finite, or the adapters are off in :func:`disabled`. The message names the layer and
+        every weight is as it was.
     """
     layers = require_adapted(model)
     _check_owners(model, layers)
@@ -69,6 +70,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
     for layer in layers.values():
         over(layer)
     if merge:
+        switch.check_on(layers.values(), "unload with merge=True")
         _check_owners(model, layers)
         for name, layer in layers.items():
             with _named(name):

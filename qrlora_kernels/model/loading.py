@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..nn import AdapterLinear, base_weight
+from ..nn import AdapterLinear, base_weight, switch
 from ..nn.adapter import State
 from ..nn.become import restore
 from . import lifecycle, memory, tensors
@@ -16,7 +15,7 @@ from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
 from .comparing import check_extra, check_others, prepare, refuse_sharded, same
 from .manifest import AdapterFile, read
 from .memory import Adaptation
-from .names import modules, named_tensors, unwrapped
+from .names import check_model, modules, named_tensors, unwrapped
 from .targets import refuse_flattened, refuse_wrapped
 from .watch import watch
 
@@ -68,8 +67,9 @@ def load_adapter(
         raise ValueError(
             "load_adapter must not be called under torch.inference_mode: nothing would train"
         )
+    check_model(model)
     refuse_flattened(model)
-    file = read(Path(path))
+    file = read(path)
     root = unwrapped(model)
     refuse_sharded(root)
     prepared = prepare(root, file, progress)
@@ -77,6 +77,7 @@ def load_adapter(
     check_others(root, file, strict)
     if any(not same(prepared[n], modules(root)[n], entry) for n, entry in file.layers.items()):
         refuse_wrapped(model)
+        switch.check_on(adapted_layers(root).values(), "load_adapter with other adapters")
     _apply(root, file, prepared)
     return model
 

@@ -9,6 +9,7 @@ error and never a silently different model.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,8 +78,14 @@ class AdapterFile:
     tensors: dict[str, Tensor]
 
 
-def file_at(path: Path) -> Path:
+def file_at(path: str | os.PathLike[str]) -> Path:
     """``path``, or the adapter's file in it if it is a folder."""
+    named = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(named, str):
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__} {path!r}")
+    if not named:
+        raise ValueError("path must name a file or a folder, got ''")
+    path = Path(path)
     return path / FILE_NAME if path.is_dir() else path
 
 
@@ -125,7 +132,7 @@ def sampled(tensor: Tensor) -> str:
     return digest_of({"": some}, str(list(tensor.shape)))[:8]  # a file has one a tensor
 
 
-def read(path: Path) -> AdapterFile:
+def read(path: str | os.PathLike[str]) -> AdapterFile:
     """Read a file and check that it is whole.
 
     Raises

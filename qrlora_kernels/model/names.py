@@ -18,6 +18,11 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers of the whole model."""
     while True:
@@ -30,6 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its name, those with several names under each of them."""
+    check_model(model)
     return _unique(model.named_modules(remove_duplicate=False))
 
 

@@ -27,7 +27,7 @@ from .manifest import (
     metadata_of,
     sampled,
 )
-from .names import buffers, parameters, unwrapped
+from .names import buffers, check_model, parameters, unwrapped
 from .tensors import values_of
 
 Factors = Literal["auto", "stored", "rebuild"]
@@ -70,7 +70,9 @@ def save_adapter(
     """
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
+    check_model(model)
     _refuse_flattened(model)
+    file = file_at(path)
     root, layers = unwrapped(model), require_adapted(model)
     content = _Content()
     for name, layer in tqdm(layers.items(), "save", disable=not progress):
@@ -84,7 +86,7 @@ def save_adapter(
     manifest = content.manifest | {
         "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()}
     }
-    _write(model, file_at(Path(path)), tensors, metadata_of(manifest, tensors))
+    _write(model, file, tensors, metadata_of(manifest, tensors))
 
 
 @dataclass

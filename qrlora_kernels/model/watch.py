@@ -55,7 +55,7 @@ class Watch:
             return
         stop(root)
         parents = {n: _caller(n, here) for n, layer in layers.items() if id(layer) not in compiled}
-        arrived: set[str] = set()
+        arrived = {""}  # the root, which may be an adapted layer itself
         for name in {*parents, *parents.values()} - {""}:
             here[name].register_forward_pre_hook(Arrival(name, arrived))
         root.register_forward_hook(Conclusion(parents, arrived))
@@ -83,7 +83,7 @@ class Conclusion:
     def __call__(self, root: nn.Module, args: Any, output: Any) -> None:
         stop(root)
         missed = [name for name in self.parents if name not in self.arrived]
-        called = [n for n in missed if self.parents[n] in self.arrived | {""}]  # "" is the root
+        called = [n for n in missed if self.parents[n] in self.arrived]
         _tell_unread(called)
         _tell_uncalled([name for name in missed if name not in called])
         layers = {n: m for n, m in _adapted(modules(root)).items() if n in self.arrived}

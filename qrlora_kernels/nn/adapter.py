@@ -123,10 +123,11 @@ class Adapter:
         raise TypeError(f"{type(self).__name__} has no LoRA factors: its update is not low-rank")
 
 
-def share_of_energy(part: Tensor, whole: Tensor) -> float:
-    """‖part‖² / ‖whole‖², summed in fp64."""
+def share_of_energy(part: Tensor, whole: Tensor) -> float | None:
+    """‖part‖² / ‖whole‖², summed in fp64; None of a weight of zeros."""
     scaled, exponent = in_range("weight", whole.detach())
-    return _energy(times_two_to(-exponent, part.detach())) / _energy(scaled)
+    energy = _energy(scaled)
+    return _energy(times_two_to(-exponent, part.detach())) / energy if energy else None
 
 
 def _energy(tensor: Tensor) -> float:

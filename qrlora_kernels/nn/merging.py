@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fingerprint import quick_digest
-from . import base_weight, offload
+from . import base_weight, offload, switch
 from .rounding import round_unbiased
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor:
 def merge(layer: AdapterLinear) -> None:
     if layer.merged:
         return
+    switch.check_on([layer], "merge")
     original = layer.weight
     if offload.is_away(layer):  # in the memory that it is kept in, not where it is computed with
         original = nn.Parameter(offload.kept(layer, "weight"), requires_grad=False)

@@ -179,7 +179,7 @@ class QRLinear(AdapterLinear):
         dtype = accumulation_dtype(self.q.dtype)
         return self.r.to(dtype), self._strength * self.q.to(dtype) * self.lam.to(dtype)
 
-    def energy_kept(self) -> float:
+    def energy_kept(self) -> float | None:
         """‖Q_r R̃_r‖² / ‖W‖², the share of the weight that the basis spans."""
         with base_weight.present(self):
             return share_of_energy(self.r, self.matrix())

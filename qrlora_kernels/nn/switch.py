@@ -65,6 +65,14 @@ class _Mine(threading.local):
 _mine = _Mine()
 
 
+def check_on(layers: Iterable[AdapterLinear], doing: str) -> None:
+    """Raise if some thread has one of ``layers`` off, whose base would then no longer answer."""
+    if any(layer._off is not None for layer in layers):
+        raise ValueError(
+            f"{doing} needs adapters that are on, got some that qk.disabled has off: leave it first"
+        )
+
+
 def is_off(number: Tensor) -> bool:
     """Whether this thread has the layer of ``number`` off."""
     return _mine.numbers[int(number)] > 0
