@@ -8,9 +8,19 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def as_path(argument: str, given: Any) -> Path:
+    """``given`` as a path; an empty one, which would be the working folder, is refused."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"{argument} must be a string or a path, got {type(given).__name__}")
+    if not os.fspath(given):
+        raise ValueError(f"{argument} must name a file or folder, got an empty string")
+    return Path(given)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from ..linalg import StartRunner
 from ..nn import AdapterLinear, base_weight, merging, offload
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
+from ..nn.options import plain_value
 from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
@@ -65,6 +66,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
     TypeError, ValueError
         As :func:`merge`, or if something stands on top of an adapted layer. Nothing has changed.
     """
+    merge = plain_value("merge", "bool", merge)
     layers = require_adapted(model)
     for layer in layers.values():
         over(layer)
@@ -161,6 +163,7 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     ValueError
         If no layer is adapted, or a start fails; the model is as it was.
     """
+    progress = plain_value("progress", "bool", progress)
     layers = require_adapted(model)
     states = {}
     for name, layer in layers.items():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..files import as_path
 from ..nn import AdapterLinear, base_weight
 from ..nn.adapter import State
 from ..nn.become import restore
+from ..nn.options import plain_value
 from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
 from .comparing import check_extra, check_others, prepare, refuse_sharded, same
@@ -69,7 +70,9 @@ def load_adapter(
             "load_adapter must not be called under torch.inference_mode: nothing would train"
         )
     refuse_flattened(model)
-    file = read(Path(path))
+    progress = plain_value("progress", "bool", progress)
+    strict = plain_value("strict", "bool", strict)
+    file = read(as_path("path", path))
     root = unwrapped(model)
     refuse_sharded(root)
     prepared = prepare(root, file, progress)

@@ -18,8 +18,15 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def require_module(model: nn.Module) -> None:
+    """Raise where something else was passed for the model, such as a path."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers of the whole model."""
+    require_module(model)
     while True:
         inside = [model._modules.get(name) for name in WRAPPERS]
         found = [m for m in inside if m is not None]
@@ -30,6 +37,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its name, those with several names under each of them."""
+    require_module(model)
     return _unique(model.named_modules(remove_duplicate=False))
 
 
@@ -90,6 +98,10 @@ def under(name: str, tops: Sequence[str]) -> bool:
 
 def as_names(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, of any iterable, which is read once; without those of wrappers."""
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"{argument} must be a name or an iterable of names, got {type(given).__name__}"
+        )
     names = (given,) if isinstance(given, str) else tuple(given)
     for name in names:
         if not isinstance(name, str):

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..files import save_tensors
+from ..files import as_path, save_tensors
 from ..nn import AdapterLinear
 from ..nn.base_weight import present, whole
+from ..nn.options import plain_value
 from .adapt import require_adapted, trained
 from .known import known_of
 from .manifest import (
@@ -27,7 +28,7 @@ from .manifest import (
     metadata_of,
     sampled,
 )
-from .names import buffers, parameters, unwrapped
+from .names import buffers, parameters, require_module, unwrapped
 from .tensors import values_of
 
 Factors = Literal["auto", "stored", "rebuild"]
@@ -70,6 +71,8 @@ def save_adapter(
     """
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
+    target, progress = as_path("path", path), plain_value("progress", "bool", progress)
+    require_module(model)
     _refuse_flattened(model)
     root, layers = unwrapped(model), require_adapted(model)
     content = _Content()
@@ -84,7 +87,7 @@ def save_adapter(
     manifest = content.manifest | {
         "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()}
     }
-    _write(model, file_at(Path(path)), tensors, metadata_of(manifest, tensors))
+    _write(model, file_at(target), tensors, metadata_of(manifest, tensors))
 
 
 @dataclass
