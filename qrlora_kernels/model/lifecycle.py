@@ -28,8 +28,9 @@ def merge(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        If no layer is adapted, a layer's weight is tied to another module's, or a merged weight
-        would not be finite. The message names the layer and every weight is as it was.
+        If no layer is adapted, a layer's weight is tied to another module's or computed anew at
+        every forward (pruning, parametrisations), or a merged weight would not be finite. The
+        message names the layer and every weight is as it was.
     """
     layers = require_adapted(model)
     _check_owners(model, layers)
@@ -121,7 +122,7 @@ def put_replaced_back(root: nn.Module, record: Adaptation, but: Collection[str] 
 
 
 def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
-    """Refuse to merge into a weight that another module owns too: it would be another model."""
+    """Refuse to merge into a weight that another module owns too, or that is computed anew."""
     owners: dict[int, list[str]] = defaultdict(list)
     names = {id(m): name for name, m in reversed(modules(model).items())}
     for module in model.modules():
@@ -129,6 +130,9 @@ def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
             if p is not None:
                 owners[id(p)].append(f"{names[id(module)]}.{key}")
     for name, layer in layers.items():
+        if not layer.merged:
+            with _named(name):
+                merging.require_stored_weight(layer)
         others = [n for n in owners[id(layer.base_weight)] if n != f"{name}.weight"]
         if others and not layer.merged:
             raise ValueError(
