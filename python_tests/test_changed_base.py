@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import helpers
 import pytest
 import torch
@@ -205,3 +207,25 @@ def test_a_weight_set_to_zero_is_summarised(adapter):
     summary = qk.summary(model)
     assert summary.layers[0].energy is None
     assert "the weights of 0 are not those" in summary.table()
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["pretrained", "merged"])
+def test_other_weights_are_noticed_when_a_state_dict_brings_them(merged):
+    """A checkpoint after adapt, or a merged model's state without metadata, as safetensors has it."""
+    other = moved("qr")
+    if merged:
+        qk.merge(other)
+    else:
+        with torch.no_grad():
+            other[0].weight.add_(1.0)
+        qk.unload(other, merge=False)
+    state = dict(other.state_dict())
+    model = moved("qr")
+    with pytest.warns(UserWarning, match=r"brought other weights for 0.*qk\.refresh"):
+        model.load_state_dict(state, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qk.refresh(model)
+        model.load_state_dict(dict(model.state_dict()))
+    qk.unload(model, merge=False)
+    assert not model._load_state_dict_post_hooks

@@ -190,3 +190,19 @@ def test_tied_while_merged_the_tie_is_the_new_base():
     qk.unmerge(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.base_changed()
+
+
+def test_a_layer_that_something_was_put_around_is_not_missed(tmp_path, recwarn):
+    class Around(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    qk.adapt(model, ["0", "1"], rank=2, progress=False)
+    model[0] = Around(model[0])
+    qk.save_adapter(model, tmp_path / "a.safetensors")
+    assert [str(w.message) for w in recwarn if "no longer adapted" in str(w.message)] == []

@@ -8,9 +8,21 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def as_path(argument: str, given: Any) -> Path:
+    """``given`` as a path; an empty one, which would be the working folder, is refused."""
+    named = os.fspath(given) if isinstance(given, os.PathLike) else given
+    if not isinstance(named, str):
+        kind = type(given).__name__
+        raise TypeError(f"{argument} must be a string or a path, got {kind} {given!r}")
+    if not named:
+        raise ValueError(f"{argument} must name a file or a folder, got ''")
+    return Path(given)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

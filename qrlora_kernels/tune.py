@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .backends import chooser, tuning
 from .backends.problem import Problem
 from .contest import Contest, contest
+from .files import as_path
 from .model.adapt import require_adapted
 from .ops.common import outside_autocast
 
@@ -107,6 +108,8 @@ def tune_problems(
     """:func:`tune` for problems that need no model, of shapes as ``functional`` takes them."""
     if not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"seconds must be positive, got {seconds!r}")
+    if path is not None:
+        as_path("path", path)  # checked, and used as it is: QRLORA_TUNING may name it so
     if forced := chooser.forced_backend():
         raise ValueError(f"no backend may be forced while tuning, got {forced!r}")
     distinct = list(dict.fromkeys(problems))

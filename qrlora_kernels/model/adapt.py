@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import as_path
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear, switch
 from ..nn.adapter import State
 from ..nn.base_weight import present
 from ..nn.become import become, restore
 from ..nn.offload import is_away
-from ..nn.options import Options
+from ..nn.options import Options, plain_value
 from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, check_model, modules, parameters, unwrapped, within
@@ -94,10 +95,14 @@ def adapt(
     trainable, skip = as_names("trainable", trainable), as_names("skip", skip)
     if not isinstance(head_dtype, torch.dtype) or not head_dtype.is_floating_point:
         raise TypeError(f"head_dtype must be a floating torch.dtype, got {head_dtype!r}")
+    progress = plain_value("progress", "bool", progress)
+    distributed = plain_value("distributed", "bool", distributed)
+    cache = None if cache is None else as_path("cache", cache)
     apart = notices.task_head(root)
 
     def find() -> dict[str, nn.Module]:
         _check_named(root, "trainable", trainable)
+        _check_named(root, "skip", skip)
         found = find_targets(root, target_modules, kind, trainable, apart, skip)
         _check_disjoint(root, adapted_layers(root) | found, trainable)
         return found
@@ -161,7 +166,7 @@ def _check_disjoint(
 
 
 def adapter_type(adapter: str) -> type[AdapterLinear]:
-    if adapter not in ADAPTERS:
+    if not isinstance(adapter, str) or adapter not in ADAPTERS:
         raise ValueError(f"adapter must be one of {sorted(ADAPTERS)}, got {adapter!r}")
     return ADAPTERS[adapter]
 

@@ -40,8 +40,9 @@ def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:
     factors = sum(layer.q.numel() + layer.r.numel() for layer in ruled)
     if factors > LARGE * weights:
         ranks = sorted(layer.rank for layer in ruled)
+        kept = f"{ranks[0]} to {ranks[-1]}" if ranks[0] < ranks[-1] else f"{ranks[0]}"
         warnings.warn(
-            f"the rank rule keeps {ranks[0]} to {ranks[-1]} directions of each layer, whose "
+            f"the rank rule keeps {kept} directions of each layer, whose "
             f"factors take {factors / weights:.0%} of the memory of the adapted weights: rank=, "
             "max_rank= or another tau makes them smaller",
             stacklevel=3,

@@ -12,6 +12,7 @@ from ..linalg import StartRunner
 from ..nn import AdapterLinear, base_weight, merging, offload, switch
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
+from ..nn.options import plain_value
 from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
@@ -27,9 +28,10 @@ def merge(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        If no layer is adapted, a layer's weight is tied to another module's, a merged weight would
-        not be finite, or the adapters are off in :func:`disabled`. The message names the layer and
-        every weight is as it was.
+        If no layer is adapted, a layer's weight is tied to another module's or computed anew at
+        every forward (pruning, parametrisations), a merged weight would not be finite, or the
+        adapters are off in :func:`disabled`. The message names the layer and every weight is as it
+        was.
     """
     layers = require_adapted(model)
     _check_owners(model, layers)
@@ -66,6 +68,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
     TypeError, ValueError
         As :func:`merge`, or if something stands on top of an adapted layer. Nothing has changed.
     """
+    merge = plain_value("merge", "bool", merge)
     layers = require_adapted(model)
     for layer in layers.values():
         over(layer)
@@ -89,6 +92,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
 
 def _put_back(root: nn.Module, record: Adaptation, replaced: bool) -> None:
     watch.stop(root)
+    watch.forget_loads(root)
     heads.put_back(root)
     if replaced:
         put_replaced_back(root, record)
@@ -121,7 +125,7 @@ def put_replaced_back(root: nn.Module, record: Adaptation, but: Collection[str] 
 
 
 def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
-    """Refuse to merge into a weight that another module owns too: it would be another model."""
+    """Refuse to merge into a weight that another module owns too, or that is computed anew."""
     owners: dict[int, list[str]] = defaultdict(list)
     names = {id(m): name for name, m in reversed(modules(model).items())}
     for module in model.modules():
@@ -129,6 +133,9 @@ def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
             if p is not None:
                 owners[id(p)].append(f"{names[id(module)]}.{key}")
     for name, layer in layers.items():
+        if not layer.merged:
+            with _named(name):
+                merging.require_stored_weight(layer)
         others = [n for n in owners[id(layer.base_weight)] if n != f"{name}.weight"]
         if others and not layer.merged:
             raise ValueError(
@@ -163,6 +170,7 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     ValueError
         If no layer is adapted, or a start fails; the model is as it was.
     """
+    progress = plain_value("progress", "bool", progress)
     layers = require_adapted(model)
     states = {}
     for name, layer in layers.items():

@@ -10,6 +10,7 @@ from torch import nn
 from ..nn import AdapterLinear, base_weight, switch
 from ..nn.adapter import State
 from ..nn.become import restore
+from ..nn.options import plain_value
 from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
 from .comparing import check_extra, check_others, prepare, refuse_sharded, same
@@ -69,6 +70,8 @@ def load_adapter(
         )
     check_model(model)
     refuse_flattened(model)
+    progress = plain_value("progress", "bool", progress)
+    strict = plain_value("strict", "bool", strict)
     file = read(path)
     root = unwrapped(model)
     refuse_sharded(root)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..files import as_path
 from ..fingerprint import digest_of
 from ..nn import AdapterLinear, base_weight
 from ..nn.options import Options
@@ -80,13 +81,8 @@ class AdapterFile:
 
 def file_at(path: str | os.PathLike[str]) -> Path:
     """``path``, or the adapter's file in it if it is a folder."""
-    named = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if not isinstance(named, str):
-        raise TypeError(f"path must be a string or a path, got {type(path).__name__} {path!r}")
-    if not named:
-        raise ValueError("path must name a file or a folder, got ''")
-    path = Path(path)
-    return path / FILE_NAME if path.is_dir() else path
+    target = as_path("path", path)
+    return target / FILE_NAME if target.is_dir() else target
 
 
 def metadata_of(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -114,4 +114,9 @@ def lost(model: nn.Module) -> list[str]:
     if whole is None:
         return []
     now = modules(model)
-    return [name for name in whole.layers if not isinstance(now.get(name), AdapterLinear)]
+    return [name for name in whole.layers if name not in now or not _holds_adapted(now[name])]
+
+
+def _holds_adapted(module: nn.Module) -> bool:
+    """Whether it is an adapted layer or what another library put around one."""
+    return any(isinstance(inner, AdapterLinear) for inner in module.modules())

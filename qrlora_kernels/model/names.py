@@ -19,12 +19,14 @@ def canonical(name: str) -> str:
 
 
 def check_model(model: object) -> None:
+    """Raise where something else was passed for the model, such as a path."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers of the whole model."""
+    check_model(model)
     while True:
         inside = [model._modules.get(name) for name in WRAPPERS]
         found = [m for m in inside if m is not None]
@@ -96,6 +98,10 @@ def under(name: str, tops: Sequence[str]) -> bool:
 
 def as_names(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, of any iterable, which is read once; without those of wrappers."""
+    if not isinstance(given, Iterable):
+        raise TypeError(
+            f"{argument} must be a name or an iterable of names, got {type(given).__name__}"
+        )
     names = (given,) if isinstance(given, str) else tuple(given)
     for name in names:
         if not isinstance(name, str):

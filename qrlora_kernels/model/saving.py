@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..files import save_tensors
 from ..nn import AdapterLinear
 from ..nn.base_weight import present, whole
+from ..nn.options import plain_value
 from .adapt import require_adapted, trained
 from .known import known_of
 from .manifest import (
@@ -70,6 +71,7 @@ def save_adapter(
     """
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
+    progress = plain_value("progress", "bool", progress)
     check_model(model)
     _refuse_flattened(model)
     file = file_at(path)

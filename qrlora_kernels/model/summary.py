@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import AdapterLinear
 from ..nn.offload import is_away
+from ..nn.options import plain_value
 from .adapt import count_parameters, require_adapted
 from .advice import LARGE, trained_at
 
@@ -149,9 +150,12 @@ def summary(model: nn.Module, tokens: int = 2048, show: bool = True) -> Summary:
 
     Raises
     ------
-    ValueError
-        If the model has no adapted layer.
+    TypeError, ValueError
+        If the model has no adapted layer, or ``tokens`` is no positive integer.
     """
+    tokens, show = plain_value("tokens", "int", tokens), plain_value("show", "bool", show)
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
     layers = require_adapted(model)
     changed = [name for name, layer in layers.items() if layer.base_changed()]
     rows = [_row_of(name, layer, tokens) for name, layer in layers.items()]

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..nn import AdapterLinear
 from ..nn.base_weight import is_linear_like
 from ..nn.become import check_can_become
-from .names import canonical, parameters, under, within
+from .names import canonical, check_model, parameters, under, within
 from .names import modules as modules_of
 
 Targets = str | re.Pattern[str] | Iterable[str]
@@ -27,6 +27,7 @@ BYPASSING: dict[str, tuple[str, ...]] = {
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise where new parameters would not be trained as the others are."""
+    check_model(model)
     if torch.is_inference_mode_enabled():
         raise ValueError("adapt must not be called under torch.inference_mode: nothing would train")
     for module in model.modules():
@@ -47,6 +48,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 def refuse_flattened(model: nn.Module) -> None:
     """Raise where FSDP1 has put parameters into flat ones, which no name or shape fits."""
+    check_model(model)
     for module in model.modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError(
@@ -91,6 +93,8 @@ def find_targets(
     else:
         found = _matched(modules, targets)
     names = [n for n in found if not within(n, skip)]
+    if found and not names:
+        raise ValueError(f"skip must leave a layer to adapt, got {list(skip)}, which are all")
     if not names:
         raise ValueError(_no_match(targets, modules))
     layers = {name: modules[name] for name in _first_names(names, modules)}

@@ -24,7 +24,9 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def watch(root: nn.Module) -> None:
-    """Look at the next training step of ``root``, once."""
+    """Look at the next training step of ``root``, once, and at every state dict that it loads."""
+    if tell_changed not in root._load_state_dict_post_hooks.values():
+        root.register_load_state_dict_post_hook(tell_changed)
     if not any(isinstance(hook, Watch) for hook in root._forward_pre_hooks.values()):
         root.register_forward_pre_hook(Watch())
 
@@ -34,6 +36,24 @@ def stop(root: nn.Module) -> None:
     for module in root.modules():
         _drop(module._forward_pre_hooks, (Watch, Arrival))
         _drop(module._forward_hooks, (Conclusion,))
+
+
+def forget_loads(root: nn.Module) -> None:
+    """Look at no further state dict."""
+    hooks = root._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is tell_changed]:
+        del hooks[key]
+
+
+def tell_changed(root: nn.Module, _: Any) -> None:
+    """Hook after ``load_state_dict``: names the layers whose factors are of other weights now."""
+    changed = [name for name, layer in _adapted(modules(root)).items() if layer.base_changed()]
+    if changed:
+        warnings.warn(
+            f"the state dict brought other weights for {', '.join(changed)} than their factors "
+            "came from: call qk.refresh(model) to start again from these, before training",
+            stacklevel=3,
+        )
 
 
 def _drop(hooks: dict[int, Any], kinds: tuple[type, ...]) -> None:

@@ -48,6 +48,8 @@ class Adapter:
         cls, weights: dict[str, Tensor], options: Options, run: StartRunner
     ) -> list[State]:
         """:meth:`start`, with errors that name the layer instead of a position in the list."""
+        if options.scaling_of(1) == 0.0:
+            raise ValueError("scaling or alpha must not be 0 at the start, which would never train")
         with renamed_matrices([f"{name}.weight" for name in weights]):
             states = cls.start(list(weights.values()), options, run)
         for name, state in zip(weights, states, strict=True):

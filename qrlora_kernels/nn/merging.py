@@ -81,9 +81,20 @@ def original(layer: AdapterLinear) -> nn.Parameter:
 @torch.no_grad()
 def merged_parameter(layer: AdapterLinear) -> nn.Parameter:
     """A parameter of its own with W + ΔW."""
+    require_stored_weight(layer)
     with base_weight.present(layer):
         data = layer.weight.clone() if layer.merged else _merged_weight(layer)
     return nn.Parameter(data, requires_grad=False)
+
+
+def require_stored_weight(layer: AdapterLinear) -> None:
+    """Raise where what is put in the weight's place would be computed over, or not be taken."""
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            "weight must be a parameter to be merged, but a parametrisation, weight_norm or "
+            "pruning computes it anew at every forward: take that off first, for example with "
+            "torch.nn.utils.prune.remove"
+        )
 
 
 def _merged_weight(layer: AdapterLinear) -> Tensor:
