@@ -211,7 +211,7 @@ def test_a_weight_set_to_zero_is_summarised(adapter):
 
 @pytest.mark.parametrize("merged", [False, True], ids=["pretrained", "merged"])
 def test_other_weights_are_noticed_when_a_state_dict_brings_them(merged):
-    """A checkpoint after adapt, or a merged model's state without metadata, as safetensors has it."""
+    """A checkpoint after adapt, or a merged model's state that lost its metadata."""
     other = moved("qr")
     if merged:
         qk.merge(other)
