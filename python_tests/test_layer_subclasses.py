@@ -118,8 +118,8 @@ class WithGetattr(nn.Linear):
 
 class WithReset(nn.Linear):
     def reset_parameters(self):
-        nn.init.ones_(self.weight)
         nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
 
 
 class Quiet(nn.modules.linear.NonDynamicallyQuantizableLinear):
