@@ -11,11 +11,11 @@ from ..nn import QRLinear
 
 LARGE = 1 / 3  # of the weight: more than this in factors is worth a word
 
-# Adapter -> (query and value, all linear layers): rates of AdamW, the best of three in the tables
-# "The rank rule" and "Learning rates" of docs/papers.md, of which the second has one seed so far.
+# Adapter -> (query and value, all linear layers): rates of AdamW, the best mean of three in the
+# tables "The rank rule" and "Learning rates" of docs/papers.md; the second has one seed so far.
 RATES: Mapping[str, tuple[float, float]] = {
     "qr": (1e-1, 3e-2),
-    "lora_xs": (2e-2, 1e-2),
+    "lora_xs": (2e-2, 5e-3),
     "ohora": (2e-2, 1e-2),
 }
 

@@ -28,10 +28,15 @@ from .manifest import (
     metadata_of,
     sampled,
 )
-from .names import buffers, check_model, parameters, unwrapped
+from .names import buffers, parameters, unwrapped
+from .targets import refuse_flattened
 from .tensors import values_of
 
 Factors = Literal["auto", "stored", "rebuild"]
+UNFLATTEN = (
+    "call save_adapter(model.module, path) inside "
+    "FullyShardedDataParallel.summon_full_params(model), or use fully_shard"
+)
 
 
 def save_adapter(
@@ -72,8 +77,7 @@ def save_adapter(
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
     progress = plain_value("progress", "bool", progress)
-    check_model(model)
-    _refuse_flattened(model)
+    refuse_flattened(model, UNFLATTEN)
     file = file_at(path)
     root, layers = unwrapped(model), require_adapted(model)
     content = _Content()
@@ -198,16 +202,6 @@ def _write(model: nn.Module, path: Path, tensors: dict[str, Tensor], metadata: A
         save_tensors(path, tensors, metadata)
     if sharded:
         dist.barrier()  # the file is there when the call returns, on every rank
-
-
-def _refuse_flattened(model: nn.Module) -> None:
-    for module in model.modules():
-        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
-            raise ValueError(
-                "model must not be sharded by FullyShardedDataParallel, which flattens what "
-                "trained: call save_adapter(model.module, path) inside "
-                "FullyShardedDataParallel.summon_full_params(model), or use fully_shard"
-            )
 
 
 def _tell_changed(layers: dict[str, Tensor]) -> None:

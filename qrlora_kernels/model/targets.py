@@ -46,14 +46,16 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def refuse_flattened(model: nn.Module) -> None:
+def refuse_flattened(
+    model: nn.Module, way_out: str = "adapt the model or load the adapter, then wrap it"
+) -> None:
     """Raise where FSDP1 has put parameters into flat ones, which no name or shape fits."""
     check_model(model)
     for module in model.modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError(
-                "model must not be in FullyShardedDataParallel yet, which flattens its parameters: "
-                "adapt the model or load the adapter, then wrap it"
+                "model must not be in FullyShardedDataParallel here, which flattens its "
+                f"parameters: {way_out}"
             )
 
 

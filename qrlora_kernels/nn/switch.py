@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
@@ -90,7 +90,7 @@ def forward(layer: AdapterLinear, number: Tensor, x: Tensor) -> Tensor:
     return layer._adapted(x)
 
 
-@torch.library.custom_op("qrlora::base_or_adapted", mutates_args=())
+@library.custom_op("qrlora::base_or_adapted", mutates_args=())
 def _base_or_adapted(base: Tensor, adapted: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
     chosen = is_off(number)
     return (base if chosen else adapted).clone(), torch.tensor(chosen, device=base.device)
