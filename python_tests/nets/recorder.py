@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from qrlora_kernels import native
-from qrlora_kernels.backends import BACKENDS, chooser
+from qrlora_kernels.backends import BACKENDS
+from qrlora_kernels.dispatch import chooser
 
 LIBRARY = "library products"
 # What has to run, and nothing else, for a choice to be true. The reference and the composition of

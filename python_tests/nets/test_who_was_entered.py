@@ -17,15 +17,8 @@ from golden_bits import LAYOUTS, SCALING, TRAINED, Shape
 from recorder import LIBRARY, MEANT, Recorder, recording
 
 from qrlora_kernels import functional, native
-from qrlora_kernels.backends import (
-    BACKENDS,
-    Problem,
-    chooser,
-    composed,
-    cpu,
-    cuda,
-    last_choice,
-)
+from qrlora_kernels.backends import BACKENDS, Problem, composed, cpu, cuda, last_choice
+from qrlora_kernels.dispatch import chooser
 
 CPU = torch.device("cpu")
 FEW, MANY, LARGE = (7, 48, 80, 16), (130, 48, 80, 16), (7, 1024, 1040, 16)

@@ -14,7 +14,7 @@ from .. import functional, linalg
 from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
-from ..reference import accumulation_dtype, lora_xs_delta_ref
+from ..reference import accumulation_dtype, low_rank_delta_ref
 from . import base_weight
 from .adapter import State, share_of_energy
 from .layer import AdapterLinear
@@ -170,7 +170,7 @@ class LoRAXSLinear(AdapterLinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        return lora_xs_delta_ref(self.a, self.b, self.core, self._strength)
+        return low_rank_delta_ref(self.b, self.a, self.core, self._strength)
 
     @torch.no_grad()
     def lora_factors(self) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg
+from ..autocast import autocast_enabled, outside_autocast
 from ..linalg.exponents import rounded
 from ..linalg.kron import Columns, Start
-from ..ops.common import autocast_enabled, outside_autocast
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
 from . import base_weight
 from .adapter import State

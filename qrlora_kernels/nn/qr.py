@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional, linalg
 from ..linalg.exponents import rounded
-from ..reference import accumulation_dtype, qr_delta_ref
+from ..reference import accumulation_dtype, low_rank_delta_ref
 from . import base_weight
 from .adapter import State, share_of_energy
 from .layer import AdapterLinear
@@ -172,7 +172,7 @@ class QRLinear(AdapterLinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        return qr_delta_ref(self.q, self.r, self.lam, self._strength)
+        return low_rank_delta_ref(self.q, self.r, self.lam, self._strength)
 
     @torch.no_grad()
     def lora_factors(self) -> tuple[Tensor, Tensor]:

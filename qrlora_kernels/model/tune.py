@@ -1,4 +1,4 @@
-"""Measure the backends on this machine, for the layers of one model."""
+"""Measure the recipes of the backends on this machine, for the layers of one model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .backends import chooser, tuning
-from .backends.problem import Problem
-from .contest import Contest, contest
-from .files import as_path
-from .model.adapt import require_adapted
-from .ops.common import outside_autocast
+from ..autocast import outside_autocast
+from ..dispatch import chooser, tuning
+from ..dispatch.contest import Contest, contest
+from ..dispatch.problem import Problem, joined
+from ..files import as_path
+from .adapt import require_adapted
 
 TOKENS = (1, 16, 128, 512, 2048)
 
@@ -37,11 +37,12 @@ class Tuning:
             change = "" if c.winner == c.rules else f" (by the rules {c.rules})"
             result = "not used" if c.doubt else f"{c.winner}{change}"
             lines.append(
-                f"{p.op:14s} {p.m:6d} tokens  {p.n}x{p.k} r={p.r} {dtype}: {result}; µs: {times}"
+                f"{p.public_name} {p.step} {p.m:6d} tokens  {p.n}x{p.k} r={p.r} {dtype}: {result}; "
+                f"µs: {times}"
             )
             if c.doubt:
-                lines.append(f"{'':14s} cannot be believed: {c.doubt}")
-            lines += [f"{'':14s} left out {name}: {why}" for name, why in c.left_out.items()]
+                lines.append(f"    cannot be believed: {c.doubt}")
+            lines += [f"    left out {name}: {why}" for name, why in c.left_out.items()]
         return "\n".join(lines)
 
 
@@ -53,15 +54,15 @@ def tune(
     seconds: float = 0.3,
     progress: bool = True,
 ) -> Tuning:
-    """Time every backend on the layers that ``model`` adapts, and use the fastest from now on.
+    """Time every recipe on the layers that ``model`` adapts, and use the fastest from now on.
 
     The built-in rules were measured on other machines, and no rule prefers the GPU kernels. Here
-    each backend that can run a problem takes its turn, forward and backward, in interleaved rounds.
-    One whose results differ from the library products', or that fails, is left out. The measurement
-    counts from half to twice its tokens, for the same chip and number of threads, in this process
-    and in every one whose ``QRLORA_TUNING`` names the file. It is for the mode that the model is
-    in: layers with dropout take another way in training, and autocast another dtype. After an
-    update of PyTorch or a driver, tune again.
+    each recipe of each backend that can run a step takes its turn in interleaved rounds, forward
+    and backward apart. One whose results differ from the library products', or that fails, is left
+    out. The measurement counts from half to twice its tokens, for the same chip and number of
+    threads, in this process and in every one whose ``QRLORA_TUNING`` names the file. It is for the
+    mode that the model is in: layers with dropout take another way in training, and autocast
+    another dtype. After an update of PyTorch or a driver, tune again.
 
     Nothing else should run on the machine meanwhile. Times that only other work explains, longer
     than a slow machine needs or uneven from round to round, are taken again. Are they no better,
@@ -77,7 +78,7 @@ def tune(
     path : path, optional
         Where to write all that was measured, as JSON; what the file holds of others is kept.
     seconds : float
-        For each problem, once its kernels are compiled.
+        For each step, once its kernels are compiled.
     progress : bool
         Show a progress bar.
 
@@ -94,7 +95,12 @@ def tune(
     layers = [layer for layer in require_adapted(model).values() if not layer.merged]
     if not layers:
         raise ValueError("model must have adapted layers that are not merged, got none")
-    problems = [layer.problem(m) for layer in layers for m in sorted(set(tokens))]
+    problems = [
+        layer.problem(m, step)
+        for layer in layers
+        for m in sorted(set(tokens))
+        for step in layer.steps()
+    ]
     return tune_problems(problems, path=path, seconds=seconds, progress=progress)
 
 
@@ -112,7 +118,7 @@ def tune_problems(
         as_path("path", path)  # checked, and used as it is: QRLORA_TUNING may name it so
     if forced := chooser.forced_backend():
         raise ValueError(f"no backend may be forced while tuning, got {forced!r}")
-    distinct = list(dict.fromkeys(problems))
+    distinct = list(dict.fromkeys(map(joined, problems)))
     for problem in distinct:
         if problem.device.type not in ("cpu", "cuda"):
             raise ValueError(f"model must be on a CPU or CUDA device, got {problem.device}")
@@ -146,10 +152,10 @@ def _warn_of_doubts(contests: list[Contest]) -> None:
 
 
 def _entry(found: Contest) -> tuning.Entry:
-    winner = found.winner
-    others = {s: name for name, s in found.seconds.items() if name != winner}
+    backend, _, recipe = found.winner.partition(":")
+    others = {s: name for name, s in found.seconds.items() if name != found.winner}
     if not others:
-        return tuning.entry_for(found.problem, winner)
+        return tuning.entry_for(found.problem, backend, recipe=recipe)
     best = min(others)
-    over = round(found.seconds[winner] / best, 3)
-    return tuning.entry_for(found.problem, winner, others[best], over)
+    over = round(found.seconds[found.winner] / best, 3)
+    return tuning.entry_for(found.problem, backend, others[best], over, recipe)

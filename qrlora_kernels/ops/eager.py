@@ -1,12 +1,11 @@
-"""The adapters in plain eager mode on the CPU: one native call on the tensors themselves.
+"""The one native call: the adapters in plain eager mode on the CPU, on the tensors themselves.
 
 Around a small layer the checks, the choice of the backend and the pointers cost more than its
-arithmetic. The native core does all of that at once (csrc/direct), reading the tensors through
+arithmetic. The native core does all of that at once (csrc/python), reading the tensors through
 DLPack's C functions. It takes a call only where nothing can differ from what the operations do
-otherwise: plain tensors that fit each other, no mode, no transform, no backend asked for. The
-native kernels then run in the same call; where library products are preferred, their turn comes
-without further questions. Every other call goes on as if this file were not there, with its checks
-and messages.
+otherwise: plain tensors that fit each other, no mode, no transform, no backend asked for. It runs
+what it was told to for such a problem, and where it was told nothing yet, says so. Every other call
+goes on as if this file were not there, with its checks and messages.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import native
-from ..backends import chooser, measured
-from ..backends.problem import Choice, Problem
-from .operator import Operator
+from ..dispatch import chooser
+from ..dispatch.problem import ELSEWHERE, GATES, Choice, Problem, problem_of
+from ..native import DTYPES
+from ..operands import Operands
+from .checks import flatten
 
-OPERATIONS = ("qr_linear", "lora_xs_linear", "kron_linear")  # as csrc/direct/choices.h lists them
+OPERATIONS = ("low_rank", "kron")  # as csrc/python/plans.h lists them
 # Each answers something false in plain eager mode; the native core asks them at each call. They are
 # private: a torch without one of them does without this path.
 _STATES: tuple[Callable[[], Any] | None, ...] = tuple(
@@ -39,24 +40,6 @@ _STATES: tuple[Callable[[], Any] | None, ...] = tuple(
 )
 
 
-def _choose(
-    operation: str, step: str, x: Tensor, m: int, n: int, k: int, r: int
-) -> tuple[Choice, bool] | None:
-    """The chooser's answer, and whether all of that backend's step is the native call.
-
-    What is not: for QR-LoRA and LoRA-XS everything, for OHoRA the base product. None for a backend
-    that is neither native nor library products.
-    """
-    choice = chooser.choose_freely(Problem(operation, x.device, x.dtype, m, n, k, r))
-    if operation == "kron_linear":
-        if choice.name == "amx":
-            return choice, True
-        known = choice.name == "cpu" and x.dtype in (torch.float32, torch.float64)
-        return (choice, measured.streams_base(step, m, n, k)) if known else None
-    is_native = choice.name in ("cpu", "amx")
-    return (choice, is_native) if is_native or choice.name == "composed" else None
-
-
 def _connect() -> bool:
     """Hand torch's functions to the native core; False where calls on tensors cannot be served."""
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
@@ -64,7 +47,7 @@ def _connect() -> bool:
         return False
     connected: bool = CORE.set_torch(
         capsule, Tensor, torch.nn.Parameter, _STATES, torch.is_grad_enabled,
-        torch.get_num_threads, OPERATIONS, _choose, chooser._last,
+        torch.get_num_threads, chooser._last,
     )  # fmt: skip
     return connected
 
@@ -82,17 +65,30 @@ def is_open(backend: str | None) -> bool:
     )
 
 
-class DirectCall:
-    """An operation that the native core takes where it can.
+def told(
+    call: Callable[..., Any], record: Callable[..., Operands], operands: tuple[Any, ...]
+) -> Any:
+    """Tell the core who runs the step on these operands, which fit each other, and call again."""
+    rows, *rest = operands
+    problem = problem_of(record(flatten(rows), *rest))
+    choice = chooser.choose_freely(problem)
+    CORE.tell(_key(problem), _code(problem, choice), (problem.public_name, problem.step), choice)
+    done = call(*operands)
+    return None if done is NotImplemented else done  # another thread had it forgotten
 
-    Parameters
-    ----------
-    bwd : Operator
-        The operation's backward, for gradients that are not plain.
-    """
 
-    def __init__(self, bwd: Operator) -> None:
-        self.bwd = bwd
+def _code(problem: Problem, choice: Choice) -> int:
+    known = chooser.recipes(choice.backend, problem)
+    return next((recipe.code for recipe in known if recipe.name == choice.recipe), ELSEWHERE)
+
+
+def _key(p: Problem) -> tuple[int, ...]:
+    """The problem as the core finds it out for itself."""
+    return (
+        OPERATIONS.index(p.op), int(p.step == "bwd"), DTYPES[p.dtype], p.m, p.n, p.k, p.r,
+        GATES.index(p.gate) if p.gate else 0, int(p.layout == "columns"),
+        sum(need << i for i, need in enumerate(p.needs)), int(p.bias),
+    )  # fmt: skip
 
 
 Gradients = tuple[Tensor | None, ...]

@@ -1,24 +1,25 @@
-"""The backends against each other on one problem: who is fastest, and can the times be believed."""
+"""The recipes against each other on one problem: which is fastest, and is the time believable."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import chooser
-from .backends.problem import Problem
+from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient, Operands
+from ..reference import accumulation_dtype
+from . import chooser
+from .problem import Choice, Problem, Recipe, joined
 
 # Who is to replace the rules' choice must be faster by this factor, in this share of the rounds.
 _AHEAD, _ROUNDS_WON = 1.02, 0.75
-_VISIT = 0.01  # seconds of one backend's turn in a round
+_VISIT = 0.01  # seconds of one recipe's turn in a round
 _ROUNDS = 8  # at least
 _ATTEMPTS = 3  # at a measurement that can be believed
-# ‖difference‖ / ‖library products‖ of y and each gradient; half precision rounds h and g too.
+# ‖difference‖ / ‖library products‖ of each result; half precision rounds h and g too.
 _AGREES = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 1e-4, torch.float64: 1e-10}
 # What a slow machine with nothing else to do has done its work in: seconds for the calls of a step,
 # operations a second. Two cores with AVX2 do some 20 to 100 times 1e9 in fp32 and fp64, and 2.5
@@ -34,9 +35,9 @@ _UNEVEN = 2.0  # median over the least of the rounds
 
 @dataclass(frozen=True)
 class Contest:
-    """One problem: seconds of a forward and backward by backend, and why others are not there.
+    """One problem: seconds of the step by recipe ("backend:recipe"), and why others are not there.
 
-    ``rules`` is who would have it without a measurement. ``doubt`` says why the times are not to be
+    ``rules`` is what would run it without a measurement. ``doubt`` says why the times are not to be
     believed, and so are not used; empty where they are.
     """
 
@@ -49,19 +50,22 @@ class Contest:
 
 
 def contest(problem: Problem, seconds: float) -> Contest:
-    """Time every backend that runs ``problem`` and is right, again while the times are doubtful."""
+    """Time every recipe that runs ``problem`` and is right, again while the times are doubtful."""
+    problem = joined(problem)
     operands = _operands(problem)
-    truth = _step(problem, operands, "composed")()
+    step = f"{problem.op}_{problem.step}"
+    (truth_by, *_) = chooser.recipes("composed", problem)
+    truth = _runner(truth_by, step, operands)()
     runners: dict[str, Callable[[], list[Tensor]]] = {}
     left_out = {}
-    for name in chooser.BACKENDS:
-        if name == "reference" or not chooser.load(name).supports(problem)[0]:
-            continue
-        step = _step(problem, operands, name)
-        if why := _fault(step, truth, problem.dtype):
-            left_out[name] = why
-        else:
-            runners[name] = step
+    for backend in chooser.BACKENDS:
+        for recipe in chooser.recipes(backend, problem) if backend != "reference" else ():
+            name = f"{recipe.backend}:{recipe.name}"
+            runner = _runner(recipe, step, operands)
+            if why := _fault(runner, truth, problem.dtype):
+                left_out[name] = why
+            else:
+                runners[name] = runner
     for _ in range(_ATTEMPTS):
         found = _judged(problem, _time(runners, seconds), left_out)
         if not found.doubt:
@@ -70,7 +74,8 @@ def contest(problem: Problem, seconds: float) -> Contest:
 
 
 def _judged(problem: Problem, samples: dict[str, list[float]], left_out: dict[str, str]) -> Contest:
-    rules = chooser.by_rules(problem).name
+    recipe, _ = chooser.by_rules(problem)
+    rules = f"{recipe.backend}:{recipe.name}"
     times = {name: median(samples[name]) for name in samples}
     ordered = dict(sorted(times.items(), key=lambda item: item[1]))
     fastest = next(iter(ordered))
@@ -82,7 +87,7 @@ def _judged(problem: Problem, samples: dict[str, list[float]], left_out: dict[st
 
 
 def _doubt(problem: Problem, rounds: list[float]) -> str:
-    """What only other work explains about the times of one backend, if anything.
+    """What only other work explains about the times of one recipe, if anything.
 
     It may slow every round alike, for threads that wait for each other get the cores by turns of
     the system's scheduler, or some of the rounds.
@@ -96,14 +101,14 @@ def _doubt(problem: Problem, rounds: list[float]) -> str:
 
 
 def _enough(problem: Problem) -> float:
-    """Seconds in which a slow machine has done a step, forward and backward.
+    """Seconds in which a slow machine has done a step.
 
     Operations are counted, not bytes: every number of a weight takes part in two for each token.
     """
-    _, device, dtype, m, n, k, r = problem
-    products = 1 if problem.op == "linear_add" else 3
-    operations = products * 2 * m * (n * k + r * (n + k))
-    return _CALLS + operations / _SLOWEST[device.type][dtype.itemsize]
+    p = problem
+    products = 2 if p.step == "bwd" else 1
+    operations = products * 2 * p.m * (p.n * p.k + p.r * (p.n + p.k))
+    return _CALLS + operations / _SLOWEST[p.device.type][p.dtype.itemsize]
 
 
 def _beats(one: list[float], other: list[float]) -> bool:
@@ -113,7 +118,7 @@ def _beats(one: list[float], other: list[float]) -> bool:
 
 
 def _fault(step: Callable[[], list[Tensor]], truth: list[Tensor], dtype: torch.dtype) -> str | None:
-    """Why a backend's results are not to be had or not to be trusted."""
+    """Why a recipe's results are not to be had or not to be trusted."""
     try:
         results = step()
     except Exception as error:  # a compiler's or a driver's own: what it is does not matter
@@ -144,50 +149,42 @@ def _time(runners: dict[str, Callable[[], list[Tensor]]], seconds: float) -> dic
     return samples
 
 
-def _step(problem: Problem, operands: dict[str, Any], backend: str) -> Callable[[], list[Tensor]]:
-    """y and every gradient, on ``backend``."""
-    module = chooser.load(backend)
-    forward = getattr(module, f"{problem.op}_fwd")
-    backward = getattr(module, f"{problem.op}_bwd", None) if problem.op != "linear_add" else None
-    x, dy, weight, bias, *factors = operands.values()
-    needed = (True,) * (3 if problem.op == "kron_linear" else 2)
+def _runner(recipe: Recipe, step: str, operands: Operands) -> Callable[[], list[Tensor]]:
+    """The results of the step by ``recipe``."""
+    choice = Choice(recipe.backend, recipe.name, recipe.reason)
 
     def run() -> list[Tensor]:
-        if backward is None:  # the gradients of a sum need no kernel
-            return [forward(x, weight, bias, *factors)]
-        results = forward(x, weight, bias, *factors, 1.0)
-        if problem.op == "kron_linear":
-            return [results, *backward(dy, x, weight, *factors, 1.0, *needed)]
-        y, h = results
-        return [y, *backward(dy, weight, *factors, h, 1.0, *needed)]
+        results = chooser.perform(choice, step, operands)
+        return [results] if isinstance(results, Tensor) else list(results)
 
     return run
 
 
-def _operands(problem: Problem) -> dict[str, Any]:
+def _operands(p: Problem) -> Operands:
     """Random operands, y of the size of x; trainables in fp32 over half precision."""
-    _, device, dtype, m, n, k, r = problem
-    generator = torch.Generator(device).manual_seed(0)
-    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    generator = torch.Generator(p.device).manual_seed(0)
+    wide = accumulation_dtype(p.dtype)
 
-    def draw(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        t = torch.randn(shape, generator=generator, device=device, dtype=wide)
+    def draw(*shape: int, size: float = 1.0, dtype: torch.dtype = p.dtype) -> Tensor:
+        t = torch.randn(shape, generator=generator, device=p.device, dtype=wide)
         return (size * t).to(dtype)
 
-    found = {
-        "x": draw(m, k),
-        "dy": draw(m, n),
-        "weight": draw(n, k, size=k**-0.5),
-        "bias": draw(n),
-    }
-    if problem.op == "linear_add":
-        return found | {"addend": draw(m, n)}
-    if problem.op == "kron_linear":
-        shapes = {"a": n // r, "b": k // r, "a0": n // r, "b0": k // r}
-        return found | {
-            name: draw(rows, r, size=r**-0.5, dtype=wide) for name, rows in shapes.items()
-        }
+    m, n, k, r = p.m, p.n, p.k, p.r
+    x, dy, bias = draw(m, k), draw(m, n), draw(n) if p.bias else None
+    weight = draw(n, k, size=k**-0.5)
+    if p.layout == "columns":
+        weight = weight.mT.contiguous().mT
+    if p.op == "linear_add":
+        return LinearAdd(x, weight, bias, draw(m, n))
+    if p.op == "kron":
+        rows = (n // r, k // r, n // r, k // r)
+        a, b, a0, b0 = (draw(count, r, size=r**-0.5, dtype=wide) for count in rows)
+        if p.step == "fwd":
+            return Kron(x, weight, bias, a, b, a0, b0, 1.0)
+        return KronGradient(dy, x, weight, a, b, a0, b0, 1.0, *p.needs)
     up, down = draw(n, r, size=n**-0.5), draw(r, k, size=r**-0.5)
-    if problem.op == "qr_linear":
-        return found | {"q": up, "r": down, "lam": draw(r, dtype=wide)}
-    return found | {"a": down, "b": up, "core": draw(r, r, size=r**-0.5, dtype=wide)}
+    gate = draw(r, dtype=wide) if p.gate == "vector" else draw(r, r, size=r**-0.5, dtype=wide)
+    if p.step == "fwd":
+        return LowRank(x, weight, bias, up, down, gate, None, 1.0)
+    h = (x @ down.mT).to(p.dtype)
+    return LowRankGradient(dy, weight, up, down, gate, None, h, 1.0, *p.needs)

@@ -1,18 +1,19 @@
-"""What the operations share: argument checks, autocast, and when not to fuse."""
+"""What the operations share: argument checks, and when autograd must see plain PyTorch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.chooser import plain_choice
+from ..autocast import outside_autocast
+from ..dispatch.chooser import autograd_choice
 from ..native import pointers
+from ..operands import Operands
 from ..reference import HALF
 
 _DTYPES = (torch.float32, torch.float64, *HALF)
@@ -91,32 +92,6 @@ def check_scaling(scaling: object) -> None:
         raise TypeError(f"scaling must be a float, got {type(scaling).__name__}")
 
 
-def autocast_enabled(device: str) -> bool:
-    """Whether autocast is on for a device type; the meta device knows none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def outside_autocast(device: str) -> AbstractContextManager[Any]:
-    """A block in which nothing is recast."""
-    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
-
-
-def autocast(*tensors: Tensor | None) -> Sequence[Any]:
-    """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
-    # What is no tensor is named by the checks, which come after.
-    first = tensors[0]
-    device = first.device.type if isinstance(first, Tensor) else "cpu"
-    if not autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    ]
-
-
 def bias_gradient(dy: Tensor) -> Tensor:
     """Σ dy over all tokens [N]."""
     check_memory(dy=dy)
@@ -130,7 +105,7 @@ def wants_gradient(*operands: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in operands)
 
 
-def plain_reason(*frozen: Tensor | None, trains: Sequence[Tensor | None] = ()) -> str | None:
+def autograd_reason(frozen: Sequence[Tensor | None], trains: Sequence[Tensor | None]) -> str | None:
     """Why the fused operators do not apply and autograd must see plain PyTorch, or None.
 
     An operand that the adapters freeze (weight, factors) may ask for a gradient: rather than
@@ -153,14 +128,18 @@ def plain_reason(*frozen: Tensor | None, trains: Sequence[Tensor | None] = ()) -
     return None
 
 
-def run_plain(
-    op: str, reason: str, backend: str | None, expression: Callable[..., Tensor], *operands: Any
+def by_autograd(
+    op: str,
+    reason: str,
+    backend: str | None,
+    expression: Callable[[Any], Tensor],
+    p: Operands,
 ) -> Tensor:
     """``expression``, the reference as autograd differentiates it; no other backend may be forced.
 
     Outside autocast, as the fused operators are: it would undo the reference's wide sums.
     """
     if not torch.compiler.is_compiling():
-        plain_choice(op, reason, backend)
-    with outside_autocast(operands[0].device.type):
-        return expression(*operands)
+        autograd_choice(op, reason, backend)
+    with outside_autocast(p.weight.device.type):
+        return expression(p)

@@ -1,4 +1,4 @@
-"""What was measured on this machine: it decides before the general rules of ``measured`` do.
+"""What was measured on this machine: it decides before the general ``rules`` do.
 
 ``qrlora_kernels.tune`` fills the table and may write it to a file, which the environment variable
 ``QRLORA_TUNING`` brings back in another process.
@@ -15,52 +15,74 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..chip import chip_name
 from ..files import write_text
 from ..version import __version__
-from .problem import Problem
+from .chip import chip_name
+from .problem import OPERATIONS, Problem, joined
 
-FORMAT = 1
+FORMAT = 2  # 1 is read too
 _OCTAVES = 1.0  # how far, in factors of two, the number of tokens may be from a measured one
 
 
 class Entry(NamedTuple):
-    """One measured problem: the chip, the problem's numbers, and who was fastest, and by how much.
+    """One measured step: the chip, the problem, and who was fastest how, and by how much.
 
-    ``over`` is the winner's time over that of ``rival``, the next best (1 and "" if it was alone).
+    ``over`` is the winner's time over that of ``rival``, the next best (1 and "" if it was alone),
+    which is "backend:recipe". Of a file of format 1 ``step``, ``layout`` and ``recipe`` are empty:
+    it holds for both steps and every layout, and does not say how the winner does it.
     """
 
     chip: str
     op: str
+    step: str
+    gate: str
+    form: str
+    layout: str
     dtype: str
     m: int
     n: int
     k: int
     r: int
     winner: str
+    recipe: str
     rival: str
     over: float
 
     def reason(self) -> str:
-        text = f"measured on this {self.chip} with {self.m} tokens"
+        both = "" if self.step else ", forward and backward together"
+        text = f"measured on this {self.chip} with {self.m} tokens{both}"
         return f"{text}: {self.over:.2f} of {self.rival}'s time" if self.rival else text
 
+    @property
+    def key(self) -> Key:
+        """What a problem of any number of tokens is looked up by."""
+        return (
+            self.chip, self.op, self.gate, self.form, self.dtype, self.n, self.k, self.r,
+            self.step, self.layout,
+        )  # fmt: skip
 
-Key = tuple[str, str, str, int, int, int]
+
+Key = tuple[str | int, ...]
 _table: dict[Key, dict[int, Entry]] = {}
 _read: list[str] = []  # files already looked at because the environment named them
 
 
-def entry_for(problem: Problem, winner: str, rival: str = "", over: float = 1.0) -> Entry:
+def entry_for(
+    problem: Problem, winner: str, rival: str = "", over: float = 1.0, recipe: str = ""
+) -> Entry:
     """What was found for ``problem``."""
-    chip, op, dtype, n, k, r = _key(problem)
-    return Entry(chip, op, dtype, problem.m, n, k, r, winner, rival, over)
+    p = joined(problem)
+    dtype = str(p.dtype).removeprefix("torch.")
+    return Entry(
+        here(p.device), p.op, p.step, p.gate, p.form, p.layout, dtype,
+        p.m, p.n, p.k, p.r, winner, recipe, rival, over,
+    )  # fmt: skip
 
 
 def add(entries: Iterable[Entry], replace: bool = True) -> None:
     """Let these decide from now on; ``replace`` what is known of the same problems."""
     for e in entries:
-        known = _table.setdefault((e.chip, e.op, e.dtype, e.n, e.k, e.r), {})
+        known = _table.setdefault(e.key, {})
         if replace or e.m not in known:
             known[e.m] = e
 
@@ -70,6 +92,11 @@ def clear() -> None:
     _read.clear()
 
 
+def is_known() -> bool:
+    """Whether anything was measured."""
+    return bool(_table)
+
+
 def entries() -> list[Entry]:
     return [e for found in _table.values() for e in found.values()]
 
@@ -77,15 +104,15 @@ def entries() -> list[Entry]:
 def lookup(problem: Problem) -> Entry | None:
     """The entry of this shape whose number of tokens is nearest, at most a factor of two away."""
     read_named_file()
-    found = _table.get(_key(problem)) if _table else None
-    if not found or problem.m < 1:
+    if not _table or problem.m < 1:
         return None
-
-    def distance(m: int) -> float:
-        return abs(math.log2(m / problem.m))
-
-    nearest = min(found, key=distance)
-    return found[nearest] if distance(nearest) <= _OCTAVES else None
+    asked = entry_for(problem, "")
+    for key in (asked.key, asked._replace(step="", layout="").key):
+        found = _table.get(key, {})
+        nearest = min(found, key=lambda m: abs(math.log2(m / problem.m)), default=None)
+        if nearest is not None and abs(math.log2(nearest / problem.m)) <= _OCTAVES:
+            return found[nearest]
+    return None
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -130,15 +157,22 @@ def read(path: str | os.PathLike[str], name: str = "path") -> None:
 
 def _entries_of(data: bytes) -> list[Entry]:
     content = json.loads(data.decode("utf-8"))
-    if content["format"] != FORMAT:
+    if content["format"] not in (1, FORMAT):
         raise ValueError(f"format {content['format']!r}")
-    return [_entry(fields) for fields in content["entries"]]
+    of_first = content["format"] == 1
+    return [_entry(_of_format_1(**fields) if of_first else fields) for fields in content["entries"]]
+
+
+def _of_format_1(op: str, **fields: Any) -> dict[str, Any]:
+    op, gate = OPERATIONS.get(op, (op, ""))
+    unsaid = {"step": "", "layout": "", "recipe": "", "form": "two_sided"}
+    return unsaid | fields | {"op": op, "gate": gate}
 
 
 def _entry(fields: dict[str, Any]) -> Entry:
     entry = Entry(**fields)
-    kinds: tuple[Any, ...] = (str,) * 3 + (int,) * 4 + (str, str, (int, float))
-    for name, value, kind in zip(Entry._fields, entry, kinds, strict=True):
+    for name, value in entry._asdict().items():
+        kind: Any = int if name in "mnkr" else (int, float) if name == "over" else str
         if not isinstance(value, kind) or (kind is int and value < 1):
             raise ValueError(f"{name} is {value!r}")
     return entry
@@ -148,8 +182,3 @@ def here(device: torch.device) -> str:
     """What measurements are filed under: the chip, and of a CPU the threads in use."""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return chip_name(device) + threads
-
-
-def _key(problem: Problem) -> Key:
-    dtype = str(problem.dtype).removeprefix("torch.")
-    return here(problem.device), problem.op, dtype, problem.n, problem.k, problem.r
