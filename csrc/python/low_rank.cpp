@@ -114,8 +114,8 @@ py::object library(std::initializer_list<py::object> answers) {
 }  // namespace
 
 py::object low_rank_forward_call(PyObject* const* args) {
-    const auto [x, weight, bias_of, up, down, gate, index, scaling] =
-        std::array{args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7]};
+    const auto [axes, x, weight, bias_of, up, down, gate, index, scaling] =
+        std::array{args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8]};
     const auto given = read(x);
     if (!given || !in_plain_mode()) return py::none();
     LowRank d{};
@@ -126,7 +126,8 @@ py::object low_rank_forward_call(PyObject* const* args) {
     if (!rows(*given, d.m, columns, io.x) || !read_gate(gate, index, *given, d) ||
         !read_factors(weight, up, down, d) || columns != d.k || !number(scaling, d.scaling) ||
         !bias(bias_of, d.dtype, d.n, io.bias) ||
-        !gradients_fit({weight, up, down}, {x, bias_of, gate}, record))
+        !gradients_fit({weight, up, down}, {x, bias_of, gate}, record) ||
+        (index == Py_None && PyLong_AsLong(axes) != (d.core ? 2 : 1)))
         return py::none();
     d.threads = num_threads();
     const auto plan = plan_for(d, Step::forward, 0, io.bias != nullptr);

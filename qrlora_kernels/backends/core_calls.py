@@ -37,8 +37,8 @@ def low_rank_fwd(p: LowRank, code: int) -> tuple[Tensor, Tensor]:
     # On the device of x: the default device may be another.
     y, h = p.x.new_empty(m, p.weight.shape[0]), p.x.new_empty(m, r)
     native.core().low_rank_forward(
-        code, _low_rank_shape(p, p.x), tokens, *frozen, _gate(p, gate_at, index_at),
-        bias_at, *pointers.out(y, h),
+        code, _low_rank_shape(p, p.x), tokens, *frozen, _gate(p, gate_at),
+        bias_at, *pointers.out(y, h), index_at, _adapters(p),
     )  # fmt: skip
     del held
     return y, h
@@ -54,8 +54,8 @@ def low_rank_bwd(p: LowRankGradient, code: int) -> tuple[Tensor | None, Tensor |
     wide = accumulation_dtype(dtype)
     dgate = p.dy.new_empty(p.gate.shape, dtype=wide) if p.need_dgate else None
     native.core().low_rank_backward(
-        code, _low_rank_shape(p, p.dy), rows_of_dy, *frozen, _gate(p, gate_at, index_at),
-        h_at, *pointers.out(dx, dgate),
+        code, _low_rank_shape(p, p.dy), rows_of_dy, *frozen, _gate(p, gate_at),
+        h_at, *pointers.out(dx, dgate), index_at, _adapters(p),
     )  # fmt: skip
     del held
     return dx, None if dgate is None else dgate.to(p.gate.dtype)
@@ -66,10 +66,13 @@ def _low_rank_shape(p: LowRank | LowRankGradient, rows: Tensor) -> tuple[int, ..
     return rows.shape[0], *p.weight.shape, r, DTYPES[rows.dtype], torch.get_num_threads()
 
 
-def _gate(p: LowRank | LowRankGradient, at: int, index_at: int) -> tuple[int | float | bool, ...]:
+def _gate(p: LowRank | LowRankGradient, at: int) -> tuple[int | float | bool, ...]:
     core = p.gate.dim() == (2 if p.index is None else 3)
-    adapters = 1 if p.index is None else p.gate.shape[0]
-    return at, DTYPES[p.gate.dtype], core, p.scaling, index_at, adapters
+    return at, DTYPES[p.gate.dtype], core, p.scaling
+
+
+def _adapters(p: LowRank | LowRankGradient) -> int:
+    return 1 if p.index is None else p.gate.shape[0]
 
 
 def _read(

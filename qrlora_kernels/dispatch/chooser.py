@@ -147,8 +147,11 @@ def _forced_recipe(problem: Problem, backend: str, name: str) -> Recipe:
         raise ValueError(
             f"backend {backend!r} cannot run {problem.public_name}{step} here: {found}"
         )
+    if not name:
+        measured = (r for r in found if not passed_over(backend, r.name, problem))
+        return next(measured, found[0])
     for recipe in found:
-        if name in ("", recipe.name):
+        if name == recipe.name:
             return recipe
     known = ", ".join(repr(f"{backend}:{recipe.name}") for recipe in found)
     raise ValueError(

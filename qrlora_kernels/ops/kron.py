@@ -86,9 +86,7 @@ class KronFunction(torch.autograd.Function):
             y: Tensor = kron_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
             return y
         y, base = made
-        if base is not None:
-            _add_base(base, y, x, weight, bias)
-        return y
+        return y if base is None else _with_base(base, y, x, weight, bias)
 
     @staticmethod
     @eager.backward
@@ -118,15 +116,18 @@ def _gradients(dy: Tensor, operands: tuple[Any, ...], backend: str | None) -> ea
         return None if dx is None else restore(dx, dy), *rest
     dx, da, db, base = done
     if dx is not None and base is not None:
-        _add_base(base, dx, dy, operands[1].mT, None)
+        dx = _with_base(base, dx, dy, operands[1].mT, None)
     return dx, da, db
 
 
-def _add_base(
+def _with_base(
     choice: Choice, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> None:
-    """x Wᵀ + b onto the ``update`` of a native call, in place."""
-    load(choice.backend).add_base(choice.recipe, flatten(update), flatten(x), weight, bias)
+) -> Tensor:
+    """x Wᵀ + b onto the ``update`` [..., N] of a native call, in its place or in a new tensor."""
+    rows = flatten(update)
+    whole = load(choice.backend).add_base(choice.recipe, rows, flatten(x), weight, bias)
+    # No view: one that is made within an autograd.Function may not be written in place.
+    return update if whole is rows else torch.ops.aten._unsafe_view(whole, update.shape)
 
 
 def at_once(backend: str | None, *operands: Any) -> Tensor | None:
@@ -147,7 +148,7 @@ def at_once(backend: str | None, *operands: Any) -> Tensor | None:
     if record:
         y = _record(*operands[:-1], float(scaling), None, (y, base))
     elif base is not None:
-        _add_base(base, y, x, weight, bias)
+        y = _with_base(base, y, x, weight, bias)
     return y
 
 
