@@ -37,18 +37,19 @@ void Plans::meet(int threads) {
 
 void Plans::note(const Plan& plan) const {
     PyObject *last = last_.ptr(), *name = plan.name.ptr();
-    const int there = PyDict_Contains(last, name);
-    if (there < 0 || (there && PyDict_DelItem(last, name) != 0) ||
-        PyDict_SetItem(last, name, plan.choice.ptr()) != 0)
-        throw py::error_already_set();
+    if (PyDict_DelItem(last, name) != 0) {
+        if (!PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
+        PyErr_Clear();
+    }
+    if (PyDict_SetItem(last, name, plan.choice.ptr()) != 0) throw py::error_already_set();
 }
 
 std::optional<Plan> Plans::find(const Problem& problem, int threads) {
     meet(threads);
     const auto at = known_.find(problem.key());
     if (at == known_.end()) return {};
-    const Plan plan = at->second;  // a copy: noting it may run other Python code
-    if (plan.recipe.runs != Recipe::elsewhere) note(plan);
+    std::optional<Plan> plan = at->second;  // a copy: noting it may run other Python code
+    if (plan->recipe.runs != Recipe::elsewhere) note(*plan);
     return plan;
 }
 

@@ -22,7 +22,7 @@ namespace qrlora {
      []() -> const std::string& { return obstacle(Isa::isa); }, \
      wide,                                                      \
      wide | DType::bf16,                                        \
-     false,                                                     \
+     true,                                                      \
      false,                                                     \
      isa::low_rank_forward,                                     \
      isa::low_rank_backward,                                    \

@@ -1,7 +1,9 @@
-// QR-LoRA and LoRA-XS on the CPU, a whole forward or backward per call:
+// The gated low-rank operation on the CPU, a whole forward or backward per call:
 //   forward   h = x downᵀ,   y  = x Wᵀ + s (h G) upᵀ + b
 //   backward  g = dy up,     dx = dy W + s (g Gᵀ) down,   dG = s Σ_m h ∘ g  or  s hᵀ g
-// with G = diag(λ) for QR-LoRA (up = Q, down = R̃) and G = C for LoRA-XS (up = b, down = a).
+// with G = diag(λ) for QR-LoRA (up = Q, down = R̃) and G = C for LoRA-XS (up = b, down = a). In a
+// mixed batch each row has the G of its adapter, and the sums of an adapter's dG run over its rows
+// alone, in their order: what a row or an adapter gets does not depend on the others.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +19,11 @@ struct LowRank {
     Strided2d weight;  // [n, k]
     Strided2d down;    // [r, k]
     Strided2d up;      // [n, r]
-    const void* gate;  // λ [r] or C [r, r], contiguous
+    const void* gate;  // λ [r] or C [r, r], contiguous; mixed: [adapters, r(, r)]
     DType gate_dtype;  // as dtype, or f32 over bf16
     bool core;         // the gate is C
-    // Which of several gates is each row's, [m] in [0, adapters); null: there is one for all.
+    // Mixed: whose gate is each row's, [m] in [0, adapters); null, and adapters not read, where
+    // there is one gate for all.
     const int64_t* index;
     int64_t adapters;
     double scaling;  // s
