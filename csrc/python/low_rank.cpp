@@ -80,6 +80,7 @@ bool read_gate(PyObject* gate, PyObject* index, const dlpack::Tensor& tokens, Lo
     d.core = g->ndim == axes + 2;
     d.r = g->shape[axes];
     d.adapters = axes ? g->shape[0] : 1;
+    if (axes && d.adapters == 1) return false;  // Python takes it as a gate without an index
     if (d.r < 1 || (d.core && g->shape[axes + 1] != d.r)) return false;
     return !axes || adapter_index(index, tokens, d.m, d.adapters, d.index);
 }
