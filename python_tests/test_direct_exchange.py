@@ -21,7 +21,7 @@ from qrlora_kernels.ops import eager
 
 pytestmark = pytest.mark.skipif(not eager.AVAILABLE, reason=native.REASON)
 
-OPS = eager.OPERATIONS
+OPS = ("qr_linear", "lora_xs_linear", "kron_linear")
 N, K, R = 24, 36, 3
 of_each = pytest.mark.parametrize("op", OPS)
 
@@ -48,7 +48,7 @@ def _set_torch(table: _Table | None, name: bytes = b"dlpack_exchange_api") -> bo
     capsule = object() if table is None else new(ctypes.addressof(table), name, None)
     return native.CORE.set_torch(
         capsule, Tensor, torch.nn.Parameter, eager._STATES, torch.is_grad_enabled,
-        torch.get_num_threads, OPS, eager._choose, chooser._last,
+        torch.get_num_threads, chooser._last,
     )  # fmt: skip
 
 
@@ -80,7 +80,8 @@ def test_an_older_table_behind_an_unknown_one_is_found():
     newer = _Table(own.major + 1, 0, ctypes.addressof(own), own.functions)
     assert _set_torch(newer)
     operands = helpers.operands("qr_linear", 7, N, K, R)
-    assert eager.CORE.low_rank_forward_call(False, *operands.values(), 1.0).shape == (7, N)
+    assert helpers.call("qr_linear", operands).shape == (7, N)
+    assert eager.CORE.low_rank_forward_call(1, *operands.values(), None, 1.0).shape == (7, N)
 
 
 @of_each
@@ -94,16 +95,14 @@ def test_without_the_exchange_everything_works(op, monkeypatch):
 
 
 @of_each
-def test_a_backend_forced_meanwhile_is_not_remembered(op):
+def test_a_backend_forced_meanwhile_is_not_remembered(op, monkeypatch):
     """Another thread may force one between this call's look at it and its choice."""
     operands = helpers.operands(op, 7, 30, 35, 5, torch.float64)
-    call, first = {
-        "qr_linear": (eager.CORE.low_rank_forward_call, (False,)),
-        "lora_xs_linear": (eager.CORE.low_rank_forward_call, (True,)),
-        "kron_linear": (eager.CORE.kron_forward_call, ()),
-    }[op]
+    monkeypatch.setattr(eager, "is_open", lambda _: True)
     with backends.use_backend("reference"):
-        assert call(*first, *operands.values(), 1.0) is not None
+        helpers.call(op, operands)
+    assert backends.last_choice(op).name == "cpu"
+    monkeypatch.undo()
     helpers.call(op, operands)
     assert backends.last_choice(op).name == "cpu"
 

@@ -8,8 +8,9 @@ import torch
 from helpers import OPERANDS, OPS, TRAINABLES
 
 from qrlora_kernels import backends
-from qrlora_kernels.backends import Choice, Problem
+from qrlora_kernels.backends import Problem
 from qrlora_kernels.dispatch import chooser
+from qrlora_kernels.dispatch.problem import problem_of
 
 N, K, R = 24, 36, 3
 # What is looked for here, wrong rows or columns, is wrong by about 1.
@@ -190,6 +191,10 @@ def _problem(op):
     return Problem(op, torch.device("cpu"), torch.float32, 7, N, K, R)
 
 
+def asked(p, backend):
+    return problem_of(p).step, backend
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_forced_backend_runs_forward_and_backward(op, monkeypatch):
     for backend in helpers.cpu_backends(op, torch.float32):
@@ -199,18 +204,19 @@ def test_a_forced_backend_runs_forward_and_backward(op, monkeypatch):
         original = chooser.run
         monkeypatch.setattr(
             "qrlora_kernels.ops.operator.run",
-            lambda *a, seen=seen, original=original: seen.append(a[1:3]) or original(*a),
+            lambda *a, seen=seen, original=original: seen.append(asked(*a)) or original(*a),
         )
         helpers.call(op, operands, backend=backend).sum().backward()
         want = [("fwd", backend)] if op == "linear_add" else [("fwd", backend), ("bwd", backend)]
         assert seen == want
-        assert backends.last_choice(op) == Choice(backend, "asked for")
+        choice = backends.last_choice(op)
+        assert (choice.backend, choice.reason) == (backend, "asked for")
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_forced_backend_that_cannot_run_raises(op, monkeypatch):
     composed = chooser.load("composed")
-    monkeypatch.setattr(composed, "supports", lambda problem: (False, "it is Sunday"))
+    monkeypatch.setattr(composed, "supports", lambda problem: "it is Sunday")
     chooser._choose.cache_clear()
     message = f"backend 'composed' cannot run {op} here: it is Sunday"
     try:

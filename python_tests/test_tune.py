@@ -24,8 +24,8 @@ from contests import (  # noqa: F401  fixtures among them
 from torch import nn
 
 import qrlora_kernels as qk
-from qrlora_kernels import backends, contest
-from qrlora_kernels.dispatch import chooser, tuning
+from qrlora_kernels import backends
+from qrlora_kernels.dispatch import chooser, contest, tuning
 from qrlora_kernels.model.tune import Tuning
 
 # --- the table
@@ -75,28 +75,29 @@ def test_a_winner_that_cannot_run_is_passed_over(winner):
 def test_every_problem_gets_its_winner(adapter, dtype):
     model = model_of(adapter, dtype)
     found = tune(model, (1, 5))
-    assert len(found.contests) == 4
+    assert len(found.contests) == 8  # two layers, two numbers of tokens, two steps
     for one in found.contests:
         assert not one.left_out
         assert one.winner in one.seconds
-        assert "composed" in one.seconds
+        assert any(name.startswith("composed:") for name in one.seconds)
         choice = backends.choose(one.problem)
-        assert choice.name == one.winner
+        assert f"{choice.backend}:{choice.recipe}" == one.winner
         assert choice.reason.startswith("measured on this")
     for layer in qk.adapted_layers(model).values():
-        assert layer.explain(5).reason.startswith("measured on this")
-        assert not layer.explain(100).reason.startswith("measured on this")
-    assert str(found).count("tokens") == 4
+        for step in ("fwd", "bwd"):
+            assert layer.explain(5, step).reason.startswith("measured on this")
+            assert not layer.explain(100, step).reason.startswith("measured on this")
+    assert str(found).count("tokens") == 8
 
 
 def test_the_fastest_is_chosen_and_the_call_takes_it(only, slow):
     model = model_of()
     only({"cpu": slow, "triton": same, "composed": slow})
     assert backends.choose(PROBLEM).name == "cpu"
-    (found, _) = tune(model).contests
-    assert found.winner == "triton"
-    assert found.rules == "cpu"
-    assert next(iter(found.seconds)) == "triton"
+    found, *_ = tune(model).contests
+    assert found.winner == "triton:test"
+    assert found.rules == "cpu:test"
+    assert next(iter(found.seconds)) == "triton:test"
     model(torch.randn(3, 32))
     assert backends.last_choice("qr_linear").name == "triton"
     assert "of" in backends.last_choice("qr_linear").reason
@@ -106,9 +107,9 @@ def test_a_near_tie_and_an_uncertain_lead_change_nothing(only, monkeypatch):
     only({"cpu": same, "composed": same})
 
     def winner(of_cpu: list[float]) -> str:
-        samples = {"cpu": [1e-4 * t for t in of_cpu], "composed": [1e-4] * 8}
+        samples = {"cpu:test": [1e-4 * t for t in of_cpu], "composed:test": [1e-4] * 8}
         monkeypatch.setattr(contest, "_time", lambda *_: samples)
-        return tune(model_of()).contests[0].winner
+        return tune(model_of()).contests[0].winner.removesuffix(":test")
 
     assert winner([1.019] * 8) == "cpu"
     assert winner([1.5] * 5 + [0.9] * 3) == "cpu"
@@ -130,11 +131,14 @@ def _off(part: int) -> Callable[..., Any]:
     return change
 
 
+OFF_Y = _off(0)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (_broken, "RuntimeError: out of shared memory"),
-        (_off(0), "results differ"),
+        (OFF_Y, "results differ"),
         (_off(1), "results differ"),
         (_off(2), "results differ"),
         (lambda name, results: tuple(t * float("nan") for t in results), "results differ"),
@@ -144,11 +148,11 @@ def _off(part: int) -> Callable[..., Any]:
 def test_what_is_wrong_never_wins(only, slow, change, why):
     """However fast, and although it is preferred."""
     only({"triton": change, "composed": slow})
-    (found, _) = tune(model_of()).contests
-    assert found.winner == "composed"
-    assert found.left_out["triton"].startswith(why)
-    assert "\n" not in found.left_out["triton"]
-    assert "left out triton" in str(Tuning([found]))
+    found = tune(model_of()).contests[0 if change in (_broken, OFF_Y) else 1]
+    assert found.winner == "composed:test"
+    assert found.left_out["triton:test"].startswith(why)
+    assert "\n" not in found.left_out["triton:test"]
+    assert "left out triton:test" in str(Tuning([found]))
 
 
 def test_plain_calls_choose_again():
