@@ -30,6 +30,9 @@ size_t Plans::Hash::operator()(const Problem::Key& key) const {
     return hash ^ hash >> 32;
 }
 
+// What is let go may run other Python code, which must find the plans in order.
+void Plans::forget() { decltype(known_)().swap(known_); }
+
 void Plans::meet(int threads) {
     if (threads != threads_) forget();
     threads_ = threads;

@@ -37,7 +37,7 @@ class Plans {
     std::optional<Plan> find(const Problem& problem, int threads);
     void tell(const Problem::Key& key, int64_t code, pybind11::object name, pybind11::object choice,
               int threads);
-    void forget() { known_.clear(); }
+    void forget();
 
   private:
     struct Hash {
