@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .autocast import outside_autocast
 from .backends import chooser, tuning
 from .backends.problem import Problem
 from .contest import Contest, contest
 from .files import as_path
 from .model.adapt import require_adapted
-from .ops.common import outside_autocast
 
 TOKENS = (1, 16, 128, 512, 2048)
 

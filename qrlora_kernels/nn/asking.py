@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from ..adapters.options import one_of
+from ..autocast import autocast_enabled
 from ..backends import Choice, Problem, choose
-from ..ops.common import autocast_enabled
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
+
+Step = Literal["fwd", "bwd"]
 
 
 def shown(layer: AdapterLinear, base: str) -> str:
@@ -23,13 +26,15 @@ def shown(layer: AdapterLinear, base: str) -> str:
     )
 
 
-def explain(layer: AdapterLinear, tokens: int) -> Choice:
+def explain(layer: AdapterLinear, tokens: int, step: Step) -> Choice:
+    asked = problem(layer, tokens, step)
     if layer.merged:
         return Choice("merged", "a plain linear layer with the update inside its weight")
-    return choose(problem(layer, tokens))
+    return choose(asked)
 
 
-def problem(layer: AdapterLinear, tokens: int) -> Problem:
+def problem(layer: AdapterLinear, tokens: int, step: Step) -> Problem:
+    one_of("step", step, get_args(Step))  # both steps are one choice
     n, k, device, dtype = layer.out_features, layer.in_features, layer.weight.device, _dtype(layer)
     if layer._adds_update():
         return Problem("linear_add", device, dtype, tokens, n, k, n)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..autocast import autocast as autocast  # the operations take it from here
+from ..autocast import autocast_enabled as autocast_enabled
+from ..autocast import outside_autocast
 from ..backends.chooser import plain_choice
 from ..native import pointers
 from ..reference import HALF
@@ -89,32 +91,6 @@ def check_memory(**operands: Tensor | None) -> None:
 def check_scaling(scaling: object) -> None:
     if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling must be a float, got {type(scaling).__name__}")
-
-
-def autocast_enabled(device: str) -> bool:
-    """Whether autocast is on for a device type; the meta device knows none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def outside_autocast(device: str) -> AbstractContextManager[Any]:
-    """A block in which nothing is recast."""
-    return torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext()
-
-
-def autocast(*tensors: Tensor | None) -> Sequence[Any]:
-    """Cast as autocast casts the operands of ``F.linear``: all but fp64, to the autocast dtype."""
-    # What is no tensor is named by the checks, which come after.
-    first = tensors[0]
-    device = first.device.type if isinstance(first, Tensor) else "cpu"
-    if not autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype)
-        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    ]
 
 
 def bias_gradient(dy: Tensor) -> Tensor:
