@@ -48,7 +48,6 @@ def follow_weight(layer: AdapterLinear) -> None:
     """
     for name in layer.factors:
         vars(layer)[name] = vars(layer)[name].to(layer.weight.device)
-    layer.derived.drop()
 
 
 @contextmanager
