@@ -62,9 +62,9 @@ class Adapter(Generic[Own]):
         """
         if options.scaling_of(1) == 0.0:
             raise ValueError("scaling or alpha must not be 0 at the start, which would never train")
-        matrices = cls._to_factorise(weights, options, run, gradients or {})
         with renamed_matrices([f"{name}.weight" for name in weights]):
-            states = dict(zip(weights, cls._start(matrices, options, run), strict=True))
+            made = cls._start(list(weights.values()), options, run)
+        states = dict(zip(weights, made, strict=True))
         for name, state in states.items():
             if not cls.can_train(state):
                 raise ValueError(
@@ -77,17 +77,6 @@ class Adapter(Generic[Own]):
     def needs_gradients(cls, options: Own) -> bool:
         """Whether the start factorises the gradients of the weights in place of the weights."""
         return False
-
-    @classmethod
-    def _to_factorise(
-        cls,
-        weights: Tensors,
-        options: Own,
-        run: StartRunner,
-        gradients: Mapping[str, Tensor | None],
-    ) -> list[Tensor]:
-        """The matrices of :meth:`_start`."""
-        return list(weights.values())
 
     @classmethod
     def _start(cls, matrices: Sequence[Tensor], options: Own, run: StartRunner) -> list[State]:

@@ -10,14 +10,14 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .. import functional, linalg
 from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude, renamed_matrices
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype, lora_xs_delta_ref
-from .adapter import Adapter, State, Tensors, share_of_energy
+from .adapter import State, Tensors, share_of_energy
+from .low_rank import LowRank
 from .options import LARGEST, AlphaOptions, one_of
 
 MAX_STD = LARGEST / 100  # no draw leaves fp32's range
@@ -47,7 +47,7 @@ class LoRAXSOptions(AlphaOptions):
             )
 
 
-class LoRAXS(Adapter[LoRAXSOptions]):
+class LoRAXS(LowRank[LoRAXSOptions]):
     """core [r, r], a [r, K] and b [N, r]."""
 
     kind = "lora_xs"
@@ -55,6 +55,7 @@ class LoRAXS(Adapter[LoRAXSOptions]):
     trainables = ("core",)
     factors = ("a", "b")
     operands = ("a", "b", "core")
+    down, up, gate = operands
     options_type = LoRAXSOptions
 
     @classmethod
@@ -62,16 +63,17 @@ class LoRAXS(Adapter[LoRAXSOptions]):
         return options.basis == "gradient"
 
     @classmethod
-    def _to_factorise(
+    def start(
         cls,
         weights: Tensors,
         options: LoRAXSOptions,
         run: linalg.StartRunner,
-        gradients: Mapping[str, Tensor | None],
-    ) -> list[Tensor]:
-        if not cls.needs_gradients(options):
-            return list(weights.values())
-        return run.together(partial(_scaled_gradients, weights, gradients, options.seed))
+        gradients: Mapping[str, Tensor | None] | None = None,
+    ) -> dict[str, State]:
+        if cls.needs_gradients(options):
+            scaled = partial(_scaled_gradients, weights, gradients or {}, options.seed)
+            weights = run.together(scaled)
+        return super().start(weights, options, run)
 
     @classmethod
     def _start(
@@ -93,10 +95,6 @@ class LoRAXS(Adapter[LoRAXSOptions]):
         return states
 
     @classmethod
-    def can_train(cls, state: Tensors) -> bool:
-        return bool(state["a"].any()) and bool(state["b"].any())
-
-    @classmethod
     def rebuildable(cls, options: LoRAXSOptions) -> bool:
         return not cls.needs_gradients(options)
 
@@ -108,21 +106,8 @@ class LoRAXS(Adapter[LoRAXSOptions]):
         return functional.lora_xs_linear(x, weight, bias, a, b, core, strength)
 
     @classmethod
-    def update(cls, x: Tensor, tensors: Tensors, options: LoRAXSOptions, strength: float) -> Tensor:
-        h = linear(x, tensors["a"])
-        return linear(h @ (strength * tensors["core"]).to(h.dtype), tensors["b"])
-
-    @classmethod
     def delta(cls, tensors: Tensors, options: LoRAXSOptions, strength: float) -> Tensor:
         return lora_xs_delta_ref(tensors["a"], tensors["b"], tensors["core"], strength)
-
-    @classmethod
-    def lora_factors(
-        cls, tensors: Tensors, options: LoRAXSOptions, strength: float
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(tensors["a"].dtype)
-        b = strength * tensors["b"].to(dtype) @ tensors["core"].to(dtype).mT
-        return tensors["a"].to(dtype), b
 
     @classmethod
     def energy(cls, weight: Tensor, tensors: Tensors, options: LoRAXSOptions) -> float | None:
@@ -154,9 +139,7 @@ def _bases(
     return [_place_sigma(u, s, vh, options.sigma) for u, s, vh in results]
 
 
-def _scaled_gradients(
-    weights: Tensors, gradients: Mapping[str, Tensor | None], seed: int
-) -> list[Tensor]:
+def _scaled_gradients(weights: Tensors, gradients: Mapping[str, Tensor | None], seed: int) -> State:
     """Each weight's gradient [N, K] in its dtype, scaled to the largest singular value of W.
 
     Σ is then as large as W's where it is largest: a gradient's falls much faster, and at W's
@@ -168,12 +151,12 @@ def _scaled_gradients(
     with renamed_matrices(names):
         found = linalg.truncated_svd([*weights.values(), *wide], 1, seed=seed)
     tops = [one.s[0] for one in found]
-    return [
-        (gradient * (of_weight / of_gradient)).to(weight.dtype)
-        for weight, gradient, of_weight, of_gradient in zip(
-            weights.values(), wide, tops[: len(wide)], tops[len(wide) :], strict=True
+    return {
+        name: (gradient * (of_weight / of_gradient)).to(weights[name].dtype)
+        for name, gradient, of_weight, of_gradient in zip(
+            weights, wide, tops[: len(wide)], tops[len(wide) :], strict=True
         )
-    ]
+    }
 
 
 def _gradient(name: str, gradient: Tensor | None) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .. import functional, linalg
 from ..linalg.exponents import rounded
-from ..reference import accumulation_dtype, qr_delta_ref
-from .adapter import Adapter, State, Tensors, share_of_energy
+from ..reference import qr_delta_ref
+from .adapter import State, Tensors, share_of_energy
+from .low_rank import LowRank
 from .options import Options, one_of
 
 DEFAULT_TAU = 0.5  # what the paper's main experiments ran
@@ -44,7 +44,7 @@ class QROptions(Options):
         return replace(self, scaling=scaling)
 
 
-class QR(Adapter[QROptions]):
+class QR(LowRank[QROptions]):
     """lam [r], q [N, r], r [r, K] in the original column order, pivots [r], diagonal [r]."""
 
     kind = "qr"
@@ -52,6 +52,7 @@ class QR(Adapter[QROptions]):
     trainables = ("lam",)
     factors = ("q", "r", "pivots", "diagonal")
     operands = ("q", "r", "lam")
+    up, down, gate = operands
     rebuilt_from = ("pivots", "diagonal")
     kept_fp32 = ("diagonal",)
     options_type = QROptions
@@ -90,10 +91,6 @@ class QR(Adapter[QROptions]):
         return {name: getattr(result, name) for name in cls.factors}
 
     @classmethod
-    def can_train(cls, state: Tensors) -> bool:
-        return bool(state["q"].any()) and bool(state["r"].any())
-
-    @classmethod
     def fused(
         cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
     ) -> Tensor:
@@ -101,21 +98,8 @@ class QR(Adapter[QROptions]):
         return functional.qr_linear(x, weight, bias, q, r, lam, strength)
 
     @classmethod
-    def update(cls, x: Tensor, tensors: Tensors, options: QROptions, strength: float) -> Tensor:
-        h = linear(x, tensors["r"])
-        return linear((h * (strength * tensors["lam"])).to(h.dtype), tensors["q"])
-
-    @classmethod
     def delta(cls, tensors: Tensors, options: QROptions, strength: float) -> Tensor:
         return qr_delta_ref(tensors["q"], tensors["r"], tensors["lam"], strength)
-
-    @classmethod
-    def lora_factors(
-        cls, tensors: Tensors, options: QROptions, strength: float
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(tensors["q"].dtype)
-        b = strength * tensors["q"].to(dtype) * tensors["lam"].to(dtype)
-        return tensors["r"].to(dtype), b
 
     @classmethod
     def energy(cls, weight: Tensor, tensors: Tensors, options: QROptions) -> float | None:

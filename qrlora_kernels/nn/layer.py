@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from .become import (
     without_hooks_of_accelerate,
 )
 from .derived import Derived
+
+Own = TypeVar("Own", bound="AdapterLinear")
 
 
 class AdapterLinear(Adapted):
@@ -67,13 +69,13 @@ class AdapterLinear(Adapted):
         self._take_up(opts, state)
 
     @classmethod
-    def _from_linear(cls, linear: nn.Module, options: Options) -> Any:
+    def _from_linear(cls: type[Own], linear: nn.Module, options: Options) -> Own:
         check_can_become(linear, cls)
         state = cls.start({"linear": linear}, options, StartRunner())["linear"]
         return cls.from_state(linear, options, state)
 
     @classmethod
-    def from_state(cls, linear: nn.Module, options: Options, state: State) -> Any:
+    def from_state(cls: type[Own], linear: nn.Module, options: Options, state: State) -> Own:
         """A new layer over the parameters of ``linear``, with the tensors of a start or a file."""
         if "forward" in vars(linear):
             raise TypeError(

@@ -85,8 +85,7 @@ class LoRAXSLinear(AdapterLinear):
             init_std=init_std,
             seed=seed,
         )
-        made: LoRAXSLinear = cls._from_linear(linear, options)
-        return made
+        return cls._from_linear(linear, options)
 
     def _tensors(self) -> State:
         return {"a": self.a, "b": self.b, "core": self.core}

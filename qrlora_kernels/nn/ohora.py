@@ -93,8 +93,7 @@ class OHoRALinear(AdapterLinear):
             fold=fold,
             seed=seed,
         )
-        made: OHoRALinear = cls._from_linear(linear, options)
-        return made
+        return cls._from_linear(linear, options)
 
     def _tensors(self) -> State:
         return {"a": self.a, "b": self.b, "a0": self.a0, "b0": self.b0}

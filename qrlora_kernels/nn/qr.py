@@ -79,8 +79,7 @@ class QRLinear(AdapterLinear):
             max_rank=max_rank,
             scaling=scaling,
         )
-        made: QRLinear = cls._from_linear(linear, options)
-        return made
+        return cls._from_linear(linear, options)
 
     def _tensors(self) -> State:
         return {"q": self.q, "r": self.r, "lam": self.lam}
