@@ -277,7 +277,7 @@ def test_the_summary_counts_it(capsys):
 def plant(layer: Layer) -> None:
     """Let the kept fold be NaN."""
     layer.derived.drop()
-    sources = layer.weight, layer.a0, layer.b0, layer._strength
+    sources = layer.weight, layer.a0, layer.b0
     layer.derived.get("folded", lambda weight, *_: weight * torch.nan, *sources)
 
 
@@ -337,11 +337,13 @@ def test_unused_under_autocast():
 
 def test_unused_where_a_source_asks_for_a_gradient():
     layer = folded().train()
-    layer.weight.requires_grad_(True)
-    unused_by(layer, lambda: layer(x()))
+    unused_by(layer, lambda: layer.requires_grad_()(x()))
     layer(x()).sum().backward()
     want = torch.ones(5, N).double().t() @ x()
     torch.testing.assert_close(layer.weight.grad, want)
+    layer.derived.drop()
+    layer(x())
+    assert layer.derived.nbytes() == {}
 
 
 def test_unused_where_a_source_counts_no_writes():

@@ -78,7 +78,6 @@ class Adapted(nn.Module):
 
         An optimizer that holds them goes on with these.
         """
-        self.derived.drop()
         dtype = torch.float32 if self.weight.dtype in HALF else self.weight.dtype
         for name in self.factors:
             vars(self)[name] = state[name]
@@ -107,6 +106,7 @@ class Adapted(nn.Module):
         self._set_options(options)
 
     def _set_options(self, options: Options) -> None:
+        self.derived.drop()  # which depends on the strength
         self._options = options
         self._strength = options.scaling_of(self.rank) * options.strength
         self._fuses = self.adapter.fuses(options)

@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-
-Source = Tensor | float
 
 
 class Derived:
@@ -24,31 +21,33 @@ class Derived:
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
 
-    def get(self, name: str, build: Callable[..., Tensor], *sources: Source) -> Tensor:
-        """``build(*sources)``, kept until a source changes.
+    def get(self, name: str, build: Callable[..., Tensor], *sources: Tensor) -> Tensor | None:
+        """``build(*sources)``, kept until a source changes; None where a call goes without it.
+
+        That is outside plain eager mode (a trace records operators of the tensors themselves, a
+        transform or a mode sees other tensors than the stored ones) and for a source that asks for
+        a gradient, which takes part in the call then, or counts no writes.
 
         Parameters
         ----------
         name : str
         build : callable
-            Runs without gradients. Its value depends on ``sources`` alone.
-        sources : Tensor or float
-            Stored tensors, not views made for the call, for which :func:`applies`; and numbers.
+            Runs without gradients. What its value depends on beside ``sources`` calls :meth:`drop`
+            when it changes.
+        sources : Tensor
+            Stored tensors, not views made for the call.
         """
-        account = tuple(map(_account, sources))
+        if _is_seen_through():
+            return None
         kept = self._kept.get(name)
-        if kept is not None and kept.account == account and kept.is_of_living_sources():
+        if kept is not None and kept.is_of(sources):
             return kept.value
+        if not all(map(_is_plain, sources)):
+            return None
         # A tensor that was made in inference mode takes part in no backward.
         with torch.inference_mode(False), torch.no_grad():
             value = build(*sources)
-        tensors = [s for s in sources if isinstance(s, Tensor)]
-        self._kept[name] = _Kept(
-            account,
-            tuple(weakref.ref(t) for t in tensors),
-            tuple(StorageWeakRef(t.untyped_storage()) for t in tensors),
-            value,
-        )
+        self._kept[name] = _Kept(tuple(map(_seen, sources)), value)
         return value
 
     def drop(self, *names: str) -> None:
@@ -58,8 +57,7 @@ class Derived:
 
     def nbytes(self) -> dict[str, int]:
         """What each value takes in memory."""
-        values = {name: kept.value for name, kept in [*self._kept.items()]}
-        return {name: value.numel() * value.element_size() for name, value in values.items()}
+        return {name: kept.value.nbytes for name, kept in [*self._kept.items()]}
 
     def __deepcopy__(self, memo: Any) -> Derived:
         return Derived()
@@ -68,44 +66,42 @@ class Derived:
         return Derived, ()
 
 
+class _Seen(NamedTuple):
+    """A source when its value was computed."""
+
+    tensor: weakref.ref[Tensor]
+    writes: int
+    memory: Tensor  # an alias: ``tensor.data = other`` is another memory and counts as no write
+
+
 class _Kept(NamedTuple):
-    account: tuple[Any, ...]
-    # The account knows tensors and memory by addresses, which may be others' once these are gone;
-    # an address of memory that is only referred to is not given away.
-    tensors: tuple[weakref.ref[Tensor], ...]
-    storages: tuple[StorageWeakRef, ...]
+    sources: tuple[_Seen, ...]
     value: Tensor
 
-    def is_of_living_sources(self) -> bool:
-        return None not in [tensor() for tensor in self.tensors]
+    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
+        """Whether ``sources`` are the same tensors in the same state; asked at every call."""
+        for seen, source in zip(self.sources, sources, strict=True):
+            if seen.tensor() is not source or source._version != seen.writes:
+                return False
+            if source.requires_grad or source.dtype != seen.memory.dtype:
+                return False
+            if source.device != seen.memory.device or not source.is_set_to(seen.memory):
+                return False
+        return True
 
 
-def _account(source: Source) -> Any:
-    """What is another after every change of a tensor; of a number the number."""
-    if not isinstance(source, Tensor):
-        return source
-    return (
-        id(source),
-        source._version,
-        source.untyped_storage()._cdata,  # ``tensor.data = other`` counts as no write
-        source.storage_offset(),
-        source.stride(),
-        source.dtype,
-        source.device,
+def _seen(source: Tensor) -> _Seen:
+    return _Seen(weakref.ref(source), source._version, source.detach())
+
+
+def _is_seen_through() -> bool:
+    """Whether something else than PyTorch's kernels sees the operators of this call."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
     )
-
-
-def applies(*sources: Tensor) -> bool:
-    """Whether a call may use what was derived from ``sources``: in plain eager mode alone.
-
-    A trace records operators of the tensors themselves, a transform or a mode sees other tensors
-    than the stored ones, and a source that asks for a gradient must take part in the call.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return False
-    return all(_is_plain(source) for source in sources)
 
 
 def _is_plain(source: Tensor) -> bool:

@@ -39,7 +39,7 @@ def _hooks(layer: nn.Module) -> list[Any]:
 
 def offloads(layer: nn.Module) -> bool:
     """Whether the layer's weights come in for each forward alone, as other tensors each time."""
-    return HOOK in vars(layer) and bool(_offloading(layer))
+    return HOOK in layer.__dict__ and bool(_offloading(layer))
 
 
 def _offloading(layer: nn.Module) -> list[Any]:

@@ -8,7 +8,6 @@ from ..adapters import OHoRA, OHoRAOptions, State
 from ..adapters.ohora import Product
 from ..linalg.kron import Columns, Start
 from . import offload
-from .derived import applies
 from .layer import AdapterLinear
 
 
@@ -112,12 +111,11 @@ class OHoRALinear(AdapterLinear):
         merged or whose weight is offloaded, and where a frozen tensor asks for a gradient.
         """
         weight = self._parameters.get("weight")  # none where it is computed anew at every call
-        if not self._options.fold or weight is None or self.merged or offload.offloads(self):
+        if not self._options.fold or weight is None or self._merge is not None:
             return None
-        sources = weight, self.a0, self.b0
-        if not (OHoRA.folds(weight) and applies(*sources)):
+        if not OHoRA.folds(weight) or offload.offloads(self):
             return None
-        return self.derived.get("folded", self._fold, *sources, self._strength)
+        return self.derived.get("folded", self._fold, weight, self.a0, self.b0)
 
-    def _fold(self, weight: Tensor, a0: Tensor, b0: Tensor, strength: float) -> Tensor:
-        return OHoRA.fold(weight.t() if self.conv1d else weight, a0, b0, strength)
+    def _fold(self, weight: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
+        return OHoRA.fold(weight.t() if self.conv1d else weight, a0, b0, self._strength)
