@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qrlora_kernels.chip import chip_name
+from qrlora_kernels.dispatch.chip import chip_name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PEERS = ("triton", "numpy", "scipy", "peft", "transformers", "lycoris-lora")

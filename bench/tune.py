@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from qrlora_kernels.backends import Problem
-from qrlora_kernels.tune import tune_problems
+from qrlora_kernels.model.tune import tune_problems
 
 TOKENS = (8192, 2048, 16, 512, 1)
 # (operation, N, K, r), most asked for first

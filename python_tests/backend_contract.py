@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qrlora_kernels.dispatch.problem import problem_of
+from qrlora_kernels.operands import Kron, KronGradient, LowRank, LowRankGradient, Operands
+
 SCALING = 0.7
 
 
@@ -34,17 +37,19 @@ class Op:
     train: dict[str, Tensor]
 
     def forward(self, backend: ModuleType) -> tuple[Tensor, Tensor | None]:
-        out = getattr(backend, f"{self.name}_fwd")(
-            self.x, self.weight, self.bias, *self._factors(), SCALING
-        )
-        return out if isinstance(out, tuple) else (out, None)
+        if self.name == "kron_linear":
+            p = Kron(self.x, self.weight, self.bias, *self._factors(), SCALING)
+            return step(backend, p), None
+        y, h = step(backend, LowRank(self.x, self.weight, self.bias, *self._factors(), SCALING))
+        return y, h
 
     def backward(self, backend: ModuleType, h: Tensor | None, *needs: bool) -> tuple[Any, ...]:
-        function = getattr(backend, f"{self.name}_bwd")
-        saved = (self.weight, *self._factors())
         if h is None:
-            return function(self.dy, self.x, *saved, SCALING, *needs)
-        return function(self.dy, *saved, h, SCALING, *needs)
+            saved = (self.x, self.weight, *self._factors(), SCALING)
+            return step(backend, KronGradient(self.dy, *saved, *needs))
+        return step(
+            backend, LowRankGradient(self.dy, self.weight, *self._factors(), h, SCALING, *needs)
+        )
 
     def run(self, backend: ModuleType) -> dict[str, Tensor]:
         y, h = self.forward(backend)
@@ -63,14 +68,23 @@ class Op:
         grads = torch.autograd.grad(y, (x, *train.values()), self.dy.to(dtype))
         return dict(zip(("y", "dx", *train), (y.detach(), *grads), strict=True))
 
-    def _factors(self) -> tuple[Tensor | None, ...]:
+    def _factors(self) -> tuple[Any, ...]:
         every = {**self.frozen, **self.train}
-        return tuple(every[name] for name in FACTORS[self.name])
+        return tuple(every.get(name) for name in FACTORS[self.name])
 
 
+def step(backend: ModuleType, p: Operands, recipe: str | None = None) -> Any:
+    """The step on ``backend`` by ``recipe``, or by its best one."""
+    problem = problem_of(p)
+    if recipe is None:
+        recipe = backend.supports(problem)[0].name
+    return getattr(backend, f"{problem.op}_{problem.step}")(p, recipe)
+
+
+# In the order of the records of operands.
 FACTORS = {
-    "qr_linear": ("q", "r", "lam"),
-    "lora_xs_linear": ("a", "b", "core"),
+    "qr_linear": ("q", "r", "lam", "index"),
+    "lora_xs_linear": ("b", "a", "core", "index"),
     "kron_linear": ("a", "b", "a0", "b0"),
 }
 

@@ -12,7 +12,9 @@ from torch import nn
 from torch.utils import benchmark
 
 import qrlora_kernels as qk
-from qrlora_kernels.backends import Problem, chooser, composed, tuning
+from qrlora_kernels.backends import Problem, composed
+from qrlora_kernels.dispatch import chooser, tuning
+from qrlora_kernels.dispatch.problem import Recipe
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("qr_linear", CPU, torch.float32, 16, 24, 36, 4)
@@ -65,14 +67,14 @@ def tune(model: nn.Module, tokens: tuple[int, ...] = (3,), **options: Any) -> An
 class Backend:
     """A stand-in for a backend module: library products, with a step changed."""
 
-    def __init__(self, change: Callable[..., Any]) -> None:
-        self.change = change
+    def __init__(self, name: str, change: Callable[..., Any]) -> None:
+        self.name, self.change = name, change
 
-    def supports(self, problem: Problem) -> tuple[bool, str]:
-        return True, "for the test"
+    def supports(self, problem: Problem) -> list[Recipe]:
+        return [Recipe(self.name, "test", "for the test")]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return lambda *operands: self.change(name, getattr(composed, name)(*operands))
+        return lambda p, recipe: self.change(name, getattr(composed, name)(p, "addmm"))
 
 
 @pytest.fixture(name="only")
@@ -80,11 +82,11 @@ def only_these(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Callable[
     """Let there be these backends, in this order of preference, and no other."""
 
     def install(changes: dict[str, Callable[..., Any]]) -> None:
-        there = {name: Backend(change) for name, change in changes.items()}
+        there = {name: Backend(name, change) for name, change in changes.items()}
         monkeypatch.setattr(chooser, "BACKENDS", dict.fromkeys(there, ""))
         original = chooser.load
         monkeypatch.setattr(chooser, "load", lambda name: there.get(name) or original(name))
-        monkeypatch.setattr(chooser, "passed_over", lambda name, problem: None)
+        monkeypatch.setattr(chooser, "passed_over", lambda *of: None)
         chooser.forget()
 
     return install

@@ -18,12 +18,13 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
 EMULATION = ROOT / "python_tests" / "emulation"
 SOURCES = [
-    *(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in (
+    *(CSRC / "core" / "cuda" / f"{name}.cu" for name in (
         "decode", "panels", "pivot_block", "pivot_choose", "pivoted_qr", "project"
     )),
-    *(ROOT / "csrc" / "bindings" / f"{name}.cpp" for name in ("cuda", "cuda_linalg")),
+    *(CSRC / "python" / f"{name}.cpp" for name in ("cuda", "cuda_linalg")),
     EMULATION / "module.cpp",
 ]  # fmt: skip
 FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-march=native", "-w"]
@@ -46,8 +47,14 @@ def build(folder: Path) -> ModuleType:
         raise FileNotFoundError("pybind11 is not installed")
     import pybind11
 
-    command = [compiler, *FLAGS, f"-I{EMULATION}", f"-I{ROOT / 'csrc' / 'include'}"]
-    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-x", "c++"]
+    command = [compiler, *FLAGS, f"-I{EMULATION}", f"-I{CSRC / 'core' / 'include'}"]
+    command += [
+        f"-I{CSRC / 'python'}",
+        f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_path('include')}",
+        "-x",
+        "c++",
+    ]
     command += map(str, SOURCES)
     library = folder / _digest(command) / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.is_file():
@@ -70,7 +77,7 @@ def load(library: Path) -> ModuleType:
 
 def _digest(command: list[str]) -> str:
     digest = hashlib.sha256(" ".join([sys.version, *command]).encode())
-    folders = (EMULATION, ROOT / "csrc" / "cuda", ROOT / "csrc" / "include" / "qrlora")
+    folders = (EMULATION, CSRC / "core" / "cuda", CSRC / "core" / "include", CSRC / "python")
     headers = [path for folder in folders for path in folder.rglob("*.*h")]
     for source in sorted({*SOURCES, *headers}):
         digest.update(source.read_bytes())

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qrlora_kernels import backends, functional, linalg
-from qrlora_kernels.backends import Problem, chooser
+from qrlora_kernels.backends import Problem
+from qrlora_kernels.dispatch import chooser
+from qrlora_kernels.dispatch.problem import joined
 
 OPS = ("qr_linear", "lora_xs_linear", "kron_linear", "linear_add")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -264,10 +266,15 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     )
 
 
+def supports(backend: str, problem: Problem) -> bool:
+    """Whether ``backend`` can run it."""
+    return bool(chooser.recipes(backend, joined(problem)))
+
+
 def cpu_backends(op: str, dtype: torch.dtype, m: int = 7, n: int = 32, k: int = 32) -> list[str]:
     """The backends that run this problem here."""
     problem = Problem(op, torch.device("cpu"), dtype, m, n, k, 4)
-    return [name for name in backends.BACKENDS if chooser.load(name).supports(problem)[0]]
+    return [name for name in backends.BACKENDS if supports(name, problem)]
 
 
 def ways(op: str, dtype: torch.dtype) -> list[str | None]:

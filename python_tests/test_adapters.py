@@ -188,17 +188,3 @@ def test_a_bad_weight_beside_its_gradient_is_named():
     gradients = dict.fromkeys(weights, linear.weight.grad)
     with pytest.raises(ValueError, match=r"y\.weight must be finite"):
         adapters.LoRAXS.start(weights, options, StartRunner(), gradients)
-
-
-# --- what a layer says of the steps
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_step_is_asked_by_name(merged):
-    layer = held("qr").layer()
-    if merged:
-        layer.merge()
-    assert layer.explain(16) == layer.explain(16, step="fwd")
-    assert layer.explain(16, step="bwd").name
-    with pytest.raises(ValueError, match=r"step must be one of \['fwd', 'bwd'\], got 'backward'"):
-        layer.explain(16, step="backward")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from backend_contract import Contract, assert_within_bound, draw, small_update_gain
+from backend_contract import Contract, assert_within_bound, draw, small_update_gain, step
 
 from qrlora_kernels.backends import composed
+from qrlora_kernels.operands import LinearAdd
 
 
 class TestComposed(Contract):
@@ -18,7 +19,7 @@ def test_linear_add_rounds_once() -> None:
     op = draw("qr_linear", 4096, 192, 256, 16, torch.bfloat16, size=2e-4)
     addend = (0.7 * ((op.x @ op.frozen["r"].mT) * op.train["lam"]) @ op.frozen["q"].mT).clone()
     before = addend.clone()
-    y = composed.linear_add_fwd(op.x, op.weight, op.bias, addend)
+    y = step(composed, LinearAdd(op.x, op.weight, op.bias, addend))
     assert small_update_gain(op, y) == pytest.approx(1, abs=0.02)
     assert torch.equal(addend, before)
 

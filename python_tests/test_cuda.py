@@ -14,7 +14,7 @@ import torch
 
 from qrlora_kernels.backends import Problem, cuda
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CORE = Path(__file__).parents[1] / "csrc" / "core"
 TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
 NVCC = shutil.which("nvcc")
 HERE = cuda.available()
@@ -55,9 +55,9 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if NVCC is None:
         pytest.skip("nvcc was not found")
     target, source = request.param
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-I{CSRC / 'include'}"]
+    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-I{CORE / 'include'}"]
     command += [f"-gencode=arch={TARGETS[target]},code={target}", "-Xptxas=-v,-warn-spills"]
-    command += ["-Werror=all-warnings", str(CSRC / "cuda" / f"{source}.cu")]
+    command += ["-Werror=all-warnings", str(CORE / "cuda" / f"{source}.cu")]
     out = tmp_path_factory.mktemp("cubin") / f"{source}.cubin"
     done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_source_is_compiled_here() -> None:
-    assert {path.stem for path in (CSRC / "cuda").glob("*.cu")} == set(LIMITS)
+    assert {path.stem for path in (CORE / "cuda").glob("*.cu")} == set(LIMITS)
 
 
 def test_no_kernel_spills(compiled: Compiled) -> None:

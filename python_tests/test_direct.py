@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qrlora_kernels import backends, native
 from qrlora_kernels.backends import amx
-from qrlora_kernels.ops import direct
+from qrlora_kernels.ops import eager
 
-pytestmark = pytest.mark.skipif(not direct.AVAILABLE, reason=native.REASON)
+pytestmark = pytest.mark.skipif(not eager.AVAILABLE, reason=native.REASON)
 
-OPS = direct.OPERATIONS
+OPS = eager.OPERATIONS
 N, K, R = 24, 36, 3
 DTYPES = [torch.float32, torch.float64] + [torch.bfloat16] * amx.available()[0]
 in_each = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,11 +60,11 @@ def only_direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def the_long_way() -> Iterator[None]:
-    before, direct.AVAILABLE = direct.AVAILABLE, False
+    before, eager.AVAILABLE = eager.AVAILABLE, False
     try:
         yield
     finally:
-        direct.AVAILABLE = before
+        eager.AVAILABLE = before
 
 
 # --- taken

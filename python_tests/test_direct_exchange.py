@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qrlora_kernels import backends, native
-from qrlora_kernels.backends import chooser
-from qrlora_kernels.ops import direct
+from qrlora_kernels.dispatch import chooser
+from qrlora_kernels.ops import eager
 
-pytestmark = pytest.mark.skipif(not direct.AVAILABLE, reason=native.REASON)
+pytestmark = pytest.mark.skipif(not eager.AVAILABLE, reason=native.REASON)
 
-OPS = direct.OPERATIONS
+OPS = eager.OPERATIONS
 N, K, R = 24, 36, 3
 of_each = pytest.mark.parametrize("op", OPS)
 
@@ -47,8 +47,8 @@ def _set_torch(table: _Table | None, name: bytes = b"dlpack_exchange_api") -> bo
     new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     capsule = object() if table is None else new(ctypes.addressof(table), name, None)
     return native.CORE.set_torch(
-        capsule, Tensor, torch.nn.Parameter, direct._STATES, torch.is_grad_enabled,
-        torch.get_num_threads, OPS, direct._choose, chooser._last,
+        capsule, Tensor, torch.nn.Parameter, eager._STATES, torch.is_grad_enabled,
+        torch.get_num_threads, OPS, eager._choose, chooser._last,
     )  # fmt: skip
 
 
@@ -60,8 +60,8 @@ def _own_table() -> _Table:
 
 
 def test_a_torch_without_one_of_the_states_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_STATES", (*direct._STATES, None))
-    assert not direct._connect()
+    monkeypatch.setattr(eager, "_STATES", (*eager._STATES, None))
+    assert not eager._connect()
 
 
 def test_unknown_tables_are_refused():
@@ -80,14 +80,14 @@ def test_an_older_table_behind_an_unknown_one_is_found():
     newer = _Table(own.major + 1, 0, ctypes.addressof(own), own.functions)
     assert _set_torch(newer)
     operands = helpers.operands("qr_linear", 7, N, K, R)
-    assert direct.CORE.low_rank_forward_call(False, *operands.values(), 1.0).shape == (7, N)
+    assert eager.CORE.low_rank_forward_call(False, *operands.values(), 1.0).shape == (7, N)
 
 
 @of_each
 def test_without_the_exchange_everything_works(op, monkeypatch):
     monkeypatch.setattr(Tensor, "__dlpack_c_exchange_api__", None)
-    assert not direct._connect()
-    monkeypatch.setattr(direct, "AVAILABLE", False)
+    assert not eager._connect()
+    monkeypatch.setattr(eager, "AVAILABLE", False)
     operands = helpers.operands(op, 7, N, K, R, torch.float64)
     got = helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
     torch.testing.assert_close(got["y"], helpers.exact(op, operands))
@@ -98,9 +98,9 @@ def test_a_backend_forced_meanwhile_is_not_remembered(op):
     """Another thread may force one between this call's look at it and its choice."""
     operands = helpers.operands(op, 7, 30, 35, 5, torch.float64)
     call, first = {
-        "qr_linear": (direct.CORE.low_rank_forward_call, (False,)),
-        "lora_xs_linear": (direct.CORE.low_rank_forward_call, (True,)),
-        "kron_linear": (direct.CORE.kron_forward_call, ()),
+        "qr_linear": (eager.CORE.low_rank_forward_call, (False,)),
+        "lora_xs_linear": (eager.CORE.low_rank_forward_call, (True,)),
+        "kron_linear": (eager.CORE.kron_forward_call, ()),
     }[op]
     with backends.use_backend("reference"):
         assert call(*first, *operands.values(), 1.0) is not None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qrlora_kernels.native import pointers
-from qrlora_kernels.ops import direct
+from qrlora_kernels.ops import eager
 
 ROOT = Path(__file__).parents[1]
 CALLS = 600  # `make fuzz` makes 10,000 others
@@ -34,7 +34,7 @@ def _call(worn: dict[str, str], backend: str | None, **changes: Any) -> fuzz.Cal
     return call._replace(**changes)
 
 
-BACKENDS = ([None] if direct.AVAILABLE else []) + (["cpu"] if direct.CORE is not None else [])
+BACKENDS = ([None] if eager.AVAILABLE else []) + (["cpu"] if eager.CORE is not None else [])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -47,7 +47,7 @@ def test_a_negation_that_nobody_asks_for_is_found(name, backend, monkeypatch):
         fuzz.run(call)
 
 
-@pytest.mark.skipif(direct.CORE is None, reason="without native kernels there are no addresses")
+@pytest.mark.skipif(eager.CORE is None, reason="without native kernels there are no addresses")
 @pytest.mark.parametrize("disguise", ["freed", "functional"])
 def test_a_null_pointer_that_is_read_as_absent_is_found(disguise, monkeypatch):
     call = _call({"bias": disguise}, "cpu")

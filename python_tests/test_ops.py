@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from qrlora_kernels import backends
-from qrlora_kernels.backends import chooser
+from qrlora_kernels.dispatch import chooser
 
 SIZES = (7, 24, 36, 3)
 

@@ -8,7 +8,8 @@ import torch
 from helpers import OPERANDS, OPS, TRAINABLES
 
 from qrlora_kernels import backends
-from qrlora_kernels.backends import Choice, Problem, chooser
+from qrlora_kernels.backends import Choice, Problem
+from qrlora_kernels.dispatch import chooser
 
 N, K, R = 24, 36, 3
 # What is looked for here, wrong rows or columns, is wrong by about 1.

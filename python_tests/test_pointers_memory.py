@@ -13,7 +13,7 @@ from torch import Tensor
 from qrlora_kernels import LoRAXSLinear, OHoRALinear, QRLinear, linalg, native
 from qrlora_kernels.backends import base_product, cpu
 from qrlora_kernels.native import pointers
-from qrlora_kernels.ops import direct
+from qrlora_kernels.ops import eager
 
 N, K, R = 24, 36, 3
 of_each = pytest.mark.parametrize("op", OPS)
@@ -172,7 +172,7 @@ def test_the_plain_expression_is_not_given_freed_memory_either(op):
 def test_without_the_native_reader_the_same_is_found(op, monkeypatch):
     """Where the core is not built, or torch has no exchange: each tensor is examined in Python."""
     monkeypatch.setattr(pointers, "are_plain", pointers._tells_nothing)
-    monkeypatch.setattr(direct, "AVAILABLE", False)
+    monkeypatch.setattr(eager, "AVAILABLE", False)
     operands = helpers.operands(op, 7, N, K, R)
     want = helpers.call(op, operands)
     for name, t in operands.items():

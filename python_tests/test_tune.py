@@ -25,8 +25,8 @@ from torch import nn
 
 import qrlora_kernels as qk
 from qrlora_kernels import backends, contest
-from qrlora_kernels.backends import chooser, tuning
-from qrlora_kernels.tune import Tuning
+from qrlora_kernels.dispatch import chooser, tuning
+from qrlora_kernels.model.tune import Tuning
 
 # --- the table
 
@@ -253,7 +253,7 @@ def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
 
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
-    module = sys.modules["qrlora_kernels.tune"]
+    module = sys.modules["qrlora_kernels.model.tune"]
     measured, original = [], module.contest
 
     def stop_at_the_second(*arguments: Any) -> Any:

@@ -17,9 +17,9 @@ from contests import (  # noqa: F401  fixtures among them
     taking,
 )
 
-from qrlora_kernels import contest
-from qrlora_kernels.backends import Problem, tuning
-from qrlora_kernels.tune import Tuning, tune_problems
+from qrlora_kernels.backends import Problem
+from qrlora_kernels.dispatch import contest, tuning
+from qrlora_kernels.model.tune import Tuning, tune_problems
 
 
 def tuned(problem: Problem, **options: Any) -> Any:

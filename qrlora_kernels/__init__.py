@@ -15,9 +15,9 @@ from .model import (
     unload,
     unmerge,
 )
+from .model.tune import tune
 from .native import build_config
 from .nn import LoRAXSLinear, OHoRALinear, QRLinear
-from .tune import tune
 from .version import __version__
 
 __all__ = [

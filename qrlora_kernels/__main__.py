@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from . import __version__, backends, native
-from .backends import tuning
+from .dispatch import tuning
 from .linalg import cuda_core
 
 OPTIONAL = ("triton", "transformers", "peft", "scipy", "matplotlib")

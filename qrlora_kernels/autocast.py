@@ -1,4 +1,4 @@
-"""What autocast asks of a call, and a call outside it."""
+"""Autocast, as PyTorch's linear layers obey it."""
 
 from __future__ import annotations
 

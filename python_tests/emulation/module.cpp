@@ -1,8 +1,8 @@
 // The CUDA kernels as a module that runs on the CPU; see cuda_runtime.h.
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "cuda_runtime.h"
-#include "qrlora/bindings.h"
 #include "qrlora/cuda/ptx.cuh"
 
 namespace {

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qrlora_kernels.backends import chooser, triton
+from qrlora_kernels.backends import triton
+from qrlora_kernels.dispatch import chooser
 
 
 @pytest.fixture(autouse=True)

@@ -16,18 +16,26 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from qrlora_kernels import native
-from qrlora_kernels.backends import BACKENDS, chooser
+from qrlora_kernels.backends import BACKENDS
+from qrlora_kernels.dispatch import chooser
 
 LIBRARY = "library products"
 # What has to run, and nothing else, for a choice to be true. The reference and the composition of
 # library products are recorded as a whole: the products within them are theirs.
 MEANT = {
-    "amx": {"native core"},
-    "cpu": {"native core"},
-    "cuda": {"cuda_decode"},
-    "triton": {"Triton launch"},
-    "composed": {"composed"},
-    "reference": {"reference"},
+    ("amx", "native"): {"native core"},
+    ("cpu", "native"): {"native core"},
+    ("cpu", "native base"): {"native core"},
+    ("cpu", "addmm base"): {"native core", LIBRARY},
+    ("cpu", "onednn base"): {"native core", LIBRARY},
+    ("cpu", "fp32 base"): {"native core", LIBRARY},
+    ("cuda", "decode"): {"cuda_decode"},
+    ("triton", "two-phase"): {"Triton launch"},
+    ("triton", "addmm base"): {"Triton launch", LIBRARY},
+    ("composed", "addmm"): {"composed"},
+    ("composed", "onednn"): {"composed"},
+    ("composed", "fp32"): {"composed"},
+    ("reference", "plain"): {"reference"},
 }
 PRODUCTS = {
     "aten::_addmm_activation",
@@ -45,9 +53,7 @@ PRODUCTS = {
 
 # Names of today's package.
 STEPS = tuple(
-    f"{op}_{step}"
-    for op in ("qr_linear", "lora_xs_linear", "kron_linear", "linear_add")
-    for step in ("fwd", "bwd")
+    f"{op}_{step}" for op in ("low_rank", "kron", "linear_add") for step in ("fwd", "bwd")
 )
 ON_TENSORS = tuple(
     f"{kind}_{step}_call" for kind in ("low_rank", "kron") for step in ("forward", "backward")
@@ -79,7 +85,8 @@ class Recorder:
         return spy
 
     def spied_answer(self, function: Callable[..., Any], who: str) -> Callable[..., Any]:
-        """Of a call that answers None or a bool where it leaves the work to others."""
+        """Of a call that answers None, NotImplemented or a list where it leaves the work to
+        others."""
 
         def spy(*operands: Any) -> Any:
             answer = function(*operands)

@@ -22,7 +22,7 @@ from golden_bits import SCALING, TRAINED, Operands
 from torch import Tensor
 
 from qrlora_kernels import functional, kernels
-from qrlora_kernels.backends import Problem, chooser, composed, last_choice, use_backend
+from qrlora_kernels.backends import Problem, composed, last_choice, use_backend
 
 OPS = ("qr_linear", "lora_xs_linear", "kron_linear")
 SHAPE = (7, 32, 48, 8)
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 
 def supporting(op: str, dtype: torch.dtype) -> list[str]:
     problem = Problem(op, torch.device("cpu"), dtype, *SHAPE)
-    return [name for name in BACKENDS if chooser.load(name).supports(problem)[0]]
+    return [name for name in BACKENDS if helpers.supports(name, problem)]
 
 
 def problem(op: str, dtype: torch.dtype) -> tuple[Operands, Tensor]:

@@ -1,31 +1,33 @@
-"""What ran is what ``last_choice`` says ran, for every operation, step, dtype and layout.
-
-Where today's package says something else, the case is listed in :func:`lie` and has to fail: a case
-that comes true fails the test until its line is taken out.
-"""
+"""What ran is the backend and recipe that ``last_choice`` says ran, and that ``explain`` foretells,
+for every operation, step, dtype, layout, gate and form."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import golden_bits
+import helpers
 import pytest
 import torch
 from golden_bits import LAYOUTS, SCALING, TRAINED, Shape
 from recorder import LIBRARY, MEANT, Recorder, recording
 
-from qrlora_kernels import functional, native
+from qrlora_kernels import functional, kernels, native
 from qrlora_kernels.backends import (
     BACKENDS,
+    Choice,
     Problem,
-    chooser,
+    choose,
     composed,
     cpu,
     cuda,
     last_choice,
 )
+from qrlora_kernels.dispatch.problem import GATES, problem_of
+from qrlora_kernels.operands import LowRank, LowRankGradient
 
 CPU = torch.device("cpu")
 FEW, MANY, LARGE = (7, 48, 80, 16), (130, 48, 80, 16), (7, 1024, 1040, 16)
@@ -46,41 +48,24 @@ class Case(NamedTuple):
         bias = "" if self.bias else " no bias"
         return f"{self.op} {self.step} {self.backend} {self.dtype} {self.layout} {shape}{bias}"
 
-    def chosen(self) -> str | None:
-        """The backend that is to run it; None where one is asked for that cannot."""
-        problem = Problem(self.op, CPU, self.dtype, *self.shape)
-        if self.backend == "free":
-            return chooser.choose_freely(problem).name
-        return self.backend if chooser.load(self.backend).supports(problem)[0] else None
+    def problem(self) -> Problem:
+        return Problem(
+            self.op, CPU, self.dtype, *self.shape, step=self.step,
+            layout=LAYOUT_OF[self.layout], bias=self.bias,
+        )  # fmt: skip
+
+    def can_run(self) -> bool:
+        return self.backend == "free" or helpers.supports(self.backend, self.problem())
 
 
-def lie(case: Case, chosen: str) -> str | None:
-    """Why today's ``last_choice`` is not what runs. Each goes with the house's one chooser."""
-    if chosen == "cuda" and case.step == "bwd":
-        return "every backward of cuda is the composition of library products"
-    if chosen == "cuda" and case.layout in ("transposed", "strided"):
-        return "cuda leaves a weight without contiguous rows to the composition of library products"
-    if case.op != "kron_linear":
-        return None
-    # One native kernel streams the base product of few fp32 or fp64 tokens, and back only where
-    # the weight is large.
-    streamed = case.dtype in (torch.float32, torch.float64) and (
-        case.shape == LARGE or (case.step == "fwd" and case.shape == FEW)
-    )
-    if chosen == "cpu" and not streamed:
-        return "OHoRA's base product is the library's"
-    if chosen == "triton" and (case.step == "bwd" or not case.bias):
-        return "triton leaves OHoRA's base product without a bias to the library"
-    return None
+# How the choosers call the layouts of weights.
+LAYOUT_OF = {"rows": "rows", "transposed": "columns", "strided": "strided", "rows apart": "rows"}
 
 
 def params(cases: list[Case]) -> Iterator[object]:
     for case in cases:
-        chosen = case.chosen() if case.backend not in ("cuda", "triton") else case.backend
-        if chosen is not None:
-            why = lie(case, chosen)
-            marks = [pytest.mark.xfail(strict=True, reason=why, raises=AssertionError)] * bool(why)
-            yield pytest.param(case, id=str(case), marks=marks)
+        if case.backend in ("cuda", "triton") or case.can_run():
+            yield pytest.param(case, id=str(case))
 
 
 STEPS = [
@@ -109,16 +94,14 @@ ON_TRITON = [
     if bias or step == "fwd"
 ]
 ON_CUDA = [
-    Case(op, step, "cuda", dtype, layout)
-    for op, step in STEPS
-    if op in ("qr_linear", "lora_xs_linear")
-    for dtype in (torch.bfloat16,)
-    for layout in ("rows", *LAYOUTS)
+    Case(op, "fwd", "cuda", torch.bfloat16, layout)
+    for op in ("qr_linear", "lora_xs_linear")
+    for layout in ("rows", "rows apart")
 ]
 
 
-def said_and_ran(case: Case, recorder: Recorder) -> tuple[str, set[str]]:
-    """The backend that is named after the step, and what ran in it."""
+def said_and_ran(case: Case, recorder: Recorder) -> tuple[Choice, set[str]]:
+    """The choice that is named after the step, and what ran in it."""
     variant = "rows" if case.layout == "rows" else f"weight {case.layout}"
     given, dy = golden_bits.operands(
         golden_bits.Case(case.op, case.backend, case.dtype, variant, case.shape, 1)
@@ -139,18 +122,21 @@ def said_and_ran(case: Case, recorder: Recorder) -> tuple[str, set[str]]:
             torch.autograd.grad(y, leaves, dy)
     choice = last_choice(case.op)
     assert choice is not None
-    return choice.name, ran
+    assert choice == last_choice(case.op, case.step)
+    return choice, ran
 
 
 def check(case: Case) -> None:
     with recording() as recorder:
         said, ran = said_and_ran(case, recorder)
-    assert case.backend in ("free", said)
-    assert ran == MEANT[said], f"last_choice says {said}"
+    assert case.backend in ("free", said.backend)
+    foretold = choose(case.problem(), None if case.backend == "free" else case.backend)
+    assert said == foretold
+    assert ran == MEANT[said.backend, said.recipe], f"last_choice says {said}"
 
 
 def test_every_backend_has_a_meaning() -> None:
-    assert set(MEANT) == set(BACKENDS)
+    assert {backend for backend, _ in MEANT} == set(BACKENDS)
 
 
 @pytest.mark.parametrize("case", params(ON_CPU))
@@ -169,16 +155,75 @@ def test_on_triton(case: Case) -> None:
 @pytest.fixture
 def without_a_gpu(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CUDA backend takes tensors of the CPU, and its native call computes nothing."""
-    core = SimpleNamespace(cuda_decode=lambda *_: None)
+    core = SimpleNamespace(cuda_decode=lambda *_: None, cuda_decode_tokens=16)
     monkeypatch.setattr(native, "CORE", core)
+    monkeypatch.setattr(native, "runs_on", lambda _: (True, ""))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(cuda, "supports", lambda problem: (True, "for this test"))
+    monkeypatch.setattr(cuda, "available", lambda: (True, ""))
+    supports, gpu = cuda.supports, torch.device("cuda", 0)
+    monkeypatch.setattr(cuda, "supports", lambda p: supports(p._replace(device=gpu)))
 
 
 @pytest.mark.usefixtures("without_a_gpu")
 @pytest.mark.parametrize("case", params(ON_CUDA))
 def test_on_cuda(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("qr_linear", "bwd", "cuda", torch.bfloat16), "qr_linear's backward here: no CUDA"),
+        (Case("qr_linear", "fwd", "cuda", torch.bfloat16, "transposed"), "rows are contiguous"),
+        (Case("lora_xs_linear", "fwd", "cuda", torch.bfloat16, "strided"), "rows are contiguous"),
+    ],
+    ids=str,
+)
+def test_what_cuda_has_no_kernel_for_is_refused(case: Case, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check(case)
+
+
+# --- gates and forms that no layer has
+
+
+GATED = [
+    (step, backend, gate, form, dtype)
+    for step in ("fwd", "bwd")
+    for backend in (None, "reference", "composed", "cpu")
+    for gate in GATES
+    for form in ("two_sided", "output")
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("step", "backend", "gate", "form", "dtype"), GATED, ids=str)
+def test_gates_and_forms(
+    step: str, backend: str | None, gate: str, form: str, dtype: torch.dtype
+) -> None:
+    m, n, k, r = FEW
+    mixed = gate.startswith("mixed")
+    index = torch.arange(m) % 3 if mixed else None
+    draw = functools.partial(torch.randn, dtype=dtype)
+    gates = draw(*(3,) * mixed, *(r,) * (1 + gate.endswith("core")))
+    factors = draw(n, r), draw(r, k) if form == "two_sided" else None
+    x, dy, weight, bias, h = draw(m, k), draw(m, n), draw(n, k), draw(n), draw(m, r)
+    if step == "fwd":
+        p = LowRank(x, weight, bias, *factors, gates, index, SCALING)
+    else:
+        p = LowRankGradient(dy, weight, *factors, gates, index, h, SCALING)
+    problem = problem_of(p)
+    assert (problem.gate, problem.form, problem.step) == (gate, form, step)
+    if backend is not None and not helpers.supports(backend, problem):
+        with pytest.raises(ValueError, match=f"backend {backend!r} cannot run"):
+            getattr(kernels, f"low_rank_{step}")(*p, backend)
+        return
+    with recording() as recorder, recorder.watching() as ran:
+        getattr(kernels, f"low_rank_{step}")(*p, backend)
+    said = last_choice("low_rank", step)
+    assert said == choose(problem, backend)
+    assert ran == MEANT[said.backend, said.recipe]
 
 
 # --- planted faults
@@ -191,20 +236,20 @@ needs_core = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
 def test_a_step_that_turns_to_another_backend_is_seen(
     step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = f"qr_linear_{step}"
+    name = f"low_rank_{step}"
     monkeypatch.setattr(cpu, name, getattr(composed, name))
-    with pytest.raises(AssertionError, match="last_choice says cpu"):
+    with pytest.raises(AssertionError, match=r"last_choice says Choice\(backend='cpu'"):
         check(Case("qr_linear", step, "cpu"))
 
 
 @needs_core
 def test_a_library_product_beside_a_native_call_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_a_product(x: torch.Tensor, *operands: object) -> object:
-        torch.mm(x, x.mT)
-        return step(x, *operands)
+    def with_a_product(p: LowRank, recipe: str) -> object:
+        torch.mm(p.x, p.x.mT)
+        return step(p, recipe)
 
-    step = cpu.qr_linear_fwd
-    monkeypatch.setattr(cpu, "qr_linear_fwd", with_a_product)
+    step = cpu.low_rank_fwd
+    monkeypatch.setattr(cpu, "low_rank_fwd", with_a_product)
     with recording() as recorder:
         _, ran = said_and_ran(Case("qr_linear", "fwd", "cpu"), recorder)
     assert ran == {"native core", LIBRARY}

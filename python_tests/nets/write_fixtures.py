@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import qrlora_kernels as qk
-from qrlora_kernels.backends import tuning
+from qrlora_kernels.dispatch import tuning
+from qrlora_kernels.dispatch.problem import Problem
 
 ADAPTED, HEAD = ("0", "2"), "4"
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,10 @@ FACTORS = ("stored", "auto")
 # The tests put the name of their own chip in place of this one.
 CHIP = "Example CPU, 1 threads"
 MEASURED = tuple(
-    tuning.Entry(CHIP, op, "float32", 16, 48, 80, r, winner, "composed", 0.5)
+    tuning.entry_for(
+        Problem(op, torch.device("cpu"), torch.float32, 16, 48, 80, r, step),
+        *(winner, "composed:addmm", 0.5, "plain"),
+    )._replace(chip=CHIP)
     for op, r, winner in (
         ("qr_linear", 4, "reference"),
         ("lora_xs_linear", 4, "reference"),
@@ -45,6 +49,8 @@ MEASURED = tuple(
         ("linear_add", 48, "reference"),
         ("qr_linear", 8, "a backend that no release has"),
     )
+    for step in ("fwd", "bwd")
+    if (op, step) != ("linear_add", "bwd")
 )
 
 

@@ -15,7 +15,7 @@ from .. import functional, linalg
 from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude, renamed_matrices
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
-from ..reference import accumulation_dtype, lora_xs_delta_ref
+from ..reference import accumulation_dtype
 from .adapter import State, Tensors, share_of_energy
 from .low_rank import LowRank
 from .options import LARGEST, AlphaOptions, one_of
@@ -104,10 +104,6 @@ class LoRAXS(LowRank[LoRAXSOptions]):
     ) -> Tensor:
         a, b, core = tensors["a"], tensors["b"], tensors["core"]
         return functional.lora_xs_linear(x, weight, bias, a, b, core, strength)
-
-    @classmethod
-    def delta(cls, tensors: Tensors, options: LoRAXSOptions, strength: float) -> Tensor:
-        return lora_xs_delta_ref(tensors["a"], tensors["b"], tensors["core"], strength)
 
     @classmethod
     def energy(cls, weight: Tensor, tensors: Tensors, options: LoRAXSOptions) -> float | None:

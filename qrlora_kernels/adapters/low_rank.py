@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..reference import accumulation_dtype
+from ..reference import accumulation_dtype, low_rank_delta_ref
 from .adapter import Adapter, Own, Tensors
 
 
@@ -27,6 +27,11 @@ class LowRank(Adapter[Own]):
         h, gate = linear(x, tensors[cls.down]), strength * tensors[cls.gate]
         gated = (h * gate).to(h.dtype) if gate.dim() == 1 else h @ gate.to(h.dtype)
         return linear(gated, tensors[cls.up])
+
+    @classmethod
+    def delta(cls, tensors: Tensors, options: Own, strength: float) -> Tensor:
+        up, down, gate = tensors[cls.up], tensors[cls.down], tensors[cls.gate]
+        return low_rank_delta_ref(up, down, gate, strength)
 
     @classmethod
     def lora_factors(cls, tensors: Tensors, options: Own, strength: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import functional, linalg
 from ..linalg.exponents import rounded
-from ..reference import qr_delta_ref
 from .adapter import State, Tensors, share_of_energy
 from .low_rank import LowRank
 from .options import Options, one_of
@@ -96,10 +95,6 @@ class QR(LowRank[QROptions]):
     ) -> Tensor:
         q, r, lam = tensors["q"], tensors["r"], tensors["lam"]
         return functional.qr_linear(x, weight, bias, q, r, lam, strength)
-
-    @classmethod
-    def delta(cls, tensors: Tensors, options: QROptions, strength: float) -> Tensor:
-        return qr_delta_ref(tensors["q"], tensors["r"], tensors["lam"], strength)
 
     @classmethod
     def energy(cls, weight: Tensor, tensors: Tensors, options: QROptions) -> float | None:

@@ -10,22 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import native
-from . import cpu
-from .base_product import linear_add
-from .low_rank import lora_xs_linear_bwd, lora_xs_linear_fwd, qr_linear_bwd, qr_linear_fwd
-from .problem import Problem
+from ..dispatch.problem import Problem, Recipe
+from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from . import core_calls
 
-__all__ = [
-    "available",
-    "kron_linear_bwd",
-    "kron_linear_fwd",
-    "linear_add_fwd",
-    "lora_xs_linear_bwd",
-    "lora_xs_linear_fwd",
-    "qr_linear_bwd",
-    "qr_linear_fwd",
-    "supports",
-]
+NATIVE = "native"
 
 
 def available() -> tuple[bool, str]:
@@ -36,58 +25,50 @@ def available() -> tuple[bool, str]:
     return True, "bf16 products on the AMX tile unit"
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
+def supports(problem: Problem) -> list[Recipe] | str:
+    """The recipes that run ``problem``, best first, or why there is none."""
     if problem.device.type != "cpu":
-        return False, "AMX is a CPU's"
+        return "AMX is a CPU's"
     if problem.dtype != torch.bfloat16:
-        return False, f"AMX kernels compute in bf16, not {problem.dtype}"
+        return f"AMX kernels compute in bf16, not {problem.dtype}"
     ok, reason = available()
-    return ok, reason if not ok else "base and update in one accumulator on the AMX tile unit"
+    if not ok:
+        return reason
+    if problem.form == "output" or problem.gate.startswith("mixed"):
+        return "no AMX kernel for the output form and for mixed gates"
+    reason = "base and update in one accumulator on the AMX tile unit"
+    return [Recipe("amx", NATIVE, reason, core_calls.code("amx"))]
 
 
-# --- Kronecker and a given update ---------------------------------------------------------------
+def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h [M, r]."""
+    return core_calls.low_rank_fwd(p, core_calls.code("amx"))
 
 
-def kron_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K]."""
-    update = cpu.kron_update(x, a, b, a0, b0, scaling, tiles=True)
-    linear_add(x, weight, bias, update, out=update)
-    return update
+def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
+    """dx [M, K] and the gate's gradient."""
+    return core_calls.low_rank_bwd(p, core_calls.code("amx"))
 
 
-def kron_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    need_dx: bool = True,
-    need_da: bool = True,
-    need_db: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
-    dx, da, db = cpu.kron_gradients(
-        dy, x, a, b, a0, b0, scaling, need_dx, need_da, need_db, tiles=True
-    )
+def kron_fwd(p: Kron, recipe: str) -> Tensor:
+    """y [M, N]."""
+    code = core_calls.code("amx")
+    y = core_calls.kron_update(p, code)
+    core_calls.linear_add(code, p.x, p.weight, p.bias, y, out=y)
+    return y
+
+
+def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [M, K], dA and dB."""
+    code = core_calls.code("amx")
+    dx, da, db = core_calls.kron_gradients(p, code)
     if dx is not None:
-        linear_add(dy, weight.mT, None, dx, out=dx)
+        core_calls.linear_add(code, p.dy, p.weight.mT, None, dx, out=dx)
     return dx, da, db
 
 
-def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
-    """y = x Wᵀ + b + addend on x [M, K], addend [M, N]."""
-    y = x.new_empty(addend.shape)
-    linear_add(x, weight, bias, addend, out=y)
+def linear_add_fwd(p: LinearAdd, recipe: str) -> Tensor:
+    """y [M, N] = x Wᵀ + b + addend."""
+    y = p.x.new_empty(p.addend.shape)
+    core_calls.linear_add(core_calls.code("amx"), p.x, p.weight, p.bias, p.addend, out=y)
     return y

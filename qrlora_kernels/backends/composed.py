@@ -1,23 +1,20 @@
-"""The adapters composed of library products (oneDNN, MKL, cuBLAS), with no pass over y or dx added.
+"""The adapters composed of library products, with no pass over y or dx added.
 
-The update is computed first and the base product accumulates onto it in place: the sum meets the
-fp32 accumulator of the product and is rounded once, so an update far below the resolution of a
-half-precision ``y`` survives. The other order, ``base.addmm_(h, q.T)``, would round ``y`` before
-the update is added and lose nearly all of it.
+A recipe is the way in which the base product meets the update (``products.bases``).
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import accumulation_dtype
-from .problem import Problem
+from ..dispatch.problem import ELSEWHERE, LIBRARY_PRODUCTS, Problem, Recipe
+from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from ..reference import HALF, accumulation_dtype
+from ..segments import products_by_adapter, segments, sum_by_adapter
+from .products import ADDMM, bases, column_dots, gram, onto, through, times
 
-HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
@@ -25,164 +22,144 @@ def available() -> tuple[bool, str]:
     return True, "library products of PyTorch"
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
+def supports(problem: Problem) -> list[Recipe] | str:
+    """The recipes that run ``problem``, best first, or why there is none."""
     if problem.dtype not in DTYPES:
-        return False, f"library products of {problem.dtype} are not used"
-    return True, "library products, the base accumulated onto the update"
+        return f"library products of {problem.dtype} are not used"
+    if problem.form == "output":
+        if problem.dtype in HALF:
+            return "the output form needs a kernel that keeps x Wᵀ in fp32 until h is made"
+        return [Recipe("composed", ADDMM, "library products, the update onto the base's")]
+    reason = "library products, the base accumulated onto the update"
+    code = LIBRARY_PRODUCTS if problem.op == "low_rank" else ELSEWHERE
+    return [Recipe("composed", how, reason, code) for how in bases(problem)]
 
 
-# --- QR-LoRA ------------------------------------------------------------------------------------
+# --- low rank -----------------------------------------------------------------------------------
 
 
-def qr_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    q: Tensor,
-    r: Tensor,
-    lam: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + b + s (h ∘ λ) Qᵀ on x [M, K]; returns y [M, N] and h = x R̃ᵀ [M, r]."""
-    h = F.linear(x, r)
-    return accumulate_base(_scale_columns(h, lam, scaling), q, x, weight, bias), h
+def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h [M, r]."""
+    if p.down is None:
+        return _output_form(p)
+    h = F.linear(p.x, p.down)
+    mid = _through_gate(h, p.gate, p.index, p.scaling)
+    return through(recipe, mid, p.up, p.x, p.weight, p.bias), h
 
 
-def qr_linear_bwd(
-    dy: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    r: Tensor,
-    lam: Tensor,
-    h: Tensor,
-    scaling: float,
-    need_dx: bool = True,
-    need_dlam: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """g = dy Q;  dλ = s Σ_m h ∘ g;  dx = dy W + s (g ∘ λ) R̃."""
-    if not (need_dx or need_dlam):
+def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
+    """dx [M, K] and the gate's gradient."""
+    if not (p.need_dx or p.need_dgate):
         return None, None
-    g = torch.mm(dy, q)
-    dx = torch.mm(_scale_columns(g, lam, scaling), r).addmm_(dy, weight) if need_dx else None
-    dlam = times(scaling, _column_dots(h, g)).to(lam.dtype) if need_dlam else None
-    return dx, dlam
+    g = torch.mm(p.dy, p.up)
+    dx = dgate = None
+    if p.need_dx:
+        mid = _back_through_gate(g, p.gate, p.index, p.scaling)
+        if p.down is None:
+            dx = torch.addmm(p.dy, mid, p.up.mT) @ p.weight
+        else:
+            dx = torch.mm(mid, p.down).addmm_(p.dy, p.weight)
+    if p.need_dgate:
+        dgate = times(p.scaling, _gate_gradient(p, g)).to(p.gate.dtype)
+    return dx, dgate
 
 
-# --- LoRA-XS ------------------------------------------------------------------------------------
+def _output_form(p: LowRank) -> tuple[Tensor, Tensor]:
+    y = torch.mm(p.x, p.weight.mT)
+    h = torch.mm(y, p.up)
+    y.addmm_(_through_gate(h, p.gate, p.index, p.scaling), p.up.mT)
+    return y if p.bias is None else y.add_(p.bias), h
 
 
-def lora_xs_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    core: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + b + s (h C) Bᵀ on x [M, K]; returns y [M, N] and h = x Aᵀ [M, r]."""
-    h = F.linear(x, a)
-    return accumulate_base(torch.mm(h, times(scaling, core).to(x.dtype)), b, x, weight, bias), h
+def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None, scaling: float) -> Tensor:
+    """s (h ∘ λ) or s h C in h's dtype; the former multiplied in λ's."""
+    if index is None and gate.dim() == 2:
+        return torch.mm(h, times(scaling, gate).to(h.dtype))
+    if gate.dim() == 3:
+        return _by_adapter(h, times(scaling, gate).to(h.dtype), index)
+    scaled = h * (times(scaling, gate) if index is None else times(scaling, gate)[index])
+    return scaled if scaled.dtype == h.dtype else scaled.to(h.dtype)
 
 
-def lora_xs_linear_bwd(
-    dy: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    core: Tensor,
-    h: Tensor,
-    scaling: float,
-    need_dx: bool = True,
-    need_dcore: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """g = dy B;  dC = s hᵀ g;  dx = dy W + s (g Cᵀ) A."""
-    if not (need_dx or need_dcore):
-        return None, None
-    g = torch.mm(dy, b)
-    dx = dcore = None
-    if need_dx:
-        dx = torch.mm(F.linear(g, times(scaling, core).to(g.dtype)), a).addmm_(dy, weight)
-    if need_dcore:
-        dcore = times(scaling, _gram(h, g)).to(core.dtype)
-    return dx, dcore
+def _back_through_gate(g: Tensor, gate: Tensor, index: Tensor | None, scaling: float) -> Tensor:
+    """s (g ∘ λ) or s g Cᵀ, likewise."""
+    if index is None and gate.dim() == 2:
+        return F.linear(g, times(scaling, gate).to(g.dtype))
+    return _through_gate(g, gate.mT if gate.dim() == 3 else gate, index, scaling)
+
+
+def _by_adapter(h: Tensor, cores: Tensor, index: Tensor | None) -> Tensor:
+    """h_m C[index_m], one product for each adapter that is present."""
+    assert index is not None
+    out = torch.empty_like(h)
+    for adapter, rows in segments(index):
+        out[rows] = torch.mm(h[rows], cores[adapter])
+    return out
+
+
+def _gate_gradient(p: LowRankGradient, g: Tensor) -> Tensor:
+    if p.index is None:
+        return gram(p.h, g) if p.gate.dim() == 2 else column_dots(p.h, g)
+    wide = accumulation_dtype(g.dtype)
+    h, adapters = p.h.to(wide), p.gate.shape[0]
+    if p.gate.dim() == 3:
+        return products_by_adapter(h, g.to(wide), p.index, adapters)
+    return sum_by_adapter(h * g, p.index, adapters)
 
 
 # --- Kronecker ----------------------------------------------------------------------------------
 
 
-def kron_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K].
+def kron_fwd(p: Kron, recipe: str) -> Tensor:
+    """y [M, N].
 
     The difference is taken as (A − A₀) X B + A₀ X (B − B₀): each term is as small as the update
     itself, so that rounding S = X B to half precision costs the update no more than its last bits.
     """
-    (n, r), k = a.shape, b.shape[0]
-    m = x.shape[0]
-    left, right = kron_terms(a, b, a0, b0, scaling, x.dtype)
-    tokens = x.reshape(m, r, k)
+    (n, r), k = p.a.shape, p.b.shape[0]
+    m = p.x.shape[0]
+    left, right = kron_terms(p, p.x.dtype)
+    tokens = p.x.reshape(m, r, k)
     update = _kron_of_few_rows if n < r else _kron_update
-    return add_base(update(tokens, left, right).reshape(m, n * r), x, weight, bias)
+    return onto(recipe, update(tokens, left, right).reshape(m, n * r), p.x, p.weight, p.bias)
 
 
-def kron_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    need_dx: bool = True,
-    need_da: bool = True,
-    need_db: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
+    a, b, dtype = p.a, p.b, p.x.dtype
     (n, r), k = a.shape, b.shape[0]
-    m = x.shape[0]
-    tokens, grads = x.reshape(m, r, k), dy.reshape(m, n, r)
+    m = p.x.shape[0]
+    tokens, grads = p.x.reshape(m, r, k), p.dy.reshape(m, n, r)
     dx = da = db = None
-    if need_da:
-        s = torch.mm(tokens.reshape(m * r, k), b.to(x.dtype)).view(m, r, r)
+    if p.need_da:
+        s = torch.mm(tokens.reshape(m * r, k), b.to(dtype)).view(m, r, r)
         # Σ_m dY Sᵀ as one product over the tokens and columns together: [n, m r] [m r, r].
-        da = _gram(grads.transpose(1, 2).reshape(m * r, n), s.transpose(1, 2).reshape(m * r, r))
-        da = times(scaling, da).to(a.dtype)
-    if need_db:
-        t = torch.bmm(a.mT.to(x.dtype).expand(m, r, n), grads)
-        db = times(scaling, _gram(tokens.reshape(m * r, k), t.view(m * r, r))).to(b.dtype)
-    if need_dx:
-        left, right = kron_terms(a, b, a0, b0, scaling, x.dtype)
-        update = x.new_empty(m * r, k)
+        da = gram(grads.transpose(1, 2).reshape(m * r, n), s.transpose(1, 2).reshape(m * r, r))
+        da = times(p.scaling, da).to(a.dtype)
+    if p.need_db:
+        t = torch.bmm(a.mT.to(dtype).expand(m, r, n), grads)
+        db = times(p.scaling, gram(tokens.reshape(m * r, k), t.view(m * r, r))).to(b.dtype)
+    if p.need_dx:
+        left, right = kron_terms(p, dtype)
+        update = p.x.new_empty(m * r, k)
         for i, (la, rb) in enumerate(zip(left, right, strict=True)):
             t = torch.bmm(la.mT.expand(m, r, n), grads).view(m * r, r)
             torch.mm(t, rb.mT, out=update) if i == 0 else update.addmm_(t, rb.mT)
-        dx = update.view(m, r * k).addmm_(dy, weight)
+        dx = update.view(m, r * k).addmm_(p.dy, p.weight)
     return dx, da, db
 
 
-def kron_terms(
-    a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+Factors = tuple[Tensor, ...]
+
+
+def kron_terms(p: Kron | KronGradient, dtype: torch.dtype) -> tuple[Factors, Factors]:
     """Factors (L_i, R_i) with s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) = Σ_i L_i ⊗ R_iᵀ, s in the smaller ones."""
     wide = accumulation_dtype(dtype)
-    a, b = a.to(wide), b.to(wide)
-    if a0 is None or b0 is None:
-        return (times(scaling, a).to(dtype),), (b.to(dtype),)
-    left = times(scaling, a - a0).to(dtype), a0.to(dtype)
-    return left, (b.to(dtype), times(scaling, b - b0).to(dtype))
-
-
-Factors = tuple[Tensor, ...]
+    a, b = p.a.to(wide), p.b.to(wide)
+    if p.a0 is None or p.b0 is None:
+        return (times(p.scaling, a).to(dtype),), (b.to(dtype),)
+    left = times(p.scaling, a - p.a0).to(dtype), p.a0.to(dtype)
+    return left, (b.to(dtype), times(p.scaling, b - p.b0).to(dtype))
 
 
 def _kron_update(tokens: Tensor, left: Factors, right: Factors) -> Tensor:
@@ -214,90 +191,9 @@ def _kron_of_few_rows(tokens: Tensor, left: Factors, right: Factors) -> Tensor:
 # --- a given update -----------------------------------------------------------------------------
 
 
-def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
-    """y = x Wᵀ + b + addend on x [M, K], addend [M, N]."""
-    if bias is not None and _on_half_cpu(x):
-        return _bias_in_one_rounding(x, weight, bias, addend)
-    y = torch.addmm(addend, x, weight.mT)
-    return y if bias is None else y.add_(bias)
-
-
-# --- shared steps -------------------------------------------------------------------------------
-
-
-def accumulate_base(
-    mid: Tensor, up: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """``mid upᵀ + x Wᵀ + b``, the update ``mid upᵀ`` first."""
-    if bias is not None and x.dtype not in HALF:
-        return F.linear(mid, up, bias).addmm_(x, weight.mT)
-    return add_base(torch.mm(mid, up.mT), x, weight, bias)
-
-
-def add_base(update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b accumulated onto ``update`` [M, N], in place where the library can."""
-    if bias is None:
-        return update.addmm_(x, weight.mT)
-    if _on_half_cpu(x):
-        return _bias_in_one_rounding(x, weight, bias, update)
-    # One pass more, and in half precision one rounding (on CUDA alone); the bias comes last and so
-    # cannot drown the update.
-    return update.addmm_(x, weight.mT).add_(bias)
-
-
-def _on_half_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in HALF
-
-
-def _bias_in_one_rounding(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
-    """x Wᵀ + b + addend in half precision on the CPU."""
-    if 0 not in x.shape and _onednn_runs(x.dtype):
-        return _linear_bias_add(x, weight, bias, addend)
-    # A CPU without half-precision products: PyTorch's own add the bias to a rounded y. In fp32 the
-    # sum is rounded once, and from 4 tokens on the product is the faster one too.
-    y = torch.addmm(addend.float(), x.float(), weight.float().mT)
-    return y.add_(bias).to(x.dtype)
-
-
-def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
-    # oneDNN takes the bias as N elements from its address on, whatever its stride; the other three
-    # operands it reorders itself.
-    dense = bias.contiguous()
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, dense, "add")
-    return y
-
-
-@functools.cache
-def _onednn_runs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear with a bias and an added tensor runs for ``dtype`` on this CPU."""
-    one = torch.ones(32, 32, dtype=dtype, device="cpu")
-    try:
-        y = _linear_bias_add(one, one, one[0], one)
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((y == 34).all())
-
-
-def times(scaling: float, t: Tensor) -> Tensor:
-    """s t, without an operation where s = 1: with few tokens each operation counts."""
-    return t if scaling == 1 else scaling * t
-
-
-def _scale_columns(h: Tensor, lam: Tensor, scaling: float) -> Tensor:
-    """s (h ∘ λ) in h's dtype, multiplied in λ's."""
-    scaled = h * times(scaling, lam)
-    return scaled if scaled.dtype == h.dtype else scaled.to(h.dtype)
-
-
-def _column_dots(h: Tensor, g: Tensor) -> Tensor:
-    """Σ_m h ∘ g [r] with products and sum in fp32 (fp64 for fp64)."""
-    wide = accumulation_dtype(h.dtype)
-    return (h.to(wide) * g).sum(0)
-
-
-def _gram(u: Tensor, v: Tensor) -> Tensor:
-    """uᵀ v with fp32 accumulation and an fp32 result (fp64 for fp64)."""
-    if u.is_cuda and u.dtype in HALF:
-        return torch.mm(u.mT, v, out_dtype=torch.float32)
-    wide = accumulation_dtype(u.dtype)
-    return torch.mm(u.to(wide).mT, v.to(wide))
+def linear_add_fwd(p: LinearAdd, recipe: str) -> Tensor:
+    """y [M, N] = x Wᵀ + b + addend."""
+    if recipe != ADDMM:
+        return onto(recipe, p.addend, p.x, p.weight, p.bias)
+    y = torch.addmm(p.addend, p.x, p.weight.mT)
+    return y if p.bias is None else y.add_(p.bias)

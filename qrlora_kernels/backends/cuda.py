@@ -2,7 +2,7 @@
 
 The product with the weight starts while h is still being made (programmatic dependent launch on
 Hopper and later); base and update share one fp32 accumulator. Only the forward is written for few
-tokens: the backward, and a weight stored transposed, are library products.
+tokens, and only for a weight whose rows are contiguous.
 """
 
 from __future__ import annotations
@@ -11,22 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..dispatch.problem import Problem, Recipe
 from ..native import pointers
-from . import composed
-from .problem import Problem
+from ..operands import LowRank
 
-__all__ = [
-    "available",
-    "lora_xs_linear_bwd",
-    "lora_xs_linear_fwd",
-    "qr_linear_bwd",
-    "qr_linear_fwd",
-    "supports",
-]
-
-qr_linear_bwd = composed.qr_linear_bwd
-lora_xs_linear_bwd = composed.lora_xs_linear_bwd
-
+DECODE = "decode"
 # The tags of csrc/include/qrlora/dtype.h.
 _DTYPES = {torch.bfloat16: 2, torch.float16: 3}
 
@@ -42,92 +31,63 @@ def available() -> tuple[bool, str]:
     return True, native.build_config()["cuda"]
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    """Whether these kernels run ``problem``, and in a few words why (not)."""
+def supports(problem: Problem) -> list[Recipe] | str:
+    """The recipes that run ``problem``, best first, or why there is none."""
     if problem.device.type != "cuda":
-        return False, f"CUDA kernels run on CUDA devices, not {problem.device.type}"
-    if problem.op not in ("qr_linear", "lora_xs_linear"):
-        return False, f"no CUDA kernel for {problem.op}"
+        return f"CUDA kernels run on CUDA devices, not {problem.device.type}"
+    if problem.op != "low_rank":
+        return f"no CUDA kernel for {problem.op}"
+    if problem.step != "fwd":
+        return "no CUDA kernel for a backward"
+    if problem.gate not in ("vector", "core") or problem.form != "two_sided":
+        return "no CUDA kernel for mixed gates and for the output form"
+    if problem.layout != "rows":
+        return "the CUDA kernels read a weight whose rows are contiguous"
     if problem.dtype not in _DTYPES:
-        return False, f"the CUDA kernels compute in float16 and bfloat16, not {problem.dtype}"
+        return f"the CUDA kernels compute in float16 and bfloat16, not {problem.dtype}"
     ok, reason = available()
     if not ok:
-        return ok, reason
+        return reason
     tokens = native.core().cuda_decode_tokens
     if not 1 <= problem.m <= tokens:
-        return False, f"the CUDA kernels take 1 to {tokens} tokens, not {problem.m}"
+        return f"the CUDA kernels take 1 to {tokens} tokens, not {problem.m}"
     ok, reason = native.runs_on(problem.device)
     if not ok:
-        return ok, reason
-    return True, "few tokens: the weight read once, base and update in one fp32 accumulator"
+        return reason
+    reason = "few tokens: the weight read once, base and update in one fp32 accumulator"
+    return [Recipe("cuda", DECODE, reason)]
 
 
-def qr_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    q: Tensor,
-    r: Tensor,
-    lam: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + b + s (h ∘ λ) Qᵀ on x [M, K]; returns y [M, N] and h = x R̃ᵀ [M, r]."""
-    if weight.stride(1) != 1:
-        return composed.qr_linear_fwd(x, weight, bias, q, r, lam, scaling)
-    return _decode(x, weight, bias, q, r, lam, scaling)
-
-
-def lora_xs_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    core: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + b + s (h C) Bᵀ on x [M, K]; returns y [M, N] and h = x Aᵀ [M, r]."""
-    if weight.stride(1) != 1:
-        return composed.lora_xs_linear_fwd(x, weight, bias, a, b, core, scaling)
-    return _decode(x, weight, bias, b, a, core, scaling)
-
-
-def _decode(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_factor: Tensor,
-    in_factor: Tensor,
-    gate: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """``gate`` is λ [r] or C [r, r]."""
-    (m, k), n, r = x.shape, weight.shape[0], in_factor.shape[0]
-    device = x.device
+def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h [M, r]."""
+    assert p.down is not None
+    (m, k), n, r = p.x.shape, p.weight.shape[0], p.gate.shape[-1]
+    device = p.x.device
     # What is held may be a copy: it has to live until the launches are in the stream.
-    x, (x_at, x_row, _) = pointers.rows(x, "x", device)
-    weight, (weight_at, weight_row, _) = pointers.rows(weight, "weight", device)
-    out_factor, (out_at, out_row, _) = pointers.rows(out_factor, device=device)
-    in_factor, (in_at, in_row, _) = pointers.rows(in_factor, device=device)
-    held, (bias_at, gate_at) = pointers.dense(bias, gate, device=device)
+    x, (x_at, x_row, _) = pointers.rows(p.x, "x", device)
+    weight, (weight_at, weight_row, _) = pointers.rows(p.weight, "weight", device)
+    up, (up_at, up_row, _) = pointers.rows(p.up, device=device)
+    down, (down_at, down_row, _) = pointers.rows(p.down, device=device)
+    held, (bias_at, gate_at) = pointers.dense(p.bias, p.gate, device=device)
     y, h = x.new_empty(m, n), x.new_empty(m, r)
     mid = x.new_empty(m, -(-r // 8) * 8)
-    wide = x.new_empty(m, r, dtype=torch.float32) if gate.dim() == 2 else None
+    core = p.gate.dim() == 2
+    wide = x.new_empty(m, r, dtype=torch.float32) if core else None
     native.core().cuda_decode(
         _DTYPES[x.dtype],
         *(m, n, k, r),
         *(x_at, x_row),
         *(weight_at, weight_row),
         bias_at,
-        *(out_at, out_row),
-        *(in_at, in_row),
-        *(gate_at, gate.dim() == 2, gate.dtype == torch.float32),
-        scaling,
+        *(up_at, up_row),
+        *(down_at, down_row),
+        *(gate_at, core, p.gate.dtype == torch.float32),
+        p.scaling,
         *pointers.out(y, h, device=device),
         *(*pointers.out(mid, device=device), mid.stride(0)),
         *pointers.out(wide, device=device),
         x.get_device(),
         torch.cuda.current_stream(x.device).cuda_stream,
     )
-    del held
+    del held, weight, up, down
     return y, h

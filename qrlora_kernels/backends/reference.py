@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from ..reference import (
-    kron_linear_bwd_ref as kron_linear_bwd,
-)
-from ..reference import (
-    kron_linear_fwd_ref as kron_linear_fwd,
-)
-from ..reference import (
-    linear_add_ref as linear_add_fwd,
-)
-from ..reference import (
-    lora_xs_linear_bwd_ref as lora_xs_linear_bwd,
-)
-from ..reference import (
-    lora_xs_linear_fwd_ref as lora_xs_linear_fwd,
-)
-from ..reference import (
-    qr_linear_bwd_ref as qr_linear_bwd,
-)
-from ..reference import (
-    qr_linear_fwd_ref as qr_linear_fwd,
-)
-from .problem import Problem
+from torch import Tensor
 
-__all__ = [
-    "available",
-    "kron_linear_bwd",
-    "kron_linear_fwd",
-    "linear_add_fwd",
-    "lora_xs_linear_bwd",
-    "lora_xs_linear_fwd",
-    "qr_linear_bwd",
-    "qr_linear_fwd",
-    "supports",
-]
+from .. import reference
+from ..dispatch.problem import Problem, Recipe
+from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+
+RECIPE = Recipe("reference", "plain", "runs every shape and dtype")
 
 
 def available() -> tuple[bool, str]:
     return True, "plain PyTorch"
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    return True, "runs every shape and dtype"
+def supports(problem: Problem) -> list[Recipe] | str:
+    """Its one recipe, for every problem."""
+    return [RECIPE]
+
+
+def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
+    return reference.low_rank_fwd_ref(p)
+
+
+def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
+    return reference.low_rank_bwd_ref(p)
+
+
+def kron_fwd(p: Kron, recipe: str) -> Tensor:
+    return reference.kron_ref(p)
+
+
+def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return reference.kron_bwd_ref(p)
+
+
+def linear_add_fwd(p: LinearAdd, recipe: str) -> Tensor:
+    return reference.linear_add_ref(p)

@@ -21,6 +21,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 CORE, REASON = _load()
+# Element types as csrc/core/include/qrlora/dtype.h numbers them.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 # Compute capabilities that the binary holds code for (CMakeLists.txt, QRLORA_CUDA_ARCHS).
 _CUDA_MAJORS = (8, 9, 10)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..adapters.options import one_of
 from ..autocast import autocast_enabled
-from ..backends import Choice, Problem, choose
+from ..dispatch.chooser import choose
+from ..dispatch.problem import Choice, Problem, joined, layout_of
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
-
-Step = Literal["fwd", "bwd"]
 
 
 def shown(layer: AdapterLinear, base: str) -> str:
@@ -26,19 +24,24 @@ def shown(layer: AdapterLinear, base: str) -> str:
     )
 
 
-def explain(layer: AdapterLinear, tokens: int, step: Step) -> Choice:
-    asked = problem(layer, tokens, step)
+def explain(layer: AdapterLinear, tokens: int, step: str) -> Choice:
     if layer.merged:
-        return Choice("merged", "a plain linear layer with the update inside its weight")
-    return choose(asked)
+        return Choice("merged", "", "a plain linear layer with the update inside its weight")
+    return choose(problem(layer, tokens, step))
 
 
-def problem(layer: AdapterLinear, tokens: int, step: Step) -> Problem:
-    one_of("step", step, get_args(Step))  # both steps are one choice
-    n, k, device, dtype = layer.out_features, layer.in_features, layer.weight.device, _dtype(layer)
-    if layer._adds_update():
-        return Problem("linear_add", device, dtype, tokens, n, k, n)
-    return Problem(layer.operation, device, dtype, tokens, n, k, layer.rank)
+def problem(layer: AdapterLinear, tokens: int, step: str) -> Problem:
+    if step not in steps(layer):
+        raise ValueError(f"step must be one of {steps(layer)} for this layer, got {step!r}")
+    n, k = layer.out_features, layer.in_features
+    op, r = (layer.operation, layer.rank) if not layer._adds_update() else ("linear_add", n)
+    asked = Problem(op, layer.weight.device, _dtype(layer), tokens, n, k, r, step)
+    return joined(asked._replace(layout=layout_of(layer.matrix()), bias=layer.bias is not None))
+
+
+def steps(layer: AdapterLinear) -> tuple[str, ...]:
+    """Those that backends are asked for: the gradients of a sum are plain products."""
+    return ("fwd",) if layer._adds_update() else ("fwd", "bwd")
 
 
 def _dtype(layer: AdapterLinear) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Options, State
-from ..backends import Choice, Problem
+from ..dispatch.problem import Choice, Problem
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..reference import HALF
@@ -236,13 +236,18 @@ class AdapterLinear(Adapted):
     def reset_parameters(self) -> None:
         """Never re-initialise a pretrained base (``nn.Linear`` would)."""
 
-    def explain(self, tokens: int = 2048, step: asking.Step = "fwd") -> Choice:
-        """The backend that ``step``, "fwd" or "bwd", over ``tokens`` tokens takes, and why."""
+    def explain(self, tokens: int = 2048, step: str = "fwd") -> Choice:
+        """The backend and recipe that a ``step`` ("fwd" or "bwd") over ``tokens`` tokens takes, and
+        why."""
         return asking.explain(self, tokens, step)
 
-    def problem(self, tokens: int, step: asking.Step = "fwd") -> Problem:
-        """What ``step`` over ``tokens`` tokens asks the backends to do, in the present mode."""
+    def problem(self, tokens: int, step: str = "fwd") -> Problem:
+        """What a ``step`` over ``tokens`` tokens asks the backends to do, in the present mode."""
         return asking.problem(self, tokens, step)
+
+    def steps(self) -> tuple[str, ...]:
+        """The steps that backends are asked for, in the present mode."""
+        return asking.steps(self)
 
     def base_changed(self) -> bool:
         """Whether the weight is another than the one that the factors came from."""

@@ -11,41 +11,41 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.overrides import handle_torch_function, has_torch_function
 
-from ..backends.chooser import pinned_backend
+from ..autocast import autocast
+from ..dispatch.chooser import pinned_backend
+from ..operands import LinearAdd
 from ..reference import linear_add_ref
-from .common import (
-    autocast,
+from . import flops
+from .checks import (
+    autograd_reason,
     bias_gradient,
+    by_autograd,
     check_linear,
     check_memory,
     check_operand,
     flatten,
-    plain_reason,
     restore,
-    run_plain,
     wants_gradient,
 )
 from .operator import Operator
 
 
-def _fwd_fake(x: Tensor, weight: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _fwd_fake(p: LinearAdd) -> Tensor:
+    return p.x.new_empty(p.x.shape[0], p.weight.shape[0])
 
 
 linear_add_fwd = Operator(
-    "linear_add",
-    "fwd",
+    "linear_add_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor addend, str? backend) -> Tensor",
+    LinearAdd,
     _fwd_fake,
-    weight_at=1,
-    trainable_at=3,
+    flops.linear_add,
 )
 
 
 class LinearAddFunction(torch.autograd.Function):
-    """Autograd of the fused sum on x [M, K]; gradients for x, bias and addend; x is not saved."""
+    """Autograd of the sum on x [M, K]; gradients for x, bias and addend; x is not saved."""
 
     @staticmethod
     def forward(
@@ -74,48 +74,22 @@ class LinearAddFunction(torch.autograd.Function):
         )
 
 
-def linear_add(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    addend: Tensor,
-    *,
-    backend: str | None = None,
+def call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor, backend: str | None
 ) -> Tensor:
-    """``F.linear(x, weight, bias) + addend`` with fp32 accumulation and one rounding.
-
-    Parameters
-    ----------
-    x : Tensor [..., K]
-        Any number of leading dimensions and any strides; fp16, bf16, fp32 or fp64.
-    weight : Tensor [N, K]
-    bias : Tensor [N] or None
-    addend : Tensor [..., N]
-        In x's dtype.
-    backend : str, optional
-        Force a backend (see ``qrlora_kernels.backends``) instead of choosing one.
-
-    Returns
-    -------
-    Tensor [..., N] in x's dtype
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an operand's type, shape, dtype or device does not fit the others; the message names it.
-    """
-    operands = (x, weight, bias, addend)
-    if has_torch_function(operands):
-        return handle_torch_function(linear_add, operands, *operands, backend=backend)
+    """y with the checks and their messages."""
     check_memory(x=x, weight=weight, bias=bias, addend=addend)
     x, weight, bias, addend = autocast(x, weight, bias, addend)
     check_linear(x, weight, bias)
     check_operand("addend", addend, (*x.shape[:-1], weight.shape[0]), x)
-    if reason := plain_reason(weight, trains=(x, bias, addend)):
-        plain = (x, weight, bias, addend)
-        return run_plain("linear_add", reason, backend, linear_add_ref, *plain)
-    flat = (flatten(x), weight, bias, flatten(addend), pinned_backend(backend))
-    fused = (
-        LinearAddFunction.apply(*flat) if wants_gradient(x, bias, addend) else linear_add_fwd(*flat)
-    )
-    return restore(fused, x)
+    p = LinearAdd(x, weight, bias, addend)
+    trains = (x, bias, addend)
+    if reason := autograd_reason((weight,), trains):
+        return by_autograd("linear_add", reason, backend, linear_add_ref, p)
+    p = p._replace(x=flatten(x), addend=flatten(addend))
+    backend = pinned_backend(backend)
+    if wants_gradient(*trains):
+        y: Tensor = LinearAddFunction.apply(*p, backend)
+    else:
+        y = linear_add_fwd(*p, backend)
+    return restore(y, x)

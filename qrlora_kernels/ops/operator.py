@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from ..backends.chooser import run
-from ..backends.problem import Problem
+from ..autocast import autocast_enabled
+from ..dispatch.chooser import run
 from ..native import pointers
-from .common import autocast_enabled
+from ..operands import Operands
+from . import flops
 
 LIBRARY = library.Library("qrlora", "DEF")
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
 
 
 class Operator:
-    """``qrlora::<op>_<step>``: its schema, its fake, and one implementation for every device.
+    """``qrlora::<name>``: its schema, its fake, and one implementation for every device.
 
     The implementation takes operands in their final dtypes, asks the chooser who runs them, and
     stands in a placeholder for each result nobody asked for: operators return tensors only.
@@ -33,35 +34,39 @@ class Operator:
 
     Parameters
     ----------
-    op, step : str
-        ``Problem.op`` and ``"fwd"`` or ``"bwd"``.
+    name : str
+        As ``"low_rank_fwd"``.
     schema : str
-        "(arguments) -> (results)"; the last argument is ``str? backend``.
+        "(arguments) -> (results)": the fields of ``record`` and ``str? backend``.
+    record : type
+        The record of operands that backends take.
     fake : callable
-        Results without data, for tracing.
-    weight_at, trainable_at : int
-        Positions of W [N, K] and of the operand whose last dimension is the rank.
+        record -> results without data, for tracing.
+    flop_count : callable
+        record -> floating-point operations of the products.
     """
 
     def __init__(
         self,
-        op: str,
-        step: str,
+        name: str,
         schema: str,
-        fake: Callable[..., Any],
-        weight_at: int,
-        trainable_at: int,
+        record: Callable[..., Operands],
+        fake: Callable[[Any], Any],
+        flop_count: Callable[[Any], int],
     ) -> None:
-        self.op, self.step = op, step
-        self.weight_at, self.trainable_at = weight_at, trainable_at
-        name = f"{op}_{step}"
+        self.record = record
         arguments = schema[1 : schema.index(")")].split(", ")
-        # The tensors come first.
-        self.tensors = [text.split()[1] for text in arguments if text.startswith("Tensor")]
+        # (position, name) of the tensors
+        self.tensors = [
+            (i, text.split()[1]) for i, text in enumerate(arguments) if text.startswith("Tensor")
+        ]
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        library.register_fake(f"qrlora::{name}", fake, lib=LIBRARY)
+        library.register_fake(
+            f"qrlora::{name}", lambda *operands: fake(record(*operands[:-1])), lib=LIBRARY
+        )
         self.registered = getattr(torch.ops.qrlora, name)
+        flops.add(self.registered, lambda *operands: flop_count(record(*operands[:-1])))
 
     def __call__(self, *operands: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -69,10 +74,12 @@ class Operator:
         return self._dispatched(operands) if _is_traced(operands) else self._run(*operands)
 
     def _dispatched(self, operands: Sequence[Any]) -> Any:
+        flops.register()
         try:
             return self.registered(*operands)
         except NotImplementedError as error:
-            for name, t in zip(self.tensors, operands, strict=False):
+            for at, name in self.tensors:
+                t = operands[at]
                 if t is not None and pointers.is_wrapper(t):
                     raise TypeError(
                         f"{name} must be a plain tensor or of a class that answers "
@@ -82,23 +89,27 @@ class Operator:
 
     def _run(self, *arguments: Any) -> Any:
         *operands, backend = arguments
-        if operands[0].device.type != "meta":
-            count = len(self.tensors)
-            operands[:count] = pointers.all_checked(self.tensors, operands[:count])
         rows: Tensor = operands[0]
-        n, k = operands[self.weight_at].shape
-        r = operands[self.trainable_at].shape[-1]
-        problem = Problem(self.op, rows.device, rows.dtype, rows.shape[0], n, k, r)
         device = rows.device.type
+        if device != "meta":
+            self._check_memory(operands)
+        p = self.record(*operands)
         if autocast_enabled(device):
             # The operands have their final dtypes; nothing inside may be recast.
             with torch.autocast(device, enabled=False):
-                results = run(problem, self.step, backend, operands)
+                results = run(p, backend)
         else:
-            results = run(problem, self.step, backend, operands)
+            results = run(p, backend)
         if isinstance(results, Tensor):
             return results
         return tuple(placeholder(rows) if t is None else t for t in results)
+
+    def _check_memory(self, operands: list[Any]) -> None:
+        """Put a copy in the place of each tensor that stands for something not yet done."""
+        if not pointers.are_plain(*(operands[at] for at, _ in self.tensors)):
+            for at, name in self.tensors:
+                if operands[at] is not None:
+                    operands[at] = pointers.checked(operands[at], name)
 
 
 def _is_traced(operands: Sequence[Any]) -> bool:

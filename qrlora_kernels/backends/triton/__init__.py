@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ...dispatch.problem import Problem, Recipe
+from ...native import pointers
+from ...operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from .. import products
 from .tables import MAX_CORE_RANK, MAX_RANK, max_factor, padded
 
+# Base and update in one product; or the update by a kernel, and the library's base onto it.
+TWO_PHASE, LIBRARY_BASE = "two-phase", "addmm base"
 MINIMUM = (3, 6)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,151 +44,107 @@ def available() -> tuple[bool, str]:
     return True, f"Triton {triton.__version__}"
 
 
-def supports(problem: Problem) -> tuple[bool, str]:
-    """Whether these kernels run ``problem``, and in a few words why (not)."""
+def supports(problem: Problem) -> list[Recipe] | str:
+    """The recipes that run ``problem``, best first, or why there is none."""
     # Without importing Triton: this is asked for every problem on the CPU too.
     interpreted = problem.device.type == "cpu" and "TRITON_INTERPRET" in os.environ
     if problem.device.type != "cuda" and not interpreted:
-        return False, f"Triton kernels run on CUDA devices, not {problem.device.type}"
+        return f"Triton kernels run on CUDA devices, not {problem.device.type}"
     ok, reason = available()
     if not ok:
-        return ok, reason
+        return reason
     if interpreted != reason.endswith("(TRITON_INTERPRET)"):
-        return False, "the interpreter takes CPU tensors, and compiled kernels CUDA tensors"
+        return "the interpreter takes CPU tensors, and compiled kernels CUDA tensors"
     if problem.dtype not in DTYPES:
-        return (
-            False,
-            f"Triton kernels compute in float32, float16 and bfloat16, not {problem.dtype}",
-        )
+        return f"Triton kernels compute in float32, float16 and bfloat16, not {problem.dtype}"
     from .common import chip_of
 
     chip = chip_of(problem.device)
     if chip.capability < 80:
-        return False, f"compute capability {chip.capability / 10} is below 8.0"
-    limit = MAX_CORE_RANK if problem.op == "lora_xs_linear" else MAX_RANK
-    if problem.op in ("qr_linear", "lora_xs_linear") and problem.r > limit:
-        return False, f"rank {problem.r} is above {limit}"
-    if problem.op == "kron_linear":
-        return _supports_kron(problem, max_factor(chip))
-    return True, "skinny product, then base and update in one fp32 accumulator"
+        return f"compute capability {chip.capability / 10} is below 8.0"
+    if problem.op == "kron":
+        return _kron_recipes(problem, max_factor(chip))
+    if why_not := _no_low_rank(problem):
+        return why_not
+    reason = "skinny product, then base and update in one fp32 accumulator"
+    return [Recipe("triton", TWO_PHASE, reason)]
 
 
-def _supports_kron(problem: Problem, largest: int) -> tuple[bool, str]:
+def _no_low_rank(problem: Problem) -> str | None:
+    if problem.op != "low_rank":
+        return None
+    if problem.gate not in ("vector", "core") or problem.form != "two_sided":
+        return "no Triton kernel for mixed gates and for the output form"
+    limit = MAX_CORE_RANK if problem.gate == "core" else MAX_RANK
+    return f"rank {problem.r} is above {limit}" if problem.r > limit else None
+
+
+def _kron_recipes(problem: Problem, largest: int) -> list[Recipe] | str:
     na, kb = problem.n // problem.r, problem.k // problem.r
     if problem.dtype == torch.float32:
-        return False, "Kronecker kernels need tensor cores, which float32 does not use"
+        return "Kronecker kernels need tensor cores, which float32 does not use"
     if problem.r % 8 or kb % 8:
         # Rows that no descriptor reaches; the addresses of a tile then cost registers.
         largest = min(largest, 4096)
     factor = max(padded(na), padded(kb)) * padded(problem.r)
     if factor > largest:
-        return False, f"a factor of {factor} padded elements is above the {largest} held on chip"
-    return True, "one pass over the tokens, the base accumulated onto the update"
+        return f"a factor of {factor} padded elements is above the {largest} held on chip"
+    reason = "one pass over the tokens, the base accumulated onto the update"
+    # Without a bias the library adds onto the update in its fp32 accumulator and rounds once.
+    how = TWO_PHASE if problem.bias else LIBRARY_BASE
+    return [Recipe("triton", how, reason)]
 
 
-def qr_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    q: Tensor,
-    r: Tensor,
-    lam: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + b + s (h ∘ λ) Qᵀ on x [M, K]; returns y [M, N] and h = x R̃ᵀ [M, r]."""
-    from .linear import gated_fwd
+def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h [M, r]."""
+    from .low_rank import forward
 
-    return gated_fwd(x, weight, bias, q, r, lam, scaling)
+    return forward(p)
 
 
-def qr_linear_bwd(
-    dy: Tensor,
-    weight: Tensor,
-    q: Tensor,
-    r: Tensor,
-    lam: Tensor,
-    h: Tensor,
-    scaling: float,
-    need_dx: bool = True,
-    need_dlam: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """g = dy Q;  dλ = s Σ_m h ∘ g;  dx = dy W + s (g ∘ λ) R̃."""
-    from .linear import gated_bwd
+def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
+    """dx [M, K] and the gate's gradient."""
+    from .low_rank import backward
 
-    return gated_bwd(dy, weight, q, r, lam, h, scaling, need_dx, need_dlam)
+    return backward(p)
 
 
-def lora_xs_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    core: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + b + s (h C) Bᵀ on x [M, K]; returns y [M, N] and h = x Aᵀ [M, r]."""
-    from .linear import gated_fwd
-
-    return gated_fwd(x, weight, bias, b, a, core, scaling)
-
-
-def lora_xs_linear_bwd(
-    dy: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    core: Tensor,
-    h: Tensor,
-    scaling: float,
-    need_dx: bool = True,
-    need_dcore: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """g = dy B;  dC = s hᵀ g;  dx = dy W + s (g Cᵀ) A."""
-    from .linear import gated_bwd
-
-    return gated_bwd(dy, weight, b, a, core, h, scaling, need_dx, need_dcore)
-
-
-def kron_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x on x [M, K], a [N/r, r], b [K/r, r]."""
-    from . import kron
-
-    return kron.kron_linear_fwd(x, weight, bias, a, b, a0, b0, scaling)
-
-
-def kron_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    need_dx: bool = True,
-    need_da: bool = True,
-    need_db: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
-    from . import kron
-
-    return kron.kron_linear_bwd(dy, x, weight, a, b, a0, b0, scaling, need_dx, need_da, need_db)
-
-
-def linear_add_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
-    """y [M, N] = x Wᵀ + b + addend, rounded once."""
-    from .common import readable
+def kron_fwd(p: Kron, recipe: str) -> Tensor:
+    """y [M, N] = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x; a [N/r, r], b [K/r, r]."""
+    from .kron import kron_update
     from .two_phase import two_phase
 
-    x, weight, bias, addend = readable(x, weight, bias, addend)
-    return two_phase(x, weight, bias=bias, start=addend)
+    p = readable(p)
+    update = kron_update(p)
+    if recipe == LIBRARY_BASE:
+        return products.onto(products.ADDMM, update, p.x, p.weight, p.bias)
+    return two_phase(p.x, p.weight, bias=p.bias, start=update)
+
+
+def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx [M, K], dA and dB."""
+    from .kron import kron_gradients
+
+    p = readable(p)
+    dx, da, db = kron_gradients(p)
+    if dx is not None:
+        dx = products.onto(products.ADDMM, dx, p.dy, p.weight.mT, None)
+    return dx, da, db
+
+
+def linear_add_fwd(p: LinearAdd, recipe: str) -> Tensor:
+    """y [M, N] = x Wᵀ + b + addend, rounded once."""
+    from .two_phase import two_phase
+
+    p = readable(p)
+    return two_phase(p.x, p.weight, bias=p.bias, start=p.addend)
+
+
+def readable(p: Any) -> Any:
+    """The operands as kernels may read them, in any strides, or a ``TypeError``.
+
+    On the meta device kernels are compiled ahead of time, and none is launched.
+    """
+    return type(p)(
+        *(pointers.checked(t) if isinstance(t, Tensor) and not t.is_meta else t for t in p)
+    )

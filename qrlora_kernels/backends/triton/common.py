@@ -147,14 +147,6 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta:
         kernel[(programs,)](*args, enable_fp_fusion=True, **meta)
 
 
-def readable(*operands: Tensor | None) -> Any:
-    """The operands as kernels may read them, in any strides, or a ``TypeError``.
-
-    On the meta device kernels are compiled ahead of time, and none is launched.
-    """
-    return [t if t is None or t.is_meta else pointers.checked(t) for t in operands]
-
-
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory for a kernel's output; ``.to(dtype)`` after the launch is free on a GPU."""
     if INTERPRETED.value and dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""OHoRA over a frozen linear layer: one pass for the update, and the base product onto it."""
+"""OHoRA's update and its gradients, in one pass over the tokens each."""
 
 from __future__ import annotations
 
@@ -7,39 +7,19 @@ import triton
 from torch import Tensor
 
 from ...native import pointers
+from ...operands import Kron, KronGradient
 from . import common
 from .kron_kernels import _kron_bwd_kernel, _kron_fwd_kernel
 from .sums import sum_parts
 from .tables import Chip, fits_one_pass, kron_tile
-from .two_phase import two_phase
 
 # Older compilers spill where dA and dB of large factors share a kernel.
 _GRADIENTS_TOGETHER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 
 
-def kron_linear_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """y [M, N] = x Wᵀ + bias + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x; a [N/r, r], b [K/r, r]."""
-    x, weight, bias, a, b, a0, b0 = common.readable(x, weight, bias, a, b, a0, b0)
-    update = kron_update(x, a, b, a0, b0, scaling)
-    if bias is None:
-        # The library adds onto the update in its fp32 accumulator and rounds once.
-        return update.addmm_(x, weight.t())
-    return two_phase(x, weight, bias=bias, start=update)
-
-
-def kron_update(
-    x: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None, scaling: float
-) -> Tensor:
+def kron_update(p: Kron) -> Tensor:
     """s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x alone, [M, N] in x's dtype, reading x once."""
+    x, a, b = p.x, p.a, p.b
     m, (na, r), kb = x.shape[0], a.shape, b.shape[0]
     chip = common.chip_of(x.device)
     tile = kron_tile(na, kb, r, x.element_size(), chip, backward=False)
@@ -56,9 +36,9 @@ def kron_update(
         common.tile_source(x_grid, x_block, tma),
         a.contiguous(),
         b.contiguous(),
-        *_contiguous(a0, b0),
+        *_contiguous(p.a0, p.b0),
         common.tile_source(out_grid, out_block, tma),
-        scaling,
+        p.scaling,
         m,
         na,
         kb,
@@ -79,41 +59,26 @@ def kron_update(
     return out.to(x.dtype)
 
 
-def kron_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-    need_dx: bool = True,
-    need_da: bool = True,
-    need_db: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx [M, K], da, db from one pass over x and dy; None for what is not asked for.
+def kron_gradients(p: KronGradient) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The update's share of dx [M, K], da and db; None for what is not asked for.
 
-    Where a factor is so large that its gradient leaves no registers for dx, dx takes a pass over
-    dy of its own; so does each gradient where the compiler would spill.
+    One pass over x and dy. Where a factor is so large that its gradient leaves no registers for dx,
+    dx takes a pass over dy of its own; so does each gradient where the compiler would spill.
     """
-    dy, x, weight, a, b, a0, b0 = common.readable(dy, x, weight, a, b, a0, b0)
-    dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, x))
-    a, b = a.contiguous(), b.contiguous()
-    factors = (a, b, *_contiguous(a0, b0))
-    dx = common.empty(tuple(x.shape), x.dtype, x.device) if need_dx else None
+    dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (p.dy, p.x))
+    a, b = p.a.contiguous(), p.b.contiguous()
+    factors = (a, b, *_contiguous(p.a0, p.b0))
+    dx = common.empty(tuple(x.shape), x.dtype, x.device) if p.need_dx else None
     if fits_one_pass(a.shape[0], b.shape[0], a.shape[1], common.chip_of(x.device)):
-        da, db = _backward_pass(dy, x, factors, scaling, dx, need_da, need_db)
+        da, db = _backward_pass(dy, x, factors, p.scaling, dx, p.need_da, p.need_db)
     elif _GRADIENTS_TOGETHER:
-        da, db = _backward_pass(dy, x, factors, scaling, None, need_da, need_db)
-        _backward_pass(dy, x, factors, scaling, dx, False, False)
+        da, db = _backward_pass(dy, x, factors, p.scaling, None, p.need_da, p.need_db)
+        _backward_pass(dy, x, factors, p.scaling, dx, False, False)
     else:
-        da, _ = _backward_pass(dy, x, factors, scaling, None, need_da, False)
-        _, db = _backward_pass(dy, x, factors, scaling, None, False, need_db)
-        _backward_pass(dy, x, factors, scaling, dx, False, False)
-    if dx is not None:
-        dx = dx.to(dy.dtype).addmm_(dy, weight)
-    return dx, da, db
+        da, _ = _backward_pass(dy, x, factors, p.scaling, None, p.need_da, False)
+        _, db = _backward_pass(dy, x, factors, p.scaling, None, False, p.need_db)
+        _backward_pass(dy, x, factors, p.scaling, dx, False, False)
+    return None if dx is None else dx.to(dy.dtype), da, db
 
 
 def _backward_pass(

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...operands import LowRankGradient
 from . import common
 from .skinny_kernels import _finish_kernel, _project_kernel
 from .sums import sum_parts
@@ -28,23 +29,18 @@ def low_rank_in(x: Tensor, proj: Tensor, gate: Tensor, scaling: float) -> tuple[
     return h.to(x.dtype), _narrow(scaled, x.dtype)
 
 
-def low_rank_back(
-    dy: Tensor,
-    proj: Tensor,
-    gate: Tensor,
-    h: Tensor,
-    scaling: float,
-    need_scaled: bool,
-    need_grad: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """s·g∘λ or s·g Cᵀ [M, r] with g = dy [M, N] proj [r, N]ᵀ, and s·Σ_m h∘g or s·hᵀ g.
+def low_rank_back(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:
+    """s·g∘λ or s·g Cᵀ [M, r] with g = dy up, and s·Σ_m h∘g or s·hᵀ g.
 
     Each is None where it is not asked for; the gradient has the gate's shape and dtype.
     """
-    m, r = dy.shape[0], proj.shape[0]
-    scaled = common.empty_rows(m, r, dy.dtype, dy.device) if need_scaled else None
-    parts = _run(dy, proj, gate, scaling, h, scaled, need_grad, backward=True)
-    grad = None if parts is None else sum_parts(parts, scaling, tuple(gate.shape), gate.dtype)
+    dy, gate = p.dy, p.gate.contiguous()
+    m, r = dy.shape[0], gate.shape[-1]
+    scaled = common.empty_rows(m, r, dy.dtype, dy.device) if p.need_dx else None
+    parts = _run(
+        dy, p.up.t(), gate, p.scaling, p.h.contiguous(), scaled, p.need_dgate, backward=True
+    )
+    grad = None if parts is None else sum_parts(parts, p.scaling, tuple(gate.shape), gate.dtype)
     return None if scaled is None else _narrow(scaled, dy.dtype), grad
 
 

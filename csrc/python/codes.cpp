@@ -1,0 +1,68 @@
+#include "codes.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace qrlora {
+
+namespace {
+
+constexpr int64_t update_alone = 16;  // in a code, beside the column
+
+const char* name_of(Operation operation) {
+    const char* const names[] = {"low_rank", "kron", "linear_add"};
+    return names[static_cast<int>(operation)];
+}
+
+const char* name_of(DType dtype) {
+    const char* const names[] = {"fp32", "fp64", "bf16", "fp16"};
+    return names[static_cast<int>(dtype)];
+}
+
+// Why the column does not do it; empty if it does.
+std::string obstacle(const Column& column, const Demand& d, bool base) {
+    const std::string name = column.name, in = std::string(" in ") + name_of(d.dtype);
+    if (!column.obstacle().empty()) return name + " does not run here: " + column.obstacle();
+    const bool kron = d.operation == Operation::kron;
+    if (!(kron ? column.updates : column.products).has(d.dtype))
+        return name + " has no kernel for " + name_of(d.operation) + in;
+    if (kron && base && !column.products.has(d.dtype))
+        return name + " has no kernel for kron's base product" + in;
+    if (d.mixed && !column.mixes) return name + " has no kernel for gates by row";
+    return "";
+}
+
+}  // namespace
+
+Recipe recipe_of(int64_t code, const Demand& demand) {
+    const auto refuse = [&](const std::string& reason) -> Recipe {
+        throw std::runtime_error("code " + std::to_string(code) + ": " + reason);
+    };
+    const bool kron = demand.operation == Operation::kron;
+    if (code == -1) return {Recipe::elsewhere, nullptr};
+    if (code == 0 && kron) return refuse("kron has no step of library products alone");
+    if (code == 0) return {Recipe::library, nullptr};
+    const bool alone = code > update_alone;
+    const int64_t at = code - 1 - (alone ? update_alone : 0);
+    if (at < 0 || at >= static_cast<int64_t>(columns().size())) return refuse("no such column");
+    if (alone && !kron) return refuse("only kron has an update alone");
+    const Column& column = columns()[static_cast<size_t>(at)];
+    const std::string reason = obstacle(column, demand, demand.base && !alone);
+    if (!reason.empty()) return refuse(reason);
+    return {alone ? Recipe::update : Recipe::whole, &column};
+}
+
+const Column& column_of(int64_t code, const Demand& demand) {
+    const Recipe recipe = recipe_of(code, demand);
+    if (!recipe.column)
+        throw std::runtime_error("code " + std::to_string(code) + ": it names no column");
+    return *recipe.column;
+}
+
+DType checked_dtype(int64_t number) {
+    if (number < 0 || number > static_cast<int64_t>(DType::f16))
+        throw std::runtime_error("no element type has the number " + std::to_string(number));
+    return static_cast<DType>(number);
+}
+
+}  // namespace qrlora

@@ -1,0 +1,93 @@
+"""Products of PyTorch's library (oneDNN, MKL, cuBLAS) that the recipes are made of.
+
+An update is computed first and the base product accumulates onto it in place: the sum meets the
+fp32 accumulator of the product and is rounded once, so an update far below the resolution of a
+half-precision ``y`` survives. The other order would round ``y`` before the update is added and lose
+nearly all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch.problem import Problem
+from ..reference import HALF, accumulation_dtype
+
+# How the base product and a bias meet an update; :func:`bases` says which apply, best first.
+ADDMM, ONEDNN, FP32 = "addmm", "onednn", "fp32"
+
+
+def bases(problem: Problem) -> tuple[str, ...]:
+    """The ways in which x Wᵀ + b accumulates onto an update in one rounding.
+
+    PyTorch's own products on the CPU add a bias to a half-precision y that is rounded already.
+    oneDNN's does not, where the CPU has half-precision products; else the sum is one of fp32.
+    """
+    on_half_cpu = problem.device.type == "cpu" and problem.dtype in HALF
+    if not (problem.bias and on_half_cpu):
+        return (ADDMM,)
+    return (ONEDNN, FP32) if problem.m and problem.k and _onednn_runs(problem.dtype) else (FP32,)
+
+
+def onto(how: str, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``update`` [M, N] + x Wᵀ + b, in the update's place where the product allows it."""
+    if bias is not None and how == ONEDNN:
+        return _linear_bias_add(x, weight, bias, update)
+    if bias is not None and how == FP32:
+        # From 4 tokens on also the faster one.
+        y = torch.addmm(update.float(), x.float(), weight.float().mT)
+        return y.add_(bias).to(x.dtype)
+    y = update.addmm_(x, weight.mT)
+    # One pass more, and in half precision one rounding (on CUDA alone); the bias comes last and so
+    # cannot drown the update.
+    return y if bias is None else y.add_(bias)
+
+
+def through(
+    how: str, mid: Tensor, up: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``mid upᵀ + x Wᵀ + b``, the update ``mid upᵀ`` first."""
+    if bias is not None and x.dtype not in HALF:
+        return F.linear(mid, up, bias).addmm_(x, weight.mT)
+    return onto(how, torch.mm(mid, up.mT), x, weight, bias)
+
+
+def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
+    # oneDNN takes the bias as N elements from its address on, whatever its stride; the other three
+    # operands it reorders itself.
+    dense = bias.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, dense, "add")
+    return y
+
+
+@functools.cache
+def _onednn_runs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's linear with a bias and an added tensor runs for ``dtype`` on this CPU."""
+    one = torch.ones(32, 32, dtype=dtype, device="cpu")
+    try:
+        y = _linear_bias_add(one, one, one[0], one)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((y == 34).all())
+
+
+def times(scaling: float, t: Tensor) -> Tensor:
+    """s t, without an operation where s = 1: with few tokens each operation counts."""
+    return t if scaling == 1 else scaling * t
+
+
+def column_dots(h: Tensor, g: Tensor) -> Tensor:
+    """Σ_m h ∘ g [r] with products and sum in fp32 (fp64 for fp64)."""
+    return (h.to(accumulation_dtype(h.dtype)) * g).sum(0)
+
+
+def gram(u: Tensor, v: Tensor) -> Tensor:
+    """uᵀ v with fp32 accumulation and an fp32 result (fp64 for fp64)."""
+    if u.is_cuda and u.dtype in HALF:
+        return torch.mm(u.mT, v, out_dtype=torch.float32)
+    wide = accumulation_dtype(u.dtype)
+    return torch.mm(u.to(wide).mT, v.to(wide))

@@ -1,0 +1,93 @@
+"""Where a recipe that can run a problem is passed over, because another measured faster.
+
+The figures are those of bench/notes/cpu.md and bench/notes/triton.md. A backend asked for by name
+runs all the same; here is only what the chooser does unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .problem import Problem
+
+FEW_TOKENS = 32
+MORE_TOKENS, LIGHT_WEIGHT, LIGHT_RANK = 64, 1 << 16, 64
+MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
+STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
+
+
+class Rule(NamedTuple):
+    """``backend``'s ``recipe`` ("" for all of them) is passed over where ``applies``."""
+
+    number: int
+    backend: str
+    recipe: str
+    op: str  # "" for all of them
+    applies: Callable[[Problem], bool]
+    reason: Callable[[Problem], str]
+    figures: str  # what was measured, as a ratio of times
+
+
+def _few(p: Problem) -> int:
+    light = p.n * p.k <= LIGHT_WEIGHT and p.r <= LIGHT_RANK
+    return MORE_TOKENS if light else FEW_TOKENS
+
+
+def _streams_base(p: Problem) -> bool:
+    if p.step == "fwd":
+        return p.m <= STREAMED_FORWARD
+    return p.m <= STREAMED_BACKWARD and p.n * p.k >= STREAMED_WEIGHT
+
+
+RULES = (
+    Rule(
+        1, "cpu", "native", "low_rank",
+        lambda p: p.m > _few(p),
+        lambda p: f"library products measure better from {_few(p) + 1} tokens",
+        "fp32 and fp64, one native call over four library products: ahead to 32 tokens; for 64 to "
+        "256 features 0.80 to 1.07 of an addmm expression at 33 to 64 tokens and r = 16 to 64, "
+        "where library products take 1.08 to 1.29 at r = 16; mostly behind for larger weights or "
+        "ranks",
+    ),
+    Rule(
+        2, "cpu", "native base", "kron",
+        lambda p: not _streams_base(p),
+        lambda p: "the library's base product measures better here",
+        "fp32 and fp64, the base product streamed over that of addmm, 128 to 4,096 features: 0.4 "
+        "to 1.1 to 32 tokens; dx, which adds rows of W up, 0.5 to 1.2 to 16 tokens of a weight "
+        "that comes from memory (1,024 features and more), mostly 1.1 to 2 below",
+    ),
+    Rule(
+        3, "amx", "native", "linear_add",
+        lambda p: p.m >= MANY_TOKENS and p.n * p.k <= SMALL_WEIGHT,
+        lambda p: f"library products measure better from {MANY_TOKENS} tokens of a weight of up "
+        f"to {SMALL_WEIGHT} elements",
+        "bf16, the library's base product onto an addend over amx's: 0.94 to 1.50 there, 0.65 to "
+        "1.01 above",
+    ),
+    *(
+        Rule(
+            number, backend, "", "",
+            lambda p: True,
+            lambda p: "its kernels are for CUDA devices"
+            if p.device.type != "cuda"
+            else "not yet measured against library products on a GPU; it runs when asked for",
+            "none: no GPU has run them",
+        )
+        for number, backend in ((4, "cuda"), (5, "triton"))
+    ),
+)  # fmt: skip
+
+
+def passed_over(backend: str, recipe: str, problem: Problem) -> str | None:
+    """Why ``recipe`` is passed over for ``problem`` unless asked for; None if it is not."""
+    for rule in RULES:
+        if (
+            rule.backend == backend
+            and rule.recipe in ("", recipe)
+            and rule.op in ("", problem.op)
+            and rule.applies(problem)
+        ):
+            return f"{rule.reason(problem)} (rule {rule.number})"
+    return None

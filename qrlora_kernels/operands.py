@@ -1,0 +1,95 @@
+"""The operands of a step as one record, which goes whole from the checks to the kernel.
+
+Shapes: x [M, K], weight W [N, K], bias [N], dy and y [M, N]; r is the gate's rank and s the
+scaling. Factors may be wider than the gate: columns of ``up`` and rows of ``down`` from r on do not
+count, whatever they hold.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """y = x Wᵀ + b + s · gate(h) upᵀ, with h = x downᵀ or, without ``down``, h = (x Wᵀ) up.
+
+    ``gate`` is λ [r], h ∘ λ (QR-LoRA), or C [r, r], h C (LoRA-XS). With ``index`` [M] of int64 it
+    has one more dimension in front, [A, r] or [A, r, r], and row m takes the gate ``index[m]``.
+    ``up`` is [N, ≥ r], ``down`` [≥ r, K]. Without ``down`` (the output form) h is made of x Wᵀ
+    before the bias is added and before anything is rounded.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    up: Tensor
+    down: Tensor | None
+    gate: Tensor
+    index: Tensor | None  # type: ignore[assignment]  # nobody asks for tuple's
+    scaling: float
+
+
+class LowRankGradient(NamedTuple):
+    """What the backward of :class:`LowRank` takes: h [M, r] is all that the forward keeps."""
+
+    dy: Tensor
+    weight: Tensor
+    up: Tensor
+    down: Tensor | None
+    gate: Tensor
+    index: Tensor | None  # type: ignore[assignment]  # nobody asks for tuple's
+    h: Tensor
+    scaling: float
+    need_dx: bool = True
+    need_dgate: bool = True
+
+
+class Kron(NamedTuple):
+    """y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x; a and a0 [N/r, r], b and b0 [K/r, r] (OHoRA)."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    a0: Tensor | None
+    b0: Tensor | None
+    scaling: float
+
+
+class KronGradient(NamedTuple):
+    """What the backward of :class:`Kron` takes."""
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    a0: Tensor | None
+    b0: Tensor | None
+    scaling: float
+    need_dx: bool = True
+    need_da: bool = True
+    need_db: bool = True
+
+
+class LinearAdd(NamedTuple):
+    """y = x Wᵀ + b + addend, addend [M, N]."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    addend: Tensor
+
+
+def as_wide_as_the_gate(p: LowRank | LowRankGradient) -> LowRank | LowRankGradient:
+    """The same operands without the parts of the factors that do not count."""
+    r = p.gate.shape[-1]
+    if p.up.shape[1] == r and (p.down is None or p.down.shape[0] == r):
+        return p
+    return p._replace(up=p.up[:, :r], down=None if p.down is None else p.down[:r])
+
+
+Operands = LowRank | LowRankGradient | Kron | KronGradient | LinearAdd

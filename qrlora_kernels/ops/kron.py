@@ -1,0 +1,211 @@
+"""OHoRA: y = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x, saving only x for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autocast import autocast
+from ..dispatch.chooser import load, pinned_backend
+from ..dispatch.problem import Choice
+from ..operands import Kron, KronGradient
+from ..reference import kron_ref
+from . import eager, flops
+from .checks import (
+    autograd_reason,
+    bias_gradient,
+    by_autograd,
+    check_linear,
+    check_memory,
+    check_operand,
+    check_scaling,
+    check_tensor,
+    flatten,
+    restore,
+    wants_gradient,
+)
+from .operator import Operator, placeholder
+
+
+def _fwd_fake(p: Kron) -> Tensor:
+    return p.x.new_empty(p.x.shape[0], p.weight.shape[0])
+
+
+def _bwd_fake(p: KronGradient) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        p.x.new_empty(p.x.shape) if p.need_dx else placeholder(p.dy),
+        p.a.new_empty(p.a.shape) if p.need_da else placeholder(p.dy),
+        p.b.new_empty(p.b.shape) if p.need_db else placeholder(p.dy),
+    )
+
+
+kron_fwd = Operator(
+    "kron_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
+    "float scaling, str? backend) -> Tensor",
+    Kron,
+    _fwd_fake,
+    flops.kron_fwd,
+)
+kron_bwd = Operator(
+    "kron_bwd",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
+    "float scaling, bool need_dx, bool need_da, bool need_db, str? backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    KronGradient,
+    _bwd_fake,
+    flops.kron_bwd,
+)
+
+
+class KronFunction(torch.autograd.Function):
+    """Autograd of the operation on x [M, K]; gradients for x, bias, a and b only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        a0: Tensor | None,
+        b0: Tensor | None,
+        scaling: float,
+        backend: str | None,
+        made: tuple[Tensor, Choice | None] | None,
+    ) -> Tensor:
+        """``made``: y of a native call, and who adds the base product to it if that is missing;
+        None where the operator does both."""
+        # The rows, whichever way the call goes: a checkpoint may go either way twice.
+        ctx.save_for_backward(flatten(x), weight, a, b, a0, b0)
+        ctx.scaling, ctx.backend = scaling, backend
+        if made is None:
+            y: Tensor = kron_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
+            return y
+        y, base = made
+        return y if base is None else _with_base(base, y, x, weight, bias)
+
+    @staticmethod
+    @eager.backward
+    def backward(ctx: Any, dy: Tensor) -> eager.Gradients:
+        need_dx, _, need_dbias, *needed = ctx.needs_input_grad[:5]
+        dx = da = db = None
+        if need_dx or any(needed):
+            operands = (*ctx.saved_tensors, ctx.scaling, need_dx, *needed)
+            dx, da, db = _gradients(dy, operands, ctx.backend)
+        dbias = bias_gradient(dy) if need_dbias else None
+        return dx, None, dbias, da, db, None, None, None, None, None
+
+
+_record = eager.apply_of(KronFunction)
+
+
+def _gradients(dy: Tensor, operands: tuple[Any, ...], backend: str | None) -> eager.Gradients:
+    """dx [..., K], da and db; ``operands`` are those of the backward, but for dy [..., N]."""
+    done = None
+    if eager.is_open(backend):
+        done = eager.CORE.kron_backward_call(dy, *operands)
+        if done is NotImplemented:
+            done = eager.told(eager.CORE.kron_backward_call, KronGradient, (dy, *operands))
+    if done is None:
+        found = kron_bwd(flatten(dy, "dy"), *operands, backend)
+        dx, *rest = (t if need else None for t, need in zip(found, operands[-3:], strict=True))
+        return None if dx is None else restore(dx, dy), *rest
+    dx, da, db, base = done
+    if dx is not None and base is not None:
+        dx = _with_base(base, dx, dy, operands[1].mT, None)
+    return dx, da, db
+
+
+def _with_base(
+    choice: Choice, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x Wᵀ + b onto the ``update`` [..., N] of a native call, in its place or in a new tensor."""
+    rows = flatten(update)
+    whole = load(choice.backend).add_base(choice.recipe, rows, flatten(x), weight, bias)
+    # No view: one that is made within an autograd.Function may not be written in place.
+    return update if whole is rows else torch.ops.aten._unsafe_view(whole, update.shape)
+
+
+def at_once(backend: str | None, *operands: Any) -> Tensor | None:
+    """y by the one native call, or None where the operation has to go its own way.
+
+    ``operands`` are those of ``Kron``, unchecked, with x [..., K].
+    """
+    if not eager.is_open(backend):
+        return None
+    done = eager.CORE.kron_forward_call(*operands)
+    if done is NotImplemented:
+        done = eager.told(eager.CORE.kron_forward_call, Kron, operands)
+    if done is None:
+        return None
+    y: Tensor
+    y, base, record = done
+    x, weight, bias, *_, scaling = operands
+    if record:
+        y = _record(*operands[:-1], float(scaling), None, (y, base))
+    elif base is not None:
+        y = _with_base(base, y, x, weight, bias)
+    return y
+
+
+def call(backend: str | None, *operands: Any) -> Tensor:
+    """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
+    p = _checked(*operands)
+    trains = (p.x, p.bias, p.a, p.b)
+    if reason := autograd_reason((p.weight, p.a0, p.b0), trains):
+        return by_autograd("kron_linear", reason, backend, kron_ref, p)
+    x = p.x
+    p = p._replace(x=flatten(x), scaling=float(p.scaling))
+    backend = pinned_backend(backend)
+    if wants_gradient(*trains):
+        y: Tensor = KronFunction.apply(*p, backend, None)
+    else:
+        y = kron_fwd(*p, backend)
+    return restore(y, x)
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+) -> Kron:
+    """The operands in their final dtypes."""
+    check_scaling(scaling)
+    check_memory(x=x, weight=weight, bias=bias, a=a, b=b, a0=a0, b0=b0)
+    x, weight, bias = autocast(x, weight, bias)
+    check_linear(x, weight, bias)
+    _check_factors(x, weight, a, b, a0, b0)
+    return Kron(x, weight, bias, a, b, a0, b0, scaling)
+
+
+def _check_factors(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None
+) -> None:
+    n, k = weight.shape
+    check_tensor("a", a)
+    rank = a.shape[1] if a.dim() == 2 else 0
+    if rank == 0 or n % rank or k % rank:
+        raise ValueError(
+            f"a must have shape [N/r, r] with r dividing N={n} and K={k}, got {list(a.shape)}"
+        )
+    if (a0 is None) != (b0 is None):
+        raise ValueError("a0 and b0 must be given together, got only one of them")
+    factors: dict[str, tuple[Tensor, tuple[int, int]]] = {
+        "a": (a, (n // rank, rank)),
+        "b": (b, (k // rank, rank)),
+    }
+    if a0 is not None and b0 is not None:
+        factors["a0"], factors["b0"] = (a0, factors["a"][1]), (b0, factors["b"][1])
+    for name, (factor, shape) in factors.items():
+        check_operand(name, factor, shape, x, or_fp32=True)
+        if factor.dtype != a.dtype:
+            raise TypeError(f"{name} must have the dtype of a, {a.dtype}, got {factor.dtype}")

@@ -1,0 +1,288 @@
+"""Low rank over a frozen layer, y = x Wᵀ + b + s · gate(h) upᵀ, saving only h [M, r] for backward.
+
+QR-LoRA and LoRA-XS are this operation with another gate; ``operands.LowRank`` has the shapes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autocast import autocast
+from ..dispatch.chooser import perform, pinned_backend
+from ..dispatch.problem import Choice
+from ..operands import LowRank, LowRankGradient
+from ..reference import low_rank_ref
+from . import eager, flops
+from .checks import (
+    autograd_reason,
+    bias_gradient,
+    by_autograd,
+    check_linear,
+    check_memory,
+    check_operand,
+    check_scaling,
+    check_tensor,
+    flatten,
+    restore,
+    wants_gradient,
+)
+from .operator import Operator, placeholder
+
+
+class Public(NamedTuple):
+    """A public function, and what it calls the operands."""
+
+    name: str
+    up: str
+    down: str
+    gate: str
+    mixed: bool = False
+    dims: tuple[int, ...] = (1,)  # that its gate may have
+
+
+QR_LINEAR = Public("qr_linear", "q", "r", "lam")
+LORA_XS_LINEAR = Public("lora_xs_linear", "b", "a", "core", dims=(2,))
+MIXED_LOW_RANK_LINEAR = Public("mixed_low_rank_linear", "b", "a", "gates", True, (2, 3))
+
+
+# --- the operators ------------------------------------------------------------------------------
+
+
+def _fwd_fake(p: LowRank) -> tuple[Tensor, Tensor]:
+    m = p.x.shape[0]
+    return p.x.new_empty(m, p.weight.shape[0]), p.x.new_empty(m, p.gate.shape[-1])
+
+
+def _bwd_fake(p: LowRankGradient) -> tuple[Tensor, Tensor]:
+    dx = p.dy.new_empty(p.dy.shape[0], p.weight.shape[1]) if p.need_dx else placeholder(p.dy)
+    return dx, p.gate.new_empty(p.gate.shape) if p.need_dgate else placeholder(p.dy)
+
+
+low_rank_fwd = Operator(
+    "low_rank_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor up, Tensor? down, Tensor gate, Tensor? index, "
+    "float scaling, str? backend) -> (Tensor, Tensor)",
+    LowRank,
+    _fwd_fake,
+    flops.low_rank_fwd,
+)
+low_rank_bwd = Operator(
+    "low_rank_bwd",
+    "(Tensor dy, Tensor weight, Tensor up, Tensor? down, Tensor gate, Tensor? index, Tensor h, "
+    "float scaling, bool need_dx, bool need_dgate, str? backend) -> (Tensor, Tensor)",
+    LowRankGradient,
+    _bwd_fake,
+    flops.low_rank_bwd,
+)
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+class LowRankFunction(torch.autograd.Function):
+    """Autograd of the operation on x [M, K]; gradients for x, bias and the gate only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        up: Tensor,
+        down: Tensor | None,
+        gate: Tensor,
+        index: Tensor | None,
+        scaling: float,
+        backend: str | None,
+        made: tuple[Tensor, Tensor] | Choice | None,
+    ) -> Tensor:
+        """``made``: y and h where a native call has made them, or who is to make them of what the
+        native core has checked; None where the operator does both."""
+        operands = (x, weight, bias, up, down, gate, index, scaling)
+        if made is None:
+            y, h = low_rank_fwd(*operands, backend)
+        elif isinstance(made, Choice):
+            y, h = perform(made, "low_rank_fwd", LowRank(*operands))
+        else:
+            y, h = made
+        ctx.save_for_backward(weight, up, down, gate, index, h)
+        ctx.scaling, ctx.backend = scaling, backend
+        return y
+
+    @staticmethod
+    @eager.backward
+    def backward(ctx: Any, dy: Tensor) -> eager.Gradients:
+        need_dx, _, need_dbias, _, _, need_dgate, *_ = ctx.needs_input_grad
+        dx = dgate = None
+        if need_dx or need_dgate:
+            operands = (*ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
+            dx, dgate = _gradients(dy, operands, ctx.backend)
+        dbias = bias_gradient(dy) if need_dbias else None
+        return dx, None, dbias, None, None, dgate, None, None, None, None
+
+
+_record = eager.apply_of(LowRankFunction)
+
+
+def _gradients(
+    dy: Tensor, operands: tuple[Any, ...], backend: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [..., K] and the gate's gradient; ``operands`` are those of the backward, but for dy."""
+    done = None
+    if eager.is_open(backend):
+        done = eager.CORE.low_rank_backward_call(dy, *operands)
+        if done is NotImplemented:
+            call = eager.CORE.low_rank_backward_call
+            done = eager.told(call, LowRankGradient, (dy, *operands))
+    if type(done) is tuple:
+        return done
+    rows = flatten(dy, "dy")
+    if done is None:
+        dx, dgate = low_rank_bwd(rows, *operands, backend)
+    else:
+        dx, dgate = perform(done[0], "low_rank_bwd", LowRankGradient(rows, *operands))
+    need_dx, need_dgate = operands[-2:]
+    return restore(dx, dy) if need_dx else None, dgate if need_dgate else None
+
+
+# --- the calls ----------------------------------------------------------------------------------
+
+
+def at_once(public: Public, backend: str | None, *operands: Any) -> Tensor | None:
+    """y by the one native call, or None where the operation has to go its own way.
+
+    ``operands`` are those of ``LowRank``, unchecked, with x [..., K].
+    """
+    if not eager.is_open(backend):
+        return None
+    dim = public.dims[0]
+    done = eager.CORE.low_rank_forward_call(dim, *operands)
+    if done is NotImplemented:
+        call = partial(eager.CORE.low_rank_forward_call, dim)
+        done = eager.told(call, LowRank, operands)
+    if type(done) is tuple:
+        y: Tensor | None = _record(*operands, None, done)
+        return y
+    return _by_library(done, operands) if type(done) is list else done
+
+
+def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
+    """Library products, on operands that the native core has checked."""
+    choice, record = done
+    x, *rest, scaling = operands
+    operands = (flatten(x), *rest, float(scaling))
+    if record:
+        y = _record(*operands, None, choice)
+    else:
+        y, _ = perform(choice, "low_rank_fwd", LowRank(*operands))
+    # The view is taken of what was recorded: one made within may not be written in place.
+    return restore(y, x)
+
+
+def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
+    """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
+    p = _checked(public, *operands)
+    frozen, trains = (p.weight, p.up, p.down), (p.x, p.bias, p.gate)
+    if reason := autograd_reason(frozen, trains):
+        return by_autograd(public.name, reason, backend, low_rank_ref, p)
+    index = None if p.index is None else p.index.reshape(-1)
+    p = p._replace(x=flatten(p.x), index=index, scaling=float(p.scaling))
+    backend = pinned_backend(backend)
+    if wants_gradient(*trains):
+        y: Tensor = LowRankFunction.apply(*p, backend, None)
+    else:
+        y, _ = low_rank_fwd(*p, backend)
+    return restore(y, operands[0])
+
+
+def _checked(
+    public: Public,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor,
+    index: Tensor | None,
+    scaling: float,
+) -> LowRank:
+    """The operands in their final dtypes, with an index, if any, of x's leading dimensions."""
+    check_scaling(scaling)
+    named = {public.up: up, public.down: down, public.gate: gate}
+    check_memory(x=x, weight=weight, bias=bias, **named)
+    x, weight, bias, up, down = autocast(x, weight, bias, up, down)
+    check_linear(x, weight, bias)
+    rank = _check_gate(public, gate, x)
+    _check_factors(public, up, down, rank, x, weight)
+    if index is not None:
+        index = _checked_index(index, gate.shape[0], x)
+        if gate.shape[0] == 1:  # one adapter: every row's
+            gate, index = gate[0], None
+    return LowRank(x, weight, bias, up, down, gate, index, scaling)
+
+
+def _check_gate(public: Public, gate: Tensor, x: Tensor) -> int:
+    """The rank."""
+    check_tensor(public.gate, gate)
+    rank = gate.shape[-1] if gate.dim() in public.dims else 0
+    shape = (rank,) * public.dims[0]
+    if public.mixed:
+        shape = tuple(gate.shape)
+        square = gate.dim() < 3 or gate.shape[1] == rank
+        if gate.dim() not in public.dims or not shape[0] or not square:
+            raise ValueError(
+                f"{public.gate} must have shape [A, r] or [A, r, r] with A of at least 1, got "
+                f"{list(shape)}"
+            )
+    check_operand(public.gate, gate, shape, x, or_fp32=True)
+    return rank
+
+
+def _check_factors(
+    public: Public, up: Tensor, down: Tensor, rank: int, x: Tensor, weight: Tensor
+) -> None:
+    """up [N, w] and down [w, K] of one width w ≥ rank."""
+    check_tensor(public.up, up)
+    check_tensor(public.down, down)
+    width = rank
+    if up.dim() == down.dim() == 2 and up.shape[1] == down.shape[0] > rank:
+        width = up.shape[1]
+    check_operand(public.up, up, (weight.shape[0], width), x)
+    check_operand(public.down, down, (width, weight.shape[1]), x)
+
+
+def _checked_index(index: Tensor, adapters: int, x: Tensor) -> Tensor:
+    check_tensor("index", index)
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"index must be of an integer dtype, got {index.dtype}")
+    if index.device != x.device:
+        raise ValueError(f"index must be on {x.device} like x, got {index.device}")
+    lead = x.shape[:-1]
+    if index.shape != lead and list(index.shape) != [lead.numel()]:
+        raise ValueError(
+            f"index must have shape {list(lead)} like x, or [{lead.numel()}], got "
+            f"{list(index.shape)}"
+        )
+    index = index.to(torch.int64).reshape(lead)
+    _check_range(index, adapters)
+    return index
+
+
+def _check_range(index: Tensor, adapters: int) -> None:
+    """On the CPU an error that tells the value; on a GPU an assertion on the device, which waits
+    for nothing; under tracing nothing, since there are no values."""
+    if torch.compiler.is_compiling() or index.is_meta or not index.numel():
+        return
+    if torch._C._get_tracing_state() is not None:
+        return
+    if index.is_cuda:
+        inside = ((index >= 0) & (index < adapters)).all()
+        torch._assert_async(inside, f"index must be from 0 to {adapters - 1}")
+        return
+    for value in (int(index.min()), int(index.max())):
+        if not 0 <= value < adapters:
+            raise ValueError(f"index must be from 0 to {adapters - 1}, got {value}")
