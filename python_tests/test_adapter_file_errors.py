@@ -155,7 +155,7 @@ def test_rebuilt_factors_that_differ_are_refused(tmp_path, monkeypatch):
     def other_signs(*args, **options):
         return [type(t)(-t.u, t.s, -t.vh) for t in original(*args, **options)]
 
-    monkeypatch.setattr("qrlora_kernels.nn.lora_xs.linalg.truncated_svd", other_signs)
+    monkeypatch.setattr("qrlora_kernels.adapters.lora_xs.linalg.truncated_svd", other_signs)
     refuses(Net(), path, "recomputed here, differs .* factors='stored'")
 
 

@@ -96,7 +96,7 @@ def test_numbers_too_small_for_the_dtype_are_zeros_too():
             layer = CLASSES[adapter].from_linear(linear, **options)
         except ValueError:
             continue
-        assert layer.can_train({n: getattr(layer, n) for n in layer.factors})
+        assert layer.adapter.can_train({n: getattr(layer, n) for n in layer.factors})
 
 
 @pytest.mark.parametrize("columns", ["leading", "selected"])

@@ -11,11 +11,8 @@ import torch
 from torch import nn
 
 import qrlora_kernels as qk
+from qrlora_kernels.adapters import LoRAXSOptions, OHoRAOptions, Options, QROptions
 from qrlora_kernels.nn import AdapterLinear
-from qrlora_kernels.nn.lora_xs import LoRAXSOptions
-from qrlora_kernels.nn.ohora import OHoRAOptions
-from qrlora_kernels.nn.options import Options
-from qrlora_kernels.nn.qr import QROptions
 
 from ..problem import TRAINABLES, LayerProblem, Runner, Unavailable
 from .registry import LAYERS, R_KRON, Layer

@@ -1,6 +1,6 @@
 """Imports run only downwards, and what belongs in one place is in one place.
 
-    nn and whole models -> functional, kernels -> ops -> dispatch -> backends -> reference
+    models -> nn -> adapters -> functional, kernels -> ops -> dispatch -> backends -> reference
 
 :data:`ROOMS` says of each room what it may import; :data:`EXCEPTIONS` lists the imports that run
 otherwise, one by one: one that nothing needs any more fails too. Backends are imported by name, by
@@ -27,6 +27,7 @@ ROOM_OF = {
     "__main__": "top",
     "model": "model",
     "nn": "nn",
+    "adapters": "adapters",
     "functional": "public",
     "kernels": "public",
     "ops": "ops",
@@ -54,8 +55,9 @@ ROOM_OF = {
 # A room may import itself and these. A backend knows no other backend.
 ROOMS: dict[str, set[str]] = {
     "top": {"model", "nn", "names", "dispatch", "public", "linalg", "native", "leaf"},
-    "model": {"nn", "dispatch", "problem", "linalg", "reference", "leaf"},
-    "nn": {"public", "dispatch", "problem", "linalg", "reference", "leaf"},
+    "model": {"nn", "adapters", "dispatch", "problem", "linalg", "reference", "leaf"},
+    "nn": {"adapters", "public", "dispatch", "problem", "linalg", "reference", "leaf"},
+    "adapters": {"public", "linalg", "reference", "leaf"},
     "public": {"ops"},
     "ops": {"dispatch", "problem", "operands", "native", "reference", "leaf"},
     "names": {"dispatch", "problem"},
@@ -193,6 +195,7 @@ def package(tmp_path: Path) -> Path:
         ("dispatch/problem", "from .chooser import run", "dispatch.chooser"),
         ("files", "from . import BACKENDS", "__init__"),
         ("nn/rounding", "import qrlora_kernels as qk", "__init__"),
+        ("adapters/qr", "from ..nn import base_weight", "nn.base_weight"),
     ],
 )
 def test_an_arrow_upwards_is_seen(package: Path, module: str, line: str, target: str) -> None:

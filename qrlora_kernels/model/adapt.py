@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..adapters import State
+from ..adapters.options import Options, plain_value
 from ..files import as_path
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear, switch
-from ..nn.adapter import State
-from ..nn.base_weight import present
 from ..nn.become import become, restore
 from ..nn.offload import is_away
-from ..nn.options import Options, plain_value
 from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, check_model, modules, parameters, unwrapped, within
@@ -140,9 +138,7 @@ def _start(
     run.require_agreement(facts={"adapter": kind.kind} | counts | options.to_dict())
     states: dict[str, State] = {}
     for batch in batches:
-        with present(*batch.values()):
-            matrices = run.together(partial(kind.start_matrices, batch, options))
-            states |= dict(zip(batch, kind.start_named(matrices, options, run), strict=True))
+        states |= kind.start(batch, options, run)
     return states
 
 
@@ -172,13 +168,13 @@ def adapter_type(adapter: str) -> type[AdapterLinear]:
 
 
 def _options(kind: type[AdapterLinear], options: dict[str, Any]) -> Options:
-    known = set(kind.options_type.__dataclass_fields__) - {"strength"}
+    known = set(kind.adapter.options_type.__dataclass_fields__) - {"strength"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(
             f"adapter {kind.kind!r} takes the options {sorted(known)}, got {', '.join(unknown)}"
         )
-    return kind.options_type(**options)
+    return kind.adapter.options_type(**options)
 
 
 # --- attaching and taking off

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..adapters import State
 from ..fingerprint import fingerprint
 from ..nn import AdapterLinear, base_weight
-from ..nn.adapter import State
 from ..nn.become import check_can_become, over
 from ..reference import HALF
 from . import heads, memory
@@ -52,8 +52,8 @@ def prepare(root: nn.Module, file: AdapterFile, progress: bool) -> dict[str, Sta
 
 def same(state: State, layer: nn.Module, entry: Entry) -> bool:
     """Whether ``layer`` is adapted already as the file's is, with parameters of the same shapes."""
-    return isinstance(layer, entry.adapter) and all(
-        getattr(layer, key).shape == state[key].shape for key in entry.adapter.trainables
+    return isinstance(layer, entry.kind) and all(
+        getattr(layer, key).shape == state[key].shape for key in entry.kind.trainables
     )
 
 
@@ -81,10 +81,10 @@ def _state(
 def _check_can_become(layer: nn.Module, name: str, entry: Entry) -> None:
     if isinstance(layer, AdapterLinear):
         over(layer)  # that nothing stands on top of it
-        if isinstance(layer, entry.adapter):
+        if isinstance(layer, entry.kind):
             return
         layer = layer.to_linear(merge=False)
-    check_can_become(layer, entry.adapter, name)
+    check_can_become(layer, entry.kind, name)
 
 
 def _check_weight(
@@ -109,11 +109,12 @@ def _check_finite(named: dict[str, Tensor], file: AdapterFile) -> None:
 
 
 def _factors(name: str, entry: Entry, weight: Tensor, own: State) -> State:
-    kind = entry.adapter
+    adapter = entry.kind.adapter
     if entry.stored_factors:
-        return {key: own[key] for key in kind.factors}
+        return {key: own[key] for key in adapter.factors}
     try:
-        factors = kind.rebuild(weight, entry.options, {key: own[key] for key in kind.compact})
+        kept = {key: own[key] for key in adapter.rebuilt_from}
+        factors = adapter.rebuild(weight, entry.options, kept)
     except ValueError as error:
         raise ValueError(f"the factors of {name} cannot be rebuilt: {error}") from None
     for key, digest in entry.digests.items():

@@ -59,9 +59,8 @@ def known_of(layer: AdapterLinear, weight: Tensor) -> Known:
 def _rebuilds(layer: AdapterLinear, weight: Tensor) -> bool:
     matrix = weight.detach().t() if layer.conv1d else weight.detach()
     try:
-        made = layer.rebuild(
-            matrix, layer.options, {key: getattr(layer, key) for key in layer.compact}
-        )
+        kept = {key: getattr(layer, key) for key in layer.adapter.rebuilt_from}
+        made = layer.adapter.rebuild(matrix, layer.options, kept)
     except ValueError:
         return False
     return all(

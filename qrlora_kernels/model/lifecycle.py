@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..adapters import State
+from ..adapters.options import plain_value
 from ..linalg import StartRunner
 from ..nn import AdapterLinear, base_weight, merging, offload, switch
 from ..nn.base_weight import present, replace_weight
 from ..nn.become import over, restore
-from ..nn.options import plain_value
 from . import heads, memory, tensors, watch
 from .adapt import require_adapted
 from .memory import Adaptation
@@ -172,11 +173,9 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     """
     progress = plain_value("progress", "bool", progress)
     layers = require_adapted(model)
-    states = {}
+    states: dict[str, State] = {}
     for name, layer in layers.items():
-        with present(layer):
-            weights = layer.start_matrices({name: layer}, layer.options)
-            (states[name],) = layer.start_named(weights, layer.options, StartRunner(progress))
+        states |= layer.start({name: layer}, layer.options, StartRunner(progress))
     for name, layer in layers.items():
         layer.unmerge()
         layer.take_state(states[name])

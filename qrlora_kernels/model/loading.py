@@ -7,10 +7,10 @@ import os
 import torch
 from torch import nn
 
+from ..adapters import State
+from ..adapters.options import plain_value
 from ..nn import AdapterLinear, base_weight, switch
-from ..nn.adapter import State
 from ..nn.become import restore
-from ..nn.options import plain_value
 from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
 from .comparing import check_extra, check_others, prepare, refuse_sharded, same
@@ -100,7 +100,7 @@ def _apply(root: nn.Module, file: AdapterFile, prepared: dict[str, State]) -> No
                 layer.take_state(prepared[name])
                 continue
             restore(layer)
-        fresh.setdefault(entry.adapter, {})[name] = prepared[name]
+        fresh.setdefault(entry.kind, {})[name] = prepared[name]
     for kind, states in fresh.items():
         attach(root, {n: (file.layers[n].options, state) for n, state in states.items()}, kind)
     if first:

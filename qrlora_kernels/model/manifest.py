@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..adapters.options import Options
 from ..files import as_path
 from ..fingerprint import digest_of
 from ..nn import AdapterLinear, base_weight
-from ..nn.options import Options
 from ..version import __version__
 from .adapt import adapter_type
 from .names import canonical
@@ -38,7 +38,7 @@ Manifest = dict[str, Any]
 class Entry:
     """A layer in the file."""
 
-    adapter: type[AdapterLinear]
+    kind: type[AdapterLinear]
     options: Options
     stored_factors: bool
     weight: Manifest  # shape [N, K], dtype, conv1d, fingerprint
@@ -47,8 +47,9 @@ class Entry:
     @property
     def keys(self) -> tuple[str, ...]:
         """The tensors of this layer that are in the file."""
-        kept = self.adapter.factors if self.stored_factors else self.adapter.compact
-        return (*self.adapter.trainables, *kept)
+        adapter = self.kind.adapter
+        kept = adapter.factors if self.stored_factors else adapter.rebuilt_from
+        return (*adapter.trainables, *kept)
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _entry(entry: Manifest) -> Entry:
     }
     return Entry(
         kind,
-        kind.options_type(**entry["options"]),
+        kind.adapter.options_type(**entry["options"]),
         bool(entry["stored_factors"]),
         checked,
         {str(name): str(digest) for name, digest in digests.items()},

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..adapters.options import plain_value
 from ..files import save_tensors
 from ..nn import AdapterLinear
 from ..nn.base_weight import present, whole
-from ..nn.options import plain_value
 from .adapt import require_adapted, trained
 from .known import known_of
 from .manifest import (
@@ -120,7 +120,7 @@ def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Fact
             f"factors must be 'auto' or 'stored' for {name}, whose factors do not follow from its "
             f"weight (by their option, or it was cast or changed after adapt), got {factors!r}"
         )
-    kept = (*layer.trainables, *(layer.compact if follow else layer.factors))
+    kept = (*layer.trainables, *(layer.adapter.rebuilt_from if follow else layer.factors))
     content.tensors |= {f"{name}.{key}": _narrowed(own[key], key, layer) for key in kept}
     content.manifest["layers"][name] = {
         "adapter": layer.kind,
@@ -129,7 +129,7 @@ def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Fact
         "stored_factors": not follow,
         "weight": describe_weight(layer, weight, known.fingerprint(weight)),
         # Factors without compact numbers must come back bit for bit.
-        "digests": {} if layer.compact else known.digests(layer),
+        "digests": {} if layer.adapter.rebuilt_from else known.digests(layer),
     }
     if changed:
         content.changed[name] = weight
@@ -137,12 +137,15 @@ def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Fact
 
 def _follow(layer: AdapterLinear, factors: Factors) -> bool:
     """Whether the factors are to be recomputed from the weight, if that gives their bits."""
-    return layer.rebuildable() and (factors == "rebuild" or bool(layer.compact))
+    adapter = layer.adapter
+    asked = factors == "rebuild" or bool(adapter.rebuilt_from)
+    return asked and adapter.rebuildable(layer.options)
 
 
 def _narrowed(tensor: Tensor, key: str, layer: AdapterLinear) -> Tensor:
     """Column indices take half the room as int32."""
-    return tensor.int() if key in layer.compact and not tensor.is_floating_point() else tensor
+    index = key in layer.adapter.rebuilt_from and not tensor.is_floating_point()
+    return tensor.int() if index else tensor
 
 
 def _check_data(tensors: dict[str, Tensor]) -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..adapters.options import plain_value
 from ..nn import AdapterLinear, switch
-from ..nn.options import plain_value
 from .adapt import require_adapted
 
 

@@ -8,9 +8,9 @@ from statistics import median
 
 from torch import Tensor, nn
 
+from ..adapters.options import plain_value
 from ..nn import AdapterLinear
 from ..nn.offload import is_away
-from ..nn.options import plain_value
 from .adapt import count_parameters, require_adapted
 from .advice import LARGE, trained_at
 
@@ -22,7 +22,8 @@ class LayerSummary:
     """One adapted layer.
 
     ``energy`` is the share of ‖W‖² its basis spans, where it has one; ``factor_bytes`` is what its
-    frozen factors take in memory, ``weight_bytes`` its weight.
+    frozen factors take in memory, ``weight_bytes`` its weight, and ``derived_bytes`` what calls
+    have computed from these and keep.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LayerSummary:
     weight_bytes: int
     backend: str
     reason: str
+    derived_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class Summary:
                 f"note: the factors of {len(large)} of {len(self.layers)} layers are more than a "
                 "third of their weight: rank=, max_rank= or another tau makes them smaller"
             )
+        derived = sum(row.derived_bytes for row in self.layers)
+        if derived:
+            notes.append(f"note: copies computed from frozen tensors take {size(derived)} more")
         if self.outliers():
             middle = median(row.rank for row in self.layers)
             notes.append(f"note: * marks ranks far from the median, {middle:g}")
@@ -180,6 +185,7 @@ def _row_of(name: str, layer: AdapterLinear, tokens: int) -> LayerSummary:
         _nbytes(layer.weight),
         choice.name,
         choice.reason,
+        sum(layer.derived.nbytes().values()),
     )
 
 

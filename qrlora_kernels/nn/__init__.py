@@ -1,9 +1,10 @@
 """Drop-in modules over a frozen ``nn.Linear`` or GPT-2's ``Conv1D``."""
 
+from ..adapters import LoRAXSOptions, OHoRAOptions, QROptions
 from .layer import AdapterLinear
-from .lora_xs import LoRAXSLinear, LoRAXSOptions
-from .ohora import OHoRALinear, OHoRAOptions
-from .qr import QRLinear, QROptions
+from .lora_xs import LoRAXSLinear
+from .ohora import OHoRALinear
+from .qr import QRLinear
 
 # The names that ``adapt`` and the adapter file use.
 ADAPTERS: dict[str, type[AdapterLinear]] = {

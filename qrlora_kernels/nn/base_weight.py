@@ -119,6 +119,12 @@ def matrix(linear: nn.Module) -> Tensor:
     return weight.t() if is_conv1d(linear) else weight
 
 
+def gradient(linear: nn.Module) -> Tensor | None:
+    """The gradient in the layer's weight as [N, K], if there is one."""
+    found = cast(Tensor, linear.weight).grad
+    return found.t() if found is not None and is_conv1d(linear) else found
+
+
 @contextmanager
 def present(*layers: nn.Module) -> Iterator[None]:
     """Inside, the weights of ``layers`` hold data, also of those that are offloaded."""

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from ..adapters import Options, State
 from . import base_weight, offload
-from .options import Options
 
 if TYPE_CHECKING:
-    from .adapter import State
     from .layer import AdapterLinear
 
 Adapter = TypeVar("Adapter", bound="AdapterLinear")

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 Change = Callable[[Tensor], Tensor]
 
 
-def keeping_wide(layer: AdapterLinear, fn: Change) -> Change:
-    """``fn``, after which trainables and wide factors are in fp32 where it asks for half.
+def keeping_fp32(layer: AdapterLinear, fn: Change) -> Change:
+    """``fn``, after which what is kept in fp32 is in fp32 where it asks for half.
 
     A bias that trains is then in the dtype that was asked for it.
     """
-    own = [getattr(layer, name) for name in (*layer.trainables, *layer.wide)]
+    own = [getattr(layer, name) for name in (*layer.trainables, *layer.adapter.kept_fp32)]
     kept = {id(t): torch.float32 for tensor in own for t in (tensor, tensor.grad)}
     if layer.bias is not None and layer._bias_dtype is not None:
         kept |= {id(t): layer._bias_dtype for t in (layer.bias, layer.bias.grad)}
@@ -48,7 +48,6 @@ def follow_weight(layer: AdapterLinear) -> None:
     """
     for name in layer.factors:
         vars(layer)[name] = vars(layer)[name].to(layer.weight.device)
-    layer._set_options(layer._options)  # what is computed from them follows
 
 
 @contextmanager

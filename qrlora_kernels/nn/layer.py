@@ -1,20 +1,21 @@
-"""What the three adapter layers share: the frozen base, the update, merging, dtypes, state."""
+"""What the three adapter layers share: forward, merging, dtypes, state dicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters import Options, State
 from ..dispatch.problem import Choice, Problem
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..reference import HALF
 from . import asking, base_weight, conversion, merging, nested, offload, state_dict, switch
-from .adapter import Adapter, State
+from .adapted import Adapted
 from .become import (
     adapted_class,
     become,
@@ -25,10 +26,12 @@ from .become import (
     shallow_copy,
     without_hooks_of_accelerate,
 )
-from .options import Options
+from .derived import Derived
+
+Own = TypeVar("Own", bound="AdapterLinear")
 
 
-class AdapterLinear(Adapter, nn.Module):
+class AdapterLinear(Adapted):
     """A frozen linear layer plus a trainable update ΔW [N, K]; use one of the three subclasses.
 
     In front of whatever class the layer had: the layer stays an ``nn.Linear`` if it was one. The
@@ -39,19 +42,6 @@ class AdapterLinear(Adapter, nn.Module):
     """
 
     over: ClassVar[type[nn.Module]]  # the class that the layer had before
-    conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
-
-    in_features: int
-    out_features: int
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    _options: Options
-    _strength: float  # s times the run-time strength: what the kernels multiply by
-    _merge: merging.Merge | None
-    _start: str | None  # quick digest of the weight that the factors came from; None: unknown
-    _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
-    _off: Tensor | None  # its number while some thread asks for the base's answer
-    _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
     # --- construction
 
@@ -73,22 +63,19 @@ class AdapterLinear(Adapter, nn.Module):
         Use :meth:`from_linear` for a pretrained layer.
         """
         base = nn.Linear(in_features, out_features, bias, device, dtype)
-        opts = self.options_type(**options)
-        matrices = self.start_matrices({"linear": base}, opts)
-        (state,) = self.start_named(matrices, opts, StartRunner())
+        opts = self.adapter.options_type(**options)
+        state = self.start({"linear": base}, opts, StartRunner())["linear"]
         vars(self).update(vars(base))
         self._take_up(opts, state)
 
     @classmethod
-    def _from_linear(cls, linear: nn.Module, options: Options) -> Any:
+    def _from_linear(cls: type[Own], linear: nn.Module, options: Options) -> Own:
         check_can_become(linear, cls)
-        with base_weight.present(linear):
-            matrices = cls.start_matrices({"linear": linear}, options)
-            (state,) = cls.start_named(matrices, options, StartRunner())
+        state = cls.start({"linear": linear}, options, StartRunner())["linear"]
         return cls.from_state(linear, options, state)
 
     @classmethod
-    def from_state(cls, linear: nn.Module, options: Options, state: State) -> Any:
+    def from_state(cls: type[Own], linear: nn.Module, options: Options, state: State) -> Own:
         """A new layer over the parameters of ``linear``, with the tensors of a start or a file."""
         if "forward" in vars(linear):
             raise TypeError(
@@ -97,66 +84,7 @@ class AdapterLinear(Adapter, nn.Module):
             )
         return become(shallow_copy(linear), cls, options, state)
 
-    def _take_up(self, options: Options, state: State) -> None:
-        """Freeze what is there and hold the adapter's tensors beside it."""
-        with base_weight.present(self):
-            self._start, self._starts = base_weight.digest(self), {}
-        for parameter in self.parameters(recurse=False):
-            parameter.requires_grad_(False)
-        self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
-        self.take_state(state)
-
-    @torch.no_grad()
-    def take_state(self, state: State) -> None:
-        """Take trainables and factors: into the parameters that are there, where shapes agree.
-
-        An optimizer that holds them goes on with these.
-        """
-        dtype = torch.float32 if self.weight.dtype in HALF else self.weight.dtype
-        for name in self.factors:
-            vars(self)[name] = state[name]
-        for name in self.trainables:
-            offload.settle(self, name)  # from a hook that was hung on the layer since
-            have = self._parameters.get(name)
-            if have is not None and have.shape == state[name].shape:
-                have.copy_(state[name])
-            else:
-                self.register_parameter(name, nn.Parameter(state[name].to(dtype)))
-        self._set_options(self._options)
-
-    # --- options and strength: one state that forward, merge, files and state dicts read
-
-    @property
-    def options(self) -> Any:
-        """What the adapter was built with, and its strength now."""
-        return self._options
-
-    @options.setter
-    def options(self, options: Options) -> None:
-        if self.merged:
-            raise ValueError(
-                "scaling and strength of a merged layer are inside its weight: unmerge() first"
-            )
-        self._set_options(options)
-
-    def _set_options(self, options: Options) -> None:
-        self._options = options
-        self._strength = options.scaling_of(self.rank) * options.strength
-
-    @property
-    def scaling(self) -> float:
-        """s in front of the update; setting it changes the options, alpha among them."""
-        return self._options.scaling_of(self.rank)
-
-    @scaling.setter
-    def scaling(self, value: float) -> None:
-        self.options = self._options.with_scaling(value, self.rank)
-
     # --- forward
-
-    def matrix(self) -> Tensor:
-        """The frozen weight as W [N, K] (a view)."""
-        return self.weight.t() if self.conv1d else self.weight
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
@@ -174,16 +102,23 @@ class AdapterLinear(Adapter, nn.Module):
     def _adapted(self, x: Tensor) -> Tensor:
         if self._strength == 0.0:
             return self.base_forward(x)
-        weight = self._parameters.get("weight")  # none where it is parametrised
-        if weight is not None and weight.device != self.__dict__[self.factors[0]].device:
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self.weight  # computed anew by a parametrisation
+        elif weight.device != self.__dict__[self.factors[0]].device:
             conversion.follow_weight(self)
+        matrix = weight.t() if self.conv1d else weight
         bias = self.bias if self._bias_dtype is None else self._narrow_bias()
         if self._adds_update():
             # The base sees x, the adapter a dropped copy; one rounding still, so a small update
             # survives in half precision.
-            update = self._update(F.dropout(x, self._options.dropout, self.training))
-            return linear_add(x, self.matrix(), bias, update)
-        return self._fused(x, bias)
+            dropped = F.dropout(x, self._options.dropout, self.training)
+            update = self.adapter.update(dropped, self._tensors(), self._options, self._strength)
+            return linear_add(x, matrix, bias, update)
+        return self._fused(x, matrix, bias)
+
+    def _fused(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        return self.adapter.fused(x, matrix, bias, self._tensors(), self._strength)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the layer would answer without its adapter, bit for bit."""
@@ -194,7 +129,7 @@ class AdapterLinear(Adapter, nn.Module):
 
     def _adds_update(self) -> bool:
         """Whether the update is computed apart instead of by the fused operator."""
-        return self.training and self._options.dropout > 0.0
+        return not self._fuses or (self.training and self._options.dropout > 0.0)
 
     # --- a bias that trains
 
@@ -209,11 +144,6 @@ class AdapterLinear(Adapter, nn.Module):
         return None if self.bias is None else self.bias.to(self.weight.dtype)
 
     # --- merge
-
-    @property
-    def merged(self) -> bool:
-        """Whether ``weight`` is the merged one: a plain linear layer's, until :meth:`unmerge`."""
-        return self._merge is not None
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -257,7 +187,8 @@ class AdapterLinear(Adapter, nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As ``nn.Module``, but trainables stay in fp32 when the weight becomes half precision."""
-        change = conversion.keeping_wide(self, fn)
+        self.derived.drop()  # before there are two of everything
+        change = conversion.keeping_fp32(self, fn)
         with conversion.account_kept(self, fn):
             super()._apply(change, recurse)
             for name in self.factors:
@@ -294,6 +225,7 @@ class AdapterLinear(Adapter, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._off = None  # no thread has the copy off
+        self.derived = Derived()  # a shallow copy has the original's
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``, which comes here for every assignment of a parameter."""

@@ -48,6 +48,7 @@ def merge(layer: AdapterLinear) -> None:
     merged = merged_parameter(layer)
     base_weight.replace_weight(layer, merged)
     layer._merge = Merge(merged, original)
+    layer.derived.drop()
 
 
 def unmerge(layer: AdapterLinear) -> None:
@@ -65,7 +66,7 @@ def assigned(layer: AdapterLinear, weight: nn.Parameter | None) -> None:
     if layer._merge is not None and weight is layer._merge.weight:
         return
     layer._merge = None
-    layer._set_options(layer._options)  # what is computed from the weight follows it
+    layer.derived.drop()
 
 
 def original(layer: AdapterLinear) -> nn.Parameter:

@@ -37,6 +37,11 @@ def _hooks(layer: nn.Module) -> list[Any]:
     return list(getattr(hook, "hooks", (hook,))) if hook is not None else []
 
 
+def offloads(layer: nn.Module) -> bool:
+    """Whether the layer's weights come in for each forward alone, as other tensors each time."""
+    return HOOK in layer.__dict__ and bool(_offloading(layer))
+
+
 def _offloading(layer: nn.Module) -> list[Any]:
     return [hook for hook in _hooks(layer) if getattr(hook, "offload", False)]
 

@@ -1,47 +1,14 @@
-"""OHoRA (Zhang et al., EMNLP 2025): W + s · (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ), where A and B train."""
+"""OHoRA as a layer, see :mod:`qrlora_kernels.adapters.ohora`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import torch
 from torch import Tensor, nn
 
-from .. import functional, linalg
-from ..autocast import autocast_enabled, outside_autocast
-from ..linalg.exponents import rounded
+from ..adapters import OHoRA, OHoRAOptions, State
+from ..adapters.ohora import Product
 from ..linalg.kron import Columns, Start
-from ..reference import HALF, accumulation_dtype, kron_delta_ref
-from . import base_weight
-from .adapter import State
+from . import offload
 from .layer import AdapterLinear
-from .options import AlphaOptions, Options, one_of
-
-Product = Literal["kron", "materialised", "lora"]
-
-
-@dataclass(frozen=True)
-class OHoRAOptions(AlphaOptions):
-    """Options of :class:`OHoRALinear`; see :meth:`OHoRALinear.from_linear`."""
-
-    rank: int | None = None
-    columns: Columns = "leading"
-    start: Start = "qr"
-    product: Product = "kron"
-    fold: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("columns", self.columns, get_args(Columns))
-        one_of("start", self.start, get_args(Start))
-        one_of("product", self.product, get_args(Product))
-        if self.fold and self.product != "kron":
-            raise ValueError(f"fold needs product='kron', got {self.product!r}")
-        if self.product == "lora" and self.start not in ("qr", "svd"):
-            raise ValueError(f"product='lora' needs start 'qr' or 'svd', got {self.start!r}")
 
 
 class OHoRALinear(AdapterLinear):
@@ -57,19 +24,15 @@ class OHoRALinear(AdapterLinear):
         The start, in the trainables' dtype.
     """
 
-    kind = "ohora"
-    operation = "kron_linear"
-    trainables = ("a", "b")
-    factors = ("a0", "b0")
-    wide = ("a0", "b0")
-    options_type = OHoRAOptions
-    state_names = (*AdapterLinear.state_names, "folded")
+    adapter = OHoRA
+    kind, operation = OHoRA.kind, OHoRA.operation
+    trainables, factors = OHoRA.trainables, OHoRA.factors
 
     a: nn.Parameter
     b: nn.Parameter
     a0: Tensor
     b0: Tensor
-    folded: Tensor | None
+    _options: OHoRAOptions
 
     @classmethod
     def from_linear(
@@ -107,7 +70,8 @@ class OHoRALinear(AdapterLinear):
         fold : bool
             Keep W − s A₀ ⊗ B₀ᵀ as a second, non-persistent copy of the weight and skip the start
             in every call. For fp32 and fp64 only: rounding that copy and the whole of A to half
-            precision would bury a small update, so under autocast the start is computed.
+            precision would bury a small update, so under autocast the start is computed, and so it
+            is in a compiled call.
         seed : int
             Of the random starts.
         dropout : float
@@ -128,107 +92,30 @@ class OHoRALinear(AdapterLinear):
             fold=fold,
             seed=seed,
         )
-        made: OHoRALinear = cls._from_linear(linear, options)
-        return made
+        return cls._from_linear(linear, options)
 
-    @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
-        for i, weight in enumerate(weights):
-            if options.fold and weight.dtype in HALF:
-                raise ValueError(
-                    f"fold needs float32 or float64 weights, got {weight.dtype} for weights[{i}]"
-                )
-        results = run(
-            linalg.kron_factors,
-            list(weights),
-            rank=options.rank,
-            columns=options.columns,
-            start=options.start,
-            seed=options.seed,
-            cut=options.product != "lora",
-            out_dtype=torch.float64,
-        )
-        states = []
-        for i, (weight, (a0, b0)) in enumerate(zip(weights, results, strict=True)):
-            dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
-            a0 = rounded(f"weights[{i}]", "a0", a0, dtype)
-            b0 = rounded(f"weights[{i}]", "b0", b0, dtype)
-            states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
-        return states
+    def _tensors(self) -> State:
+        return {"a": self.a, "b": self.b, "a0": self.a0, "b0": self.b0}
 
-    @classmethod
-    def can_train(cls, state: State) -> bool:
-        """A's gradient goes through B and B's through A: one of them is enough."""
-        return bool(state["a0"].any()) or bool(state["b0"].any())
+    def _fused(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        folded = self.folded if self._options.fold else None
+        if folded is None:
+            return OHoRA.fused(x, matrix, bias, self._tensors(), self._strength)
+        return OHoRA.fused_over(x, folded, bias, self._tensors(), self._strength)
 
     @property
-    def rank(self) -> int:
-        return self.a.shape[1]
+    def folded(self) -> Tensor | None:
+        """W − s A₀ ⊗ B₀ᵀ [N, K], kept from call to call; None where a call goes without it.
 
-    def _set_options(self, options: Options) -> None:
-        super()._set_options(options)
-        self._refold()
+        That is without the option ``fold``, under autocast and a compiler, in a layer that is
+        merged or whose weight is offloaded, and where a frozen tensor asks for a gradient.
+        """
+        weight = self._parameters.get("weight")  # none where it is computed anew at every call
+        if not self._options.fold or weight is None or self._merge is not None:
+            return None
+        if not OHoRA.folds(weight) or offload.offloads(self):
+            return None
+        return self.derived.get("folded", self._fold, weight, self.a0, self.b0)
 
-    def _fold(self) -> Tensor:
-        start = kron_delta_ref(self.a0, self.b0, scaling=self._strength)
-        with base_weight.present(self):
-            weight = self.base_weight.detach().to(start.dtype)
-        return ((weight.t() if self.conv1d else weight) - start).to(self.weight.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._refold()
-        return self
-
-    def _refold(self) -> None:
-        """The fold follows weight, start and strength wherever they are converted or loaded."""
-        self.folded = self._fold() if self.options.fold else None
-
-    def _adds_update(self) -> bool:
-        return self.options.product != "kron" or super()._adds_update()
-
-    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        a, b = self.a, self.b
-        if self.folded is not None and not _computed_in_half(self.folded):
-            return functional.kron_linear(x, self.folded, bias, a, b, scaling=self._strength)
-        return functional.kron_linear(
-            x, self.matrix(), bias, a, b, self.a0, self.b0, self._strength
-        )
-
-    def _update(self, x: Tensor) -> Tensor:
-        # In fp32 even under autocast: two products of nearly the same factors are subtracted.
-        with outside_autocast(x.device.type):
-            tokens = x.to(accumulation_dtype(x.dtype))
-            if self.options.product == "materialised":
-                delta = kron_delta_ref(self.a, self.b, self.a0, self.b0, self._strength)
-                return nn.functional.linear(tokens, delta).to(x.dtype)
-            start = _apply_factors(tokens, self.a0, self.b0, self.options.product)
-            update = _apply_factors(tokens, self.a, self.b, self.options.product) - start
-            return (self._strength * update).to(x.dtype)
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        if self.options.product == "lora":
-            dtype = accumulation_dtype(self.a.dtype)
-            a, b, a0, b0 = (t.to(dtype) for t in (self.a, self.b, self.a0, self.b0))
-            return self._strength * (a @ b.mT - a0 @ b0.mT)
-        return kron_delta_ref(self.a, self.b, self.a0, self.b0, self._strength)
-
-    @torch.no_grad()
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        if self.options.product != "lora":
-            return super().lora_factors()
-        # A Bᵀ − A₀ B₀ᵀ = [A, −A₀] [B, B₀]ᵀ has rank 2r.
-        a = torch.cat([self.a, -self.a0], dim=1)
-        return torch.cat([self.b, self.b0], dim=1).mT, self._strength * a
-
-
-def _computed_in_half(weight: Tensor) -> bool:
-    return weight.dtype in HALF or autocast_enabled(weight.device.type)
-
-
-def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:
-    if product == "lora":
-        return x @ b @ a.mT
-    tokens = x.reshape(*x.shape[:-1], a.shape[1], b.shape[0])
-    return (a @ (tokens @ b)).flatten(-2)
+    def _fold(self, weight: Tensor, a0: Tensor, b0: Tensor) -> Tensor:
+        return OHoRA.fold(weight.t() if self.conv1d else weight, a0, b0, self._strength)

@@ -1,48 +1,12 @@
-"""QR-LoRA (Liang & Bharadwaj 2025, arXiv 2508.21810): W + s · Q_r diag(λ) R̃_r, only λ trains."""
+"""QR-LoRA as a layer, see :mod:`qrlora_kernels.adapters.qr`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from .. import functional, linalg
-from ..linalg.exponents import rounded
-from ..reference import accumulation_dtype, low_rank_delta_ref
-from . import base_weight
-from .adapter import State, share_of_energy
+from ..adapters import QR, QROptions, State
+from ..linalg import RankRule
 from .layer import AdapterLinear
-from .options import Options, one_of
-
-DEFAULT_TAU = 0.5  # what the paper's main experiments ran
-
-
-@dataclass(frozen=True)
-class QROptions(Options):
-    """Options of :class:`QRLinear`; see :meth:`QRLinear.from_linear`."""
-
-    rank: int | None = None
-    tau: float | None = None
-    rank_rule: linalg.RankRule = "magnitude"
-    max_rank: int | None = None
-    scaling: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("rank_rule", self.rank_rule, linalg.RANK_RULES)
-        if self.rank is not None and self.tau is not None:
-            raise ValueError(
-                f"rank and tau exclude each other, got rank={self.rank} and tau={self.tau}"
-            )
-
-    def scaling_of(self, rank: int) -> float:
-        return self.scaling
-
-    def with_scaling(self: Any, scaling: float, rank: int) -> Any:
-        return replace(self, scaling=scaling)
 
 
 class QRLinear(AdapterLinear):
@@ -61,13 +25,9 @@ class QRLinear(AdapterLinear):
         |R_ii|, not increasing, in fp64.
     """
 
-    kind = "qr"
-    operation = "qr_linear"
-    trainables = ("lam",)
-    factors = ("q", "r", "pivots", "diagonal")
-    compact = ("pivots", "diagonal")
-    wide = ("diagonal",)
-    options_type = QROptions
+    adapter = QR
+    kind, operation = QR.kind, QR.operation
+    trainables, factors = QR.trainables, QR.factors
 
     lam: nn.Parameter
     q: Tensor
@@ -81,7 +41,7 @@ class QRLinear(AdapterLinear):
         linear: nn.Module,
         rank: int | None = None,
         tau: float | None = None,
-        rank_rule: linalg.RankRule = "magnitude",
+        rank_rule: RankRule = "magnitude",
         max_rank: int | None = None,
         scaling: float = 1.0,
         *,
@@ -119,67 +79,7 @@ class QRLinear(AdapterLinear):
             max_rank=max_rank,
             scaling=scaling,
         )
-        made: QRLinear = cls._from_linear(linear, options)
-        return made
+        return cls._from_linear(linear, options)
 
-    @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
-        tau = DEFAULT_TAU if options.rank is None and options.tau is None else options.tau
-        results = run(
-            linalg.pivoted_qr,
-            list(weights),
-            rank=options.rank,
-            tau=tau,
-            rank_rule=options.rank_rule,
-            max_rank=options.max_rank,
-        )
-        return [
-            {
-                "q": result.q.to(weight.dtype),
-                "r": rounded(f"weights[{i}]", "r", result.r, weight.dtype),
-                "pivots": result.pivots,
-                "diagonal": result.diagonal,
-                "lam": result.diagonal.new_zeros(result.rank),
-            }
-            for i, (weight, result) in enumerate(zip(weights, results, strict=True))
-        ]
-
-    @classmethod
-    def rebuild(cls, weight: Tensor, options: Any, compact: State) -> State:
-        result = linalg.rebuild_pivoted_qr(weight, compact["pivots"])
-        stored = compact["diagonal"].to(result.diagonal)
-        rounding = 1e-8 * float(result.diagonal[0])
-        if not torch.allclose(result.diagonal, stored, rtol=1e-4, atol=rounding):
-            raise ValueError("the stored pivots do not give the stored diagonal of R")
-        return {name: getattr(result, name) for name in cls.factors}
-
-    @classmethod
-    def can_train(cls, state: State) -> bool:
-        return bool(state["q"].any()) and bool(state["r"].any())
-
-    @property
-    def rank(self) -> int:
-        return self.lam.shape[0]
-
-    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.qr_linear(
-            x, self.matrix(), bias, self.q, self.r, self.lam, self._strength
-        )
-
-    def _update(self, x: Tensor) -> Tensor:
-        h = nn.functional.linear(x, self.r)
-        return nn.functional.linear((h * (self._strength * self.lam)).to(h.dtype), self.q)
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        return low_rank_delta_ref(self.q, self.r, self.lam, self._strength)
-
-    @torch.no_grad()
-    def lora_factors(self) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(self.q.dtype)
-        return self.r.to(dtype), self._strength * self.q.to(dtype) * self.lam.to(dtype)
-
-    def energy_kept(self) -> float | None:
-        """‖Q_r R̃_r‖² / ‖W‖², the share of the weight that the basis spans."""
-        with base_weight.present(self):
-            return share_of_energy(self.r, self.matrix())
+    def _tensors(self) -> State:
+        return {"q": self.q, "r": self.r, "lam": self.lam}

@@ -80,7 +80,7 @@ def loading(
         # A whole state: the factors came from the weight that lies beside them, whether it was
         # taken or not (PyTorch loads nothing into a weight that is away).
         layer._start = base_weight.digest_of(state[prefix + "weight"].to(layer.weight.dtype))
-    layer._set_options(layer.options)  # what is computed from the tensors follows them
+    layer.derived.drop()
 
 
 def _refusal(layer: AdapterLinear, state: Any, prefix: str, saved: Any) -> str:

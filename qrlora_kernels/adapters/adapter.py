@@ -1,0 +1,166 @@
+"""What an adapter is without a module: names of tensors, and functions of tensors and options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import StartRunner
+from ..linalg.checks import renamed_matrices
+from ..linalg.exponents import in_range, times_two_to
+from .options import Options
+
+State = dict[str, Tensor]  # an adapter's tensors by their names
+Tensors = Mapping[str, Tensor]
+Own = TypeVar("Own", bound=Options)
+
+
+class Adapter(Generic[Own]):
+    """One kind of adapter; it is used as it stands and no object of it is made.
+
+    Whoever holds the tensors hands them in by name, those in ``operands`` at least, with W as
+    [N, K]. ``strength`` is what the update is multiplied by: s times the strength in the options.
+    """
+
+    kind: ClassVar[str]
+    operation: ClassVar[str]  # its Problem.op
+    trainables: ClassVar[tuple[str, ...]]
+    factors: ClassVar[tuple[str, ...]]  # frozen tensors that the start computes
+    operands: ClassVar[tuple[str, ...]]  # the tensors that the update is computed from
+    rebuilt_from: ClassVar[tuple[str, ...]] = ()  # small factors that give back the others
+    kept_fp32: ClassVar[tuple[str, ...]] = ()  # factors in fp32 or wider, as trainables are
+    options_type: ClassVar[type[Options]]
+
+    # --- the start
+
+    @classmethod
+    def start(
+        cls,
+        weights: Tensors,
+        options: Own,
+        run: StartRunner,
+        gradients: Mapping[str, Tensor | None] | None = None,
+    ) -> dict[str, State]:
+        """Trainables and factors for each W, computed by ``run`` as one batch.
+
+        Parameters
+        ----------
+        weights : dict of Tensor [N, K]
+            By the names of their layers, which errors name.
+        options : Options
+        run : StartRunner
+        gradients : dict of Tensor [N, K], optional
+            Of the loss in each weight, where :meth:`needs_gradients`; other starts ignore them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a weight or an option that gives no start, or one that would never train.
+        """
+        if options.scaling_of(1) == 0.0:
+            raise ValueError("scaling or alpha must not be 0 at the start, which would never train")
+        with renamed_matrices([f"{name}.weight" for name in weights]):
+            made = cls._start(list(weights.values()), options, run)
+        states = dict(zip(weights, made, strict=True))
+        for name, state in states.items():
+            if not cls.can_train(state):
+                raise ValueError(
+                    f"{name}.weight must give factors that let a gradient through, got ones that "
+                    "are zero: such a layer never trains; leave it out (adapt's skip=)"
+                )
+        return states
+
+    @classmethod
+    def needs_gradients(cls, options: Own) -> bool:
+        """Whether the start factorises the gradients of the weights in place of the weights."""
+        return False
+
+    @classmethod
+    def _start(cls, matrices: Sequence[Tensor], options: Own, run: StartRunner) -> list[State]:
+        """Factors and initial trainables; errors speak of ``weights[i]``."""
+        raise NotImplementedError
+
+    @classmethod
+    def can_train(cls, state: Tensors) -> bool:
+        """Whether any gradient ever reaches what trains, from the start in ``state``."""
+        raise NotImplementedError
+
+    @classmethod
+    def rebuildable(cls, options: Own) -> bool:
+        """Whether the factors follow from the base's weight, so that a file can go without them."""
+        return True
+
+    @classmethod
+    def rebuild(cls, weight: Tensor, options: Own, kept: Tensors) -> State:
+        """The factors of a saved layer from its weight and the tensors in :attr:`rebuilt_from`.
+
+        Raises
+        ------
+        ValueError
+            If they cannot be the factors that were trained with.
+        """
+        with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
+            (state,) = cls._start([weight], options, StartRunner())
+        return {name: state[name] for name in cls.factors}
+
+    # --- the update
+
+    @classmethod
+    def rank(cls, tensors: Tensors) -> int:
+        """r of the update: the last dimension of whatever trains."""
+        return tensors[cls.trainables[0]].shape[-1]
+
+    @classmethod
+    def fuses(cls, options: Own) -> bool:
+        """Whether :meth:`fused` computes the update that the options ask for."""
+        return True
+
+    @classmethod
+    def fused(
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
+    ) -> Tensor:
+        """y [..., N] = x (W + ΔW)ᵀ + b by the fused operator, for x [..., K]."""
+        raise NotImplementedError
+
+    @classmethod
+    def update(cls, x: Tensor, tensors: Tensors, options: Own, strength: float) -> Tensor:
+        """x ΔWᵀ [..., N] alone in plain PyTorch: for another input than the base's."""
+        raise NotImplementedError
+
+    @classmethod
+    def delta(cls, tensors: Tensors, options: Own, strength: float) -> Tensor:
+        """ΔW [N, K], in fp64 for fp64 tensors and otherwise in fp32."""
+        raise NotImplementedError
+
+    @classmethod
+    def lora_factors(cls, tensors: Tensors, options: Own, strength: float) -> tuple[Tensor, Tensor]:
+        """(A [r, K], B [N, r]) with ΔW = B A, in the dtype of :meth:`delta`.
+
+        Raises
+        ------
+        TypeError
+            If the update has no low-rank factorisation.
+        """
+        raise TypeError(f"{cls.__name__} has no LoRA factors: its update is not low-rank")
+
+    @classmethod
+    def energy(cls, weight: Tensor, tensors: Tensors, options: Own) -> float | None:
+        """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
+        return None
+
+
+AnyAdapter = type[Adapter[Any]]
+
+
+def share_of_energy(part: Tensor, whole: Tensor) -> float | None:
+    """‖part‖² / ‖whole‖², summed in fp64; None of a weight of zeros."""
+    scaled, exponent = in_range("weight", whole.detach())
+    energy = _energy(scaled)
+    return _energy(times_two_to(-exponent, part.detach())) / energy if energy else None
+
+
+def _energy(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2)

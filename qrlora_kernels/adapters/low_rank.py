@@ -1,0 +1,40 @@
+"""What QR-LoRA and LoRA-XS share: ΔW = s · up gateᵀ down, with a vector or a matrix as the gate."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..reference import accumulation_dtype, low_rank_delta_ref
+from .adapter import Adapter, Own, Tensors
+
+
+class LowRank(Adapter[Own]):
+    """The names of up [N, r], of down [r, K] and of the gate, λ [r] or C [r, r], which trains."""
+
+    up: ClassVar[str]
+    down: ClassVar[str]
+    gate: ClassVar[str]
+
+    @classmethod
+    def can_train(cls, state: Tensors) -> bool:
+        return bool(state[cls.up].any()) and bool(state[cls.down].any())
+
+    @classmethod
+    def update(cls, x: Tensor, tensors: Tensors, options: Own, strength: float) -> Tensor:
+        h, gate = linear(x, tensors[cls.down]), strength * tensors[cls.gate]
+        gated = (h * gate).to(h.dtype) if gate.dim() == 1 else h @ gate.to(h.dtype)
+        return linear(gated, tensors[cls.up])
+
+    @classmethod
+    def delta(cls, tensors: Tensors, options: Own, strength: float) -> Tensor:
+        up, down, gate = tensors[cls.up], tensors[cls.down], tensors[cls.gate]
+        return low_rank_delta_ref(up, down, gate, strength)
+
+    @classmethod
+    def lora_factors(cls, tensors: Tensors, options: Own, strength: float) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(tensors[cls.up].dtype)
+        up, gate = strength * tensors[cls.up].to(dtype), tensors[cls.gate].to(dtype)
+        return tensors[cls.down].to(dtype), up * gate if gate.dim() == 1 else up @ gate.mT

@@ -1,0 +1,156 @@
+"""OHoRA (Zhang et al., EMNLP 2025): W + s · (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ), where A and B train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .. import functional, linalg
+from ..autocast import autocast_enabled, outside_autocast
+from ..linalg.exponents import rounded
+from ..linalg.kron import Columns, Start
+from ..reference import HALF, accumulation_dtype, kron_delta_ref
+from .adapter import Adapter, State, Tensors
+from .options import AlphaOptions, one_of
+
+Product = Literal["kron", "materialised", "lora"]
+
+
+@dataclass(frozen=True)
+class OHoRAOptions(AlphaOptions):
+    """Options of OHoRA; see :meth:`qrlora_kernels.OHoRALinear.from_linear`."""
+
+    rank: int | None = None
+    columns: Columns = "leading"
+    start: Start = "qr"
+    product: Product = "kron"
+    fold: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("columns", self.columns, get_args(Columns))
+        one_of("start", self.start, get_args(Start))
+        one_of("product", self.product, get_args(Product))
+        if self.fold and self.product != "kron":
+            raise ValueError(f"fold needs product='kron', got {self.product!r}")
+        if self.product == "lora" and self.start not in ("qr", "svd"):
+            raise ValueError(f"product='lora' needs start 'qr' or 'svd', got {self.start!r}")
+
+
+class OHoRA(Adapter[OHoRAOptions]):
+    """a [N/r, r], b [K/r, r] and their start a0, b0; [N, r] and [K, r] with ``product="lora"``."""
+
+    kind = "ohora"
+    operation = "kron_linear"
+    trainables = ("a", "b")
+    factors = ("a0", "b0")
+    operands = ("a", "b", "a0", "b0")
+    kept_fp32 = ("a0", "b0")
+    options_type = OHoRAOptions
+
+    @classmethod
+    def _start(
+        cls, matrices: Sequence[Tensor], options: OHoRAOptions, run: linalg.StartRunner
+    ) -> list[State]:
+        for i, weight in enumerate(matrices):
+            if options.fold and weight.dtype in HALF:
+                raise ValueError(
+                    f"fold needs float32 or float64 weights, got {weight.dtype} for weights[{i}]"
+                )
+        results = run(
+            linalg.kron_factors,
+            list(matrices),
+            rank=options.rank,
+            columns=options.columns,
+            start=options.start,
+            seed=options.seed,
+            cut=options.product != "lora",
+            out_dtype=torch.float64,
+        )
+        states = []
+        for i, (weight, (a0, b0)) in enumerate(zip(matrices, results, strict=True)):
+            dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
+            a0 = rounded(f"weights[{i}]", "a0", a0, dtype)
+            b0 = rounded(f"weights[{i}]", "b0", b0, dtype)
+            states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
+        return states
+
+    @classmethod
+    def can_train(cls, state: Tensors) -> bool:
+        """A's gradient goes through B and B's through A: one of them is enough."""
+        return bool(state["a0"].any()) or bool(state["b0"].any())
+
+    @classmethod
+    def fuses(cls, options: OHoRAOptions) -> bool:
+        return options.product == "kron"
+
+    @classmethod
+    def fused(
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
+    ) -> Tensor:
+        a, b, a0, b0 = tensors["a"], tensors["b"], tensors["a0"], tensors["b0"]
+        return functional.kron_linear(x, weight, bias, a, b, a0, b0, strength)
+
+    @classmethod
+    def update(cls, x: Tensor, tensors: Tensors, options: OHoRAOptions, strength: float) -> Tensor:
+        a, b, a0, b0 = (tensors[name] for name in cls.operands)
+        # In fp32 even under autocast: two products of nearly the same factors are subtracted.
+        with outside_autocast(x.device.type):
+            tokens = x.to(accumulation_dtype(x.dtype))
+            if options.product == "materialised":
+                return linear(tokens, kron_delta_ref(a, b, a0, b0, strength)).to(x.dtype)
+            start = _apply_factors(tokens, a0, b0, options.product)
+            return (strength * (_apply_factors(tokens, a, b, options.product) - start)).to(x.dtype)
+
+    @classmethod
+    def delta(cls, tensors: Tensors, options: OHoRAOptions, strength: float) -> Tensor:
+        a, b, a0, b0 = (tensors[name] for name in cls.operands)
+        if options.product != "lora":
+            return kron_delta_ref(a, b, a0, b0, strength)
+        dtype = accumulation_dtype(a.dtype)
+        a, b, a0, b0 = (t.to(dtype) for t in (a, b, a0, b0))
+        return strength * (a @ b.mT - a0 @ b0.mT)
+
+    @classmethod
+    def lora_factors(
+        cls, tensors: Tensors, options: OHoRAOptions, strength: float
+    ) -> tuple[Tensor, Tensor]:
+        if options.product != "lora":
+            return super().lora_factors(tensors, options, strength)
+        # A Bᵀ − A₀ B₀ᵀ = [A, −A₀] [B, B₀]ᵀ has rank 2r.
+        a = torch.cat([tensors["a"], -tensors["a0"]], dim=1)
+        return torch.cat([tensors["b"], tensors["b0"]], dim=1).mT, strength * a
+
+    # --- the start inside the weight
+
+    @classmethod
+    def fold(cls, weight: Tensor, a0: Tensor, b0: Tensor, strength: float) -> Tensor:
+        """W − s A₀ ⊗ B₀ᵀ [N, K], which :meth:`fused_over` takes in place of W."""
+        start = kron_delta_ref(a0, b0, scaling=strength)
+        return (weight.to(start.dtype) - start).to(weight.dtype)
+
+    @classmethod
+    def folds(cls, weight: Tensor) -> bool:
+        """Whether a call may take the fold: rounded to half precision it would bury an update."""
+        return weight.dtype not in HALF and not autocast_enabled(weight.device.type)
+
+    @classmethod
+    def fused_over(
+        cls, x: Tensor, folded: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
+    ) -> Tensor:
+        """:meth:`fused` over the weight with the start folded in."""
+        a, b = tensors["a"], tensors["b"]
+        return functional.kron_linear(x, folded, bias, a, b, scaling=strength)
+
+
+def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:
+    if product == "lora":
+        return x @ b @ a.mT
+    tokens = x.reshape(*x.shape[:-1], a.shape[1], b.shape[0])
+    return (a @ (tokens @ b)).flatten(-2)

@@ -1,0 +1,102 @@
+"""QR-LoRA (Liang & Bharadwaj 2025, arXiv 2508.21810): W + s · Q_r diag(λ) R̃_r, only λ trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional, linalg
+from ..linalg.exponents import rounded
+from .adapter import State, Tensors, share_of_energy
+from .low_rank import LowRank
+from .options import Options, one_of
+
+DEFAULT_TAU = 0.5  # what the paper's main experiments ran
+
+
+@dataclass(frozen=True)
+class QROptions(Options):
+    """Options of QR-LoRA; see :meth:`qrlora_kernels.QRLinear.from_linear`."""
+
+    rank: int | None = None
+    tau: float | None = None
+    rank_rule: linalg.RankRule = "magnitude"
+    max_rank: int | None = None
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("rank_rule", self.rank_rule, linalg.RANK_RULES)
+        if self.rank is not None and self.tau is not None:
+            raise ValueError(
+                f"rank and tau exclude each other, got rank={self.rank} and tau={self.tau}"
+            )
+
+    def scaling_of(self, rank: int) -> float:
+        return self.scaling
+
+    def with_scaling(self: Any, scaling: float, rank: int) -> Any:
+        return replace(self, scaling=scaling)
+
+
+class QR(LowRank[QROptions]):
+    """lam [r], q [N, r], r [r, K] in the original column order, pivots [r], diagonal [r]."""
+
+    kind = "qr"
+    operation = "qr_linear"
+    trainables = ("lam",)
+    factors = ("q", "r", "pivots", "diagonal")
+    operands = ("q", "r", "lam")
+    up, down, gate = operands
+    rebuilt_from = ("pivots", "diagonal")
+    kept_fp32 = ("diagonal",)
+    options_type = QROptions
+
+    @classmethod
+    def _start(
+        cls, matrices: Sequence[Tensor], options: QROptions, run: linalg.StartRunner
+    ) -> list[State]:
+        tau = DEFAULT_TAU if options.rank is None and options.tau is None else options.tau
+        results = run(
+            linalg.pivoted_qr,
+            list(matrices),
+            rank=options.rank,
+            tau=tau,
+            rank_rule=options.rank_rule,
+            max_rank=options.max_rank,
+        )
+        return [
+            {
+                "q": result.q.to(weight.dtype),
+                "r": rounded(f"weights[{i}]", "r", result.r, weight.dtype),
+                "pivots": result.pivots,
+                "diagonal": result.diagonal,
+                "lam": result.diagonal.new_zeros(result.rank),
+            }
+            for i, (weight, result) in enumerate(zip(matrices, results, strict=True))
+        ]
+
+    @classmethod
+    def rebuild(cls, weight: Tensor, options: QROptions, kept: Tensors) -> State:
+        result = linalg.rebuild_pivoted_qr(weight, kept["pivots"])
+        stored = kept["diagonal"].to(result.diagonal)
+        rounding = 1e-8 * float(result.diagonal[0])
+        if not torch.allclose(result.diagonal, stored, rtol=1e-4, atol=rounding):
+            raise ValueError("the stored pivots do not give the stored diagonal of R")
+        return {name: getattr(result, name) for name in cls.factors}
+
+    @classmethod
+    def fused(
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
+    ) -> Tensor:
+        q, r, lam = tensors["q"], tensors["r"], tensors["lam"]
+        return functional.qr_linear(x, weight, bias, q, r, lam, strength)
+
+    @classmethod
+    def energy(cls, weight: Tensor, tensors: Tensors, options: QROptions) -> float | None:
+        """‖Q_r R̃_r‖² / ‖W‖²: the columns of Q are orthonormal."""
+        return share_of_energy(tensors["r"], weight)

@@ -1,0 +1,168 @@
+"""What an adapted layer holds: a frozen weight, its adapter's tensors and options."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import AnyAdapter, Options, State
+from ..linalg import StartRunner
+from ..reference import HALF
+from . import base_weight, merging, offload
+from .derived import Derived
+
+
+class Adapted(nn.Module):
+    """The state of :class:`AdapterLinear`, and what follows from it without a call."""
+
+    adapter: ClassVar[AnyAdapter]
+    kind: ClassVar[str]
+    operation: ClassVar[str]
+    trainables: ClassVar[tuple[str, ...]]
+    factors: ClassVar[tuple[str, ...]]
+    # What an adapted layer keeps in its __dict__ beside its factors.
+    state_names: ClassVar[tuple[str, ...]] = (
+        "_options",
+        "_strength",
+        "_fuses",
+        "_merge",
+        "_start",
+        "_starts",
+        "_off",
+        "_bias_dtype",
+        "derived",
+    )
+    conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    derived: Derived  # from frozen tensors
+    _options: Options
+    _strength: float  # s times the run-time strength: what the kernels multiply by
+    _fuses: bool  # whether the fused operator computes what the options ask for
+    _merge: merging.Merge | None
+    _start: str | None  # quick digest of the weight that the factors came from; None: unknown
+    _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
+    _off: Tensor | None  # its number while some thread asks for the base's answer
+    _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
+
+    @classmethod
+    def start(
+        cls, layers: dict[str, nn.Module], options: Options, run: StartRunner
+    ) -> dict[str, State]:
+        """Trainables and factors for each of ``layers``, named in errors, as one batch."""
+        with base_weight.present(*layers.values()):
+            weights = {name: base_weight.matrix(layer) for name, layer in layers.items()}
+            gradients = None
+            if cls.adapter.needs_gradients(options):
+                gradients = {name: base_weight.gradient(layer) for name, layer in layers.items()}
+            return cls.adapter.start(weights, options, run, gradients)
+
+    def _take_up(self, options: Options, state: State) -> None:
+        """Freeze what is there and hold the adapter's tensors beside it."""
+        with base_weight.present(self):
+            self._start, self._starts = base_weight.digest(self), {}
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
+        self.derived = Derived()
+        self.take_state(state)
+
+    @torch.no_grad()
+    def take_state(self, state: State) -> None:
+        """Take trainables and factors: into the parameters that are there, where shapes agree.
+
+        An optimizer that holds them goes on with these.
+        """
+        dtype = torch.float32 if self.weight.dtype in HALF else self.weight.dtype
+        for name in self.factors:
+            vars(self)[name] = state[name]
+        for name in self.trainables:
+            offload.settle(self, name)  # from a hook that was hung on the layer since
+            have = self._parameters.get(name)
+            if have is not None and have.shape == state[name].shape:
+                have.copy_(state[name])
+            else:
+                self.register_parameter(name, nn.Parameter(state[name].to(dtype)))
+        self._set_options(self._options)
+
+    # --- options and strength: one state that forward, merge, files and state dicts read
+
+    @property
+    def options(self) -> Any:
+        """What the adapter was built with, and its strength now."""
+        return self._options
+
+    @options.setter
+    def options(self, options: Options) -> None:
+        if self.merged:
+            raise ValueError(
+                "scaling and strength of a merged layer are inside its weight: unmerge() first"
+            )
+        self._set_options(options)
+
+    def _set_options(self, options: Options) -> None:
+        self.derived.drop()  # which depends on the strength
+        self._options = options
+        self._strength = options.scaling_of(self.rank) * options.strength
+        self._fuses = self.adapter.fuses(options)
+
+    @property
+    def scaling(self) -> float:
+        """s in front of the update; setting it changes the options, alpha among them."""
+        return self._options.scaling_of(self.rank)
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.options = self._options.with_scaling(value, self.rank)
+
+    # --- the weight
+
+    def matrix(self) -> Tensor:
+        """The frozen weight as W [N, K] (a view)."""
+        return self.weight.t() if self.conv1d else self.weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` is the merged one: a plain linear layer's, until :meth:`unmerge`."""
+        return self._merge is not None
+
+    # --- the update
+
+    def _tensors(self) -> State:
+        """The adapter's operands by name."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """r of the update."""
+        return self.adapter.rank(self._tensors())
+
+    def trained_parameters(self) -> int:
+        """How many numbers the adapter trains."""
+        return sum(getattr(self, name).numel() for name in self.trainables)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """ΔW [N, K] in fp64 for fp64 weights, otherwise in fp32; transposed against a Conv1D's."""
+        return self.adapter.delta(self._tensors(), self._options, self._strength)
+
+    @torch.no_grad()
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """(A [r, K], B [N, r]) with ΔW = B A, in the dtype of :meth:`delta_weight`.
+
+        Raises
+        ------
+        TypeError
+            If the update has no low-rank factorisation.
+        """
+        return self.adapter.lora_factors(self._tensors(), self._options, self._strength)
+
+    def energy_kept(self) -> float | None:
+        """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
+        with base_weight.present(self):
+            return self.adapter.energy(self.matrix(), self._tensors(), self._options)
