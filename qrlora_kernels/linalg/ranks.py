@@ -1,16 +1,22 @@
-"""What the ranks of a process group do together: gather, send, and fail together."""
+"""What the ranks of a process group do together: gather, send, agree, and fail together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..fingerprint import quick_digest
+from .checks import Weights, named_matrices
+from .parallel import in_threads
+
 T = TypeVar("T")
 Parts = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and plain values by name
+# The facts, and the name, the layout and the digest of each weight.
+Claim = tuple[dict[str, str], list[tuple[str, str, str]]]
 
 _SAME_KIND: dict[str, type[Exception]] = {"ValueError": ValueError, "TypeError": TypeError}
 
@@ -75,6 +81,51 @@ class Ranks:
             dist.broadcast(whole, src=root, group=self.group)
             received[name] = whole.to(device)
         return received, values
+
+
+def require_agreement(ranks: Ranks, weights: Weights, facts: Mapping[str, object]) -> None:
+    """Return where all ranks call with the same ``facts`` and weights that are equal, bit for bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        On all ranks: a rank's weights are no matrices, or ranks differ; the message names the fact
+        or the weight and two ranks.
+    """
+
+    def claim() -> Claim:
+        named = named_matrices(weights)
+        layouts = [f"{tuple(weight.shape)} of {weight.dtype}" for weight in named.values()]
+        digests = in_threads(quick_digest, list(named.values()))
+        told = {name: str(value) for name, value in facts.items()}
+        return told, list(zip(named, layouts, digests, strict=True))
+
+    first, *others = ranks.gather(claim)
+    for rank, other in enumerate(others, start=1):
+        _compare(first, other, rank)
+
+
+def _compare(first: Claim, other: Claim, rank: int) -> None:
+    (facts, weights), (other_facts, other_weights) = first, other
+    for name in sorted(facts | other_facts):
+        _require_same(name, facts.get(name, "none"), other_facts.get(name, "none"), rank)
+    _require_same("the number of weights", str(len(weights)), str(len(other_weights)), rank)
+    for (name, *own), (_, *others) in zip(weights, other_weights, strict=True):
+        _require_same(f"the shape and dtype of {name}", own[0], others[0], rank)
+        if own[1] != others[1]:
+            raise ValueError(
+                f"{name} must be equal on all ranks that share a start, but rank {rank} holds "
+                "other values than rank 0; ranks with models of their own start alone (adapt's "
+                "distributed=False)"
+            )
+
+
+def _require_same(name: str, first: str, other: str, rank: int) -> None:
+    if first != other:
+        raise ValueError(
+            f"{name} must be the same on all ranks that share a start, got {first} on rank 0 and "
+            f"{other} on rank {rank}"
+        )
 
 
 def _wire_device(device: torch.device, config: str) -> torch.device:
