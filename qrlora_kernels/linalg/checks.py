@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,17 +39,6 @@ def named_matrices(weights: Tensor | Weights) -> Named:
     for name, item in named.items():
         _check_matrix(name, item)
     return {name: pointers.checked(item.detach(), name) for name, item in named.items()}
-
-
-@contextmanager
-def renamed_matrices(names: Sequence[str]) -> Iterator[None]:
-    """Inside, an error about ``weights[i]`` becomes one about ``names[i]``."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        message = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], str(error))
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(message) from None
 
 
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:

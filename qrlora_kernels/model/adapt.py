@@ -142,7 +142,7 @@ def _start(
     for batch in batches:
         with present(*batch.values()):
             matrices = run.together(partial(kind.start_matrices, batch, options))
-            states |= dict(zip(batch, kind.start_named(matrices, options, run), strict=True))
+            states |= kind.start(matrices, options, run)
     return states
 
 

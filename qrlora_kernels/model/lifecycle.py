@@ -176,7 +176,7 @@ def refresh(model: nn.Module, progress: bool = False) -> nn.Module:
     for name, layer in layers.items():
         with present(layer):
             weights = layer.start_matrices({name: layer}, layer.options)
-            (states[name],) = layer.start_named(weights, layer.options, StartRunner(progress))
+            states[name] = layer.start(weights, layer.options, StartRunner(progress))[name]
     for name, layer in layers.items():
         layer.unmerge()
         layer.take_state(states[name])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..linalg import StartRunner
-from ..linalg.checks import renamed_matrices
 from ..linalg.exponents import in_range, times_two_to
 from . import base_weight
 from .options import Options
@@ -44,15 +43,21 @@ class Adapter:
         return {name: base_weight.matrix(layer) for name, layer in layers.items()}
 
     @classmethod
-    def start_named(
-        cls, weights: dict[str, Tensor], options: Options, run: StartRunner
-    ) -> list[State]:
-        """:meth:`start`, with errors that name the layer instead of a position in the list."""
+    def start(
+        cls, weights: Mapping[str, Tensor], options: Options, run: StartRunner
+    ) -> dict[str, State]:
+        """Factors and initial trainables of each layer from its W [N, K], as one batch by ``run``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Name the layer: as the factorisations raise them, or it would never train.
+        """
         if options.scaling_of(1) == 0.0:
             raise ValueError("scaling or alpha must not be 0 at the start, which would never train")
-        with renamed_matrices([f"{name}.weight" for name in weights]):
-            states = cls.start(list(weights.values()), options, run)
-        for name, state in zip(weights, states, strict=True):
+        named = {f"{name}.weight": weight for name, weight in weights.items()}
+        states = dict(zip(weights, cls._start_states(named, options, run), strict=True))
+        for name, state in states.items():
             if not cls.can_train(state):
                 raise ValueError(
                     f"{name}.weight must give factors that let a gradient through, got ones that "
@@ -66,8 +71,10 @@ class Adapter:
         return True
 
     @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, run: StartRunner) -> list[State]:
-        """Factors and initial trainables for each W [N, K], computed by ``run`` as one batch."""
+    def _start_states(
+        cls, weights: dict[str, Tensor], options: Any, run: StartRunner
+    ) -> list[State]:
+        """What :meth:`start` gives, in the order of ``weights``; errors name their keys."""
         raise NotImplementedError
 
     @classmethod
@@ -80,7 +87,7 @@ class Adapter:
             If they cannot be the factors that were trained with.
         """
         with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
-            (state,) = cls.start([weight], options, StartRunner())
+            (state,) = cls._start_states({"weight": weight}, options, StartRunner())
         return {name: state[name] for name in cls.factors}
 
     def rebuildable(self) -> bool:

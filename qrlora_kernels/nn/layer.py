@@ -75,7 +75,7 @@ class AdapterLinear(Adapter, nn.Module):
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         opts = self.options_type(**options)
         matrices = self.start_matrices({"linear": base}, opts)
-        (state,) = self.start_named(matrices, opts, StartRunner())
+        state = self.start(matrices, opts, StartRunner())["linear"]
         vars(self).update(vars(base))
         self._take_up(opts, state)
 
@@ -84,7 +84,7 @@ class AdapterLinear(Adapter, nn.Module):
         check_can_become(linear, cls)
         with base_weight.present(linear):
             matrices = cls.start_matrices({"linear": linear}, options)
-            (state,) = cls.start_named(matrices, options, StartRunner())
+            state = cls.start(matrices, options, StartRunner())["linear"]
         return cls.from_state(linear, options, state)
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -135,19 +134,21 @@ class LoRAXSLinear(AdapterLinear):
         return _scaled_gradients(layers, weights, options.seed)
 
     @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
-        bases = _bases(list(weights), options, run)
+    def _start_states(
+        cls, weights: dict[str, Tensor], options: Any, run: linalg.StartRunner
+    ) -> list[State]:
+        bases = _bases(weights, options, run)
         rank = options.rank
         cores = run.drawn(
             lambda: [
                 torch.randn(rank, rank, device="cpu").to(w.device) * options.init_std
-                for w in weights
+                for w in weights.values()
             ]
         )
         states = []
-        for i, (w, (a, b), core) in enumerate(zip(weights, bases, cores, strict=True)):
-            a = rounded(f"weights[{i}]", "a", a, w.dtype)
-            b = rounded(f"weights[{i}]", "b", b, w.dtype)
+        for (name, w), (a, b), core in zip(weights.items(), bases, cores, strict=True):
+            a = rounded(name, "a", a, w.dtype)
+            b = rounded(name, "b", b, w.dtype)
             states.append({"a": a.contiguous(), "b": b.contiguous(), "core": core})
         return states
 
@@ -191,7 +192,7 @@ class LoRAXSLinear(AdapterLinear):
 
 
 def _bases(
-    weights: list[Tensor], options: LoRAXSOptions, run: linalg.StartRunner
+    weights: dict[str, Tensor], options: LoRAXSOptions, run: linalg.StartRunner
 ) -> list[tuple[Tensor, Tensor]]:
     """(a, b) for each weight, with Σ on the side that the options ask for."""
     rank = options.rank
@@ -200,7 +201,7 @@ def _bases(
         flat = run.drawn(lambda: _random_factors(weights, rank, options.seed))
         return list(zip(flat[::2], flat[1::2], strict=True))
     if options.basis == "random_svd":
-        weights = [_random_like(f"weights[{i}]", w, options.seed) for i, w in enumerate(weights)]
+        weights = {name: _random_like(name, w, options.seed) for name, w in weights.items()}
     results = run(
         linalg.truncated_svd,
         weights,
@@ -222,7 +223,8 @@ def _scaled_gradients(
     """
     # Their size means nothing, and may be too small for a quotient.
     gradients = {name: in_range(name, _gradient(name, layer))[0] for name, layer in layers.items()}
-    both = [*weights.values(), *gradients.values()]
+    both = {f"{name}.weight": weight for name, weight in weights.items()}
+    both |= {f"{name}.weight.grad": gradient for name, gradient in gradients.items()}
     tops = [found.s[0] for found in linalg.truncated_svd(both, 1, seed=seed)]
     return {
         name: (gradients[name] * (of_weight / of_gradient)).to(weight.dtype)
@@ -264,13 +266,13 @@ def _random_like(name: str, weight: Tensor, seed: int) -> Tensor:
     return times_two_to(exponent, like.double()) if exponent else like
 
 
-def _random_factors(weights: list[Tensor], rank: int, seed: int) -> list[Tensor]:
+def _random_factors(weights: dict[str, Tensor], rank: int, seed: int) -> list[Tensor]:
     """a and b of each weight, one after the other."""
     linalg.check_rank_options(rank, None, "magnitude", None)
     factors = []
-    for i, weight in enumerate(weights):
-        check_rank_fits(f"weights[{i}]", rank, weight)
-        check_finite(f"weights[{i}]", weight)
+    for name, weight in weights.items():
+        check_rank_fits(name, rank, weight)
+        check_finite(name, weight)
         n, k = weight.shape
         generator = torch.Generator().manual_seed(seed)
         a = torch.randn(rank, k, generator=generator, device="cpu") / k**0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,11 +122,13 @@ class QRLinear(AdapterLinear):
         return made
 
     @classmethod
-    def start(cls, weights: Sequence[Tensor], options: Any, run: linalg.StartRunner) -> list[State]:
+    def _start_states(
+        cls, weights: dict[str, Tensor], options: Any, run: linalg.StartRunner
+    ) -> list[State]:
         tau = DEFAULT_TAU if options.rank is None and options.tau is None else options.tau
         results = run(
             linalg.pivoted_qr,
-            list(weights),
+            weights,
             rank=options.rank,
             tau=tau,
             rank_rule=options.rank_rule,
@@ -136,12 +137,12 @@ class QRLinear(AdapterLinear):
         return [
             {
                 "q": result.q.to(weight.dtype),
-                "r": rounded(f"weights[{i}]", "r", result.r, weight.dtype),
+                "r": rounded(name, "r", result.r, weight.dtype),
                 "pivots": result.pivots,
                 "diagonal": result.diagonal,
                 "lam": result.diagonal.new_zeros(result.rank),
             }
-            for i, (weight, result) in enumerate(zip(weights, results, strict=True))
+            for (name, weight), result in zip(weights.items(), results, strict=True)
         ]
 
     @classmethod
