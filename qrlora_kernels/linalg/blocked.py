@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .jobs import Pivots
-from .products import PANEL_BYTES, column_norms2, project, work_dtype
+from .products import column_norms2, panel_width, project, work_dtype
 
 EPS64 = torch.finfo(torch.float64).eps
 BLOCK = 128  # candidates at a time
@@ -116,7 +116,7 @@ def greedy_pivots(
 
 def _block(state: _State, tau: float | None, fresh: bool) -> str:
     """Accept one block of pivots; returns "more", "refresh" or "below_tau"."""
-    chosen, outside, outside_index = _candidates(state)
+    chosen, outside = _candidates(state)
     residual = state.weight[:, chosen].double()
     residual -= state.basis @ (state.basis.mT @ residual)
     gram = residual.mT @ residual
@@ -124,7 +124,7 @@ def _block(state: _State, tau: float | None, fresh: bool) -> str:
         gram.cpu().numpy(),
         chosen.cpu().numpy(),
         room=state.limit - len(state.columns),
-        outside=(outside, outside_index),
+        outside=outside,
         alive=(gram.diagonal() > DEPENDENT**2 * state.noise2[chosen]).cpu().numpy(),
         floor2=0.0 if tau is None or not state.norms else (tau * state.norms[0]) ** 2,
         tau=tau,
@@ -143,17 +143,17 @@ def _block(state: _State, tau: float | None, fresh: bool) -> str:
     return search.outcome
 
 
-def _candidates(state: _State) -> tuple[Tensor, float, int]:
+def _candidates(state: _State) -> tuple[Tensor, tuple[float, int]]:
     """Candidate columns in ascending order, the largest bound outside and its lowest column."""
     bounds = state.bounds
     free = int(state.alive.sum())
     order = torch.sort(bounds, descending=True, stable=True)
     chosen = order.indices[: min(BLOCK, free)].sort().values
     if free <= BLOCK:
-        return chosen, -np.inf, bounds.numel()
+        return chosen, (-np.inf, bounds.numel())
     outside = float(order.values[BLOCK])
     tied = order.indices[BLOCK:][order.values[BLOCK:] >= outside * (1 - TIE)]
-    return chosen, outside, int(tied.min())
+    return chosen, (outside, int(tied.min()))
 
 
 @dataclass
@@ -193,10 +193,8 @@ def _pivot_block(
         best = left.max()
         at = int(np.argmax(left >= best * (1 - TIE)))  # columns ascend: the lowest index wins
         value = float(left[at])
-        if step == 0 and certify_first and not _certified(value, columns[at], outside):
-            found.outcome = "refresh"
-            return found
-        if step > 0 and not _certified(value, columns[at], outside):
+        if (step > 0 or certify_first) and not _certified(value, columns[at], outside):
+            found.outcome = "more" if step > 0 else "refresh"
             return found
         if value == -np.inf or value < BLOCK_DROP * start[at]:
             return found
@@ -263,10 +261,8 @@ def _set_exact(state: _State, columns: Tensor, norm2: Tensor) -> None:
 def _refresh(state: _State, known2: float) -> None:
     """Recompute in fp64 the norms of all columns whose bound reaches ``known2``."""
     state.pass_dtype = torch.float64
-    rows = state.weight.shape[0]
-    width = max(PANEL_BYTES // (8 * rows), 16)
     competing = torch.nonzero(state.bounds >= known2 * (1 - TIE)).flatten()
-    for columns in torch.split(competing, width):
+    for columns in torch.split(competing, panel_width(state.weight, torch.float64)):
         part = state.weight[:, columns].double()
         part -= state.basis @ (state.basis.mT @ part)
         norm2 = part.square_().sum(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -138,7 +137,12 @@ class Store:
         """
         try:
             for key, result in results.items():
-                self._write(key, result)
+                tensors, values = to_record(result)
+                tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                text = json.dumps(values)
+                # One entry: safetensors writes several in an order that changes from call to call.
+                entry = json.dumps([_digest(key, tensors, text), text])
+                save_tensors(self.path(key), tensors, {"entry": entry})
         except (SafetensorError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             return (
@@ -146,14 +150,6 @@ class Store:
                 "complete, and the next one computes again what is missing there"
             )
         return None
-
-    def _write(self, key: str, result: Any) -> None:
-        tensors, values = to_record(result)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        text = json.dumps(values)
-        # One entry: safetensors writes several in an order that changes from call to call.
-        entry = json.dumps([_digest(key, contiguous, text), text])
-        save_tensors(self.path(key), contiguous, {"entry": entry})
 
 
 def _digest(key: str, tensors: Mapping[str, Tensor], values: str) -> str:
@@ -185,10 +181,7 @@ def start_some(
 
 def to_record(result: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the other fields of a result, by name."""
-    if dataclasses.is_dataclass(result):
-        fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-    else:
-        fields = result._asdict()
+    fields = result._asdict() if hasattr(result, "_asdict") else vars(result)
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in fields.items() if name not in tensors}
 

@@ -41,6 +41,11 @@ def named_matrices(weights: Tensor | Weights) -> Named:
     return {name: pointers.checked(item.detach(), name) for name, item in named.items()}
 
 
+def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:
     if out_dtype is not None and out_dtype not in MATRIX_DTYPES:
         raise TypeError(f"out_dtype must be one of {_names(MATRIX_DTYPES)}, got {out_dtype}")

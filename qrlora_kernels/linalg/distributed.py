@@ -152,7 +152,10 @@ def distributed_start(
         for key, digests, result in zip(keys, held, results, strict=True)
         if digests[ranks.rank] is None or digests[ranks.rank] != _first(digests)
     }
-    _tell_unkept(ranks, ranks.gather(lambda: store.keep(lacking)))
+    unkept = ranks.gather(lambda: store.keep(lacking))
+    own = unkept[ranks.rank]
+    if own is not None and own not in unkept[: ranks.rank]:  # once where several say the same
+        warnings.warn(own, stacklevel=2)
     return results
 
 
@@ -203,13 +206,6 @@ def _shared_keys(
     mine = [w for w, owner in zip(named.values(), owners, strict=True) if owner == ranks.rank]
     shares = [iter(share) for share in ranks.gather(lambda: store.keys(start, mine, options))]
     return [next(shares[owner]) for owner in owners]
-
-
-def _tell_unkept(ranks: Ranks, unkept: Sequence[str | None]) -> None:
-    """Warn of what a rank could not keep, once where several ranks say the same."""
-    own = unkept[ranks.rank]
-    if own is not None and own not in unkept[: ranks.rank]:
-        warnings.warn(own, stacklevel=3)
 
 
 def _digest(result: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .checks import Named, check_finite, check_out_dtype
+from .checks import Named, check_choice, check_finite, check_out_dtype
 from .exponents import in_range, rounded, times_two_to
 from .factorisation import factorisation
 from .parallel import map_matrices
@@ -97,12 +97,8 @@ def kron_factors(
     """
     check_rank_options(rank, None, "magnitude", None)
     check_out_dtype(out_dtype)
-    for argument, value, allowed in (
-        ("columns", columns, get_args(Columns)),
-        ("start", start, get_args(Start)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+    check_choice("columns", columns, get_args(Columns))
+    check_choice("start", start, get_args(Start))
     if start == "kaiming" and not cut:
         raise ValueError("cut must be True for start='kaiming', which draws A0 and B0 as they are")
 

@@ -6,7 +6,6 @@ memory stays a few tens of MiB whatever the matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,23 +25,16 @@ def work_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if exact and weight.dtype != torch.float64 else torch.float64
 
 
-def panels(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of columns and those columns in ``dtype``; one panel where nothing is converted."""
-    rows, columns = weight.shape
-    width = columns
-    if weight.dtype != dtype:
-        width = max(PANEL_BYTES // (rows * dtype.itemsize), 16)
-    for start in range(0, columns, width):
-        part = slice(start, min(start + width, columns))
-        yield part, weight[:, part].to(dtype)
+def panel_width(weight: Tensor, dtype: torch.dtype) -> int:
+    """Columns that a panel in ``dtype`` has."""
+    return max(PANEL_BYTES // (weight.shape[0] * dtype.itemsize), 16)
 
 
 def column_norms2(weight: Tensor) -> Tensor:
     """Squared column norms [K] in fp64; NaN or Inf where a column holds one."""
-    rows, columns = weight.shape
-    norms = torch.empty(columns, dtype=torch.float64, device=weight.device)
-    width = max(PANEL_BYTES // (rows * 8), 16)
-    for start in range(0, columns, width):
+    norms = torch.empty(weight.shape[1], dtype=torch.float64, device=weight.device)
+    width = panel_width(weight, torch.float64)
+    for start in range(0, len(norms), width):
         part = weight[:, start : start + width].double()
         norms[start : start + width] = (part * part).sum(0)
     return norms
@@ -50,7 +42,10 @@ def column_norms2(weight: Tensor) -> Tensor:
 
 def project(q: Tensor, weight: Tensor) -> Tensor:
     """Qᵀ W [b, K] for q [N, b], in q's dtype."""
-    out = torch.empty(q.shape[1], weight.shape[1], dtype=q.dtype, device=q.device)
-    for part, panel in panels(weight, q.dtype):
-        out[:, part] = q.mT @ panel
+    columns = weight.shape[1]
+    out = torch.empty(q.shape[1], columns, dtype=q.dtype, device=q.device)
+    width = columns if weight.dtype == q.dtype else panel_width(weight, q.dtype)
+    for start in range(0, columns, width):
+        part = slice(start, start + width)
+        out[:, part] = q.mT @ weight[:, part].to(q.dtype)
     return out

@@ -35,21 +35,20 @@ class Ranks:
         self.size = dist.get_world_size(group)
 
     def together(self, task: Callable[[], T]) -> T:
-        """This rank's ``task()``; an error on one rank is raised on all, or they would wait."""
-        result, _ = self._run(task, lambda _: None)
-        return result
+        """This rank's ``task()``, of which nothing is sent; errors as in :meth:`gather`."""
+        own: list[T] = []
+        self.gather(lambda: own.append(task()))
+        return own[0]
 
     def gather(self, task: Callable[[], T]) -> list[T]:
-        """``task()`` of every rank, in their order; errors as in :meth:`together`."""
-        _, gathered = self._run(task, lambda result: result)
-        return gathered
+        """``task()`` of every rank, in their order.
 
-    def _run(self, task: Callable[[], T], share: Callable[[T], Any]) -> tuple[T, list[Any]]:
+        An error on one rank is raised on all, or they would wait.
+        """
         error: Exception | None = None
-        sent: tuple[Any, str, str]  # what is shared, or the kind and message of an error
+        sent: tuple[T | None, str, str]  # what is shared, or the kind and message of an error
         try:
-            result = task()
-            sent = (share(result), "", "")
+            sent = (task(), "", "")
         except Exception as caught:
             error = caught
             sent = (None, type(caught).__name__, str(caught))
@@ -62,7 +61,7 @@ class Ranks:
                 raise _SAME_KIND[kind](f"on rank {rank}: {message}")
             if kind:
                 raise RuntimeError(f"on rank {rank}: {kind}: {message}")
-        return result, [value for value, _, _ in every]
+        return [value for value, _, _ in every]
 
     def send(self, parts: Parts | None, source: int, device: torch.device) -> Parts:
         """``parts`` of rank ``source``, on ``device`` of every rank; others' are not looked at."""

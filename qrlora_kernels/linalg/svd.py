@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .checks import Named, check_out_dtype, check_rank_fits
+from .checks import Named, check_choice, check_out_dtype, check_rank_fits
 from .exponents import in_range, rounded, times_two_to
 from .factorisation import factorisation
 from .krylov import top_triplets
@@ -74,8 +74,7 @@ def truncated_svd(
     """
     check_rank_options(rank, None, "magnitude", None)
     check_out_dtype(out_dtype)
-    if which not in get_args(Which):
-        raise ValueError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}")
+    check_choice("which", which, get_args(Which))
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
 
