@@ -22,6 +22,7 @@ from bench import llama_start
 from qrlora_kernels import native
 from qrlora_kernels.__main__ import report
 from qrlora_kernels.linalg import PivotedQR, cpu_core, cuda_core, pivoted_qr
+from qrlora_kernels.linalg.jobs import Job
 
 GPU_MISSING = (
     "no CUDA device"
@@ -59,6 +60,10 @@ def one_shape(n: int = 160) -> list[Tensor]:
         gaussian(n, n, 6) * torch.logspace(0, -12, n, dtype=torch.float64),
         torch.eye(n, dtype=torch.float64),
     ]
+
+
+def jobs(weights: list[Tensor], limit: int) -> list[Job]:
+    return [Job("a matrix", weight, limit, weight.dtype) for weight in weights]
 
 
 def refreshing() -> list[Tensor]:
@@ -119,7 +124,7 @@ def test_a_batch_gives_what_single_matrices_give(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_bounds_are_refreshed_over_several_rounds(dtype: torch.dtype) -> None:
     weights = [weight.to(dtype) for weight in refreshing()]
-    [batch] = cuda_core._batches(weights, [90] * 3, factors=False)
+    [batch] = cuda_core._batches(jobs(weights, 90), factors=False)
     batch.open(0.0, batch.empty(3, 300, dtype=torch.float64).data_ptr())
     batch.core.start()
     phases = []
@@ -136,7 +141,7 @@ def test_bounds_are_refreshed_over_several_rounds(dtype: torch.dtype) -> None:
 def test_one_batch_a_shape() -> None:
     weights = [gaussian(40, 30, i) for i in range(3)] + [gaussian(30, 40), gaussian(40, 30).T]
     weights += [gaussian(40, 30, 5).float()]
-    batches = list(cuda_core._batches(weights, [9] * 6, factors=False))
+    batches = list(cuda_core._batches(jobs(weights, 9), factors=False))
     assert sorted(batch.members for batch in batches) == [[0, 1, 2], [3], [4], [5]]
 
 
@@ -178,7 +183,7 @@ def test_bounds_hold_where_fp32_sums_are_long(dtype: torch.dtype) -> None:
     """Fault: one long fp32 sum of terms of one sign, as of columns that nearly repeat a pivot."""
     column = gaussian(20000, 1).abs()
     weight = (column + 1e-3 * gaussian(20000, 160, 1).abs()).to(dtype)
-    [batch] = cuda_core._batches([weight], [160], factors=False)
+    [batch] = cuda_core._batches(jobs([weight], 160), factors=False)
     bounds = batch.empty(1, 160, dtype=torch.float64)
     batch.open(0.0, bounds.data_ptr())
     batch.core.start()
@@ -216,12 +221,12 @@ def test_an_error_of_progress_ends_the_search() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cuda_core.search([gaussian(300, 300)], [200], None, stop)
+        cuda_core.search(jobs([gaussian(300, 300)], 200), None, stop)
 
 
 @pytest.mark.usefixtures("emulated")
 def test_a_core_that_never_ends_is_an_error() -> None:
-    [batch] = cuda_core._batches([gaussian(8, 8)], [8], factors=False)
+    [batch] = cuda_core._batches(jobs([gaussian(8, 8)], 8), factors=False)
     batch.core = SimpleNamespace(round=lambda: 1)
     with pytest.raises(RuntimeError, match="does not end on 1 matrices"):
         batch.run(0, lambda _: None)

@@ -19,7 +19,7 @@ CASES = [*LOW_RANK, ("kron_linear", ""), ("linear_add", "")]
 def low_rank_operands(gate, form, wide=0):
     """weight, bias, up, down, gate, index; ``wide``: how much wider than the gate factors are."""
     torch.manual_seed(0)
-    m, n, k, r = SIZES
+    _, n, k, r = SIZES
     adapters = 3
     shape = ((adapters,) if gate.startswith("mixed") else ()) + (r,) * (1 + gate.endswith("core"))
     index = torch.tensor([0, 2, 2, 0, 2, 0, 0]) if gate.startswith("mixed") else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..linalg import StartRunner
-from ..linalg.checks import renamed_matrices
 from ..linalg.exponents import in_range, times_two_to
 from .options import Options
 
@@ -62,9 +61,8 @@ class Adapter(Generic[Own]):
         """
         if options.scaling_of(1) == 0.0:
             raise ValueError("scaling or alpha must not be 0 at the start, which would never train")
-        with renamed_matrices([f"{name}.weight" for name in weights]):
-            made = cls._start(list(weights.values()), options, run)
-        states = dict(zip(weights, made, strict=True))
+        named = {f"{name}.weight": weight for name, weight in weights.items()}
+        states = dict(zip(weights, cls._start(named, options, run), strict=True))
         for name, state in states.items():
             if not cls.can_train(state):
                 raise ValueError(
@@ -79,8 +77,8 @@ class Adapter(Generic[Own]):
         return False
 
     @classmethod
-    def _start(cls, matrices: Sequence[Tensor], options: Own, run: StartRunner) -> list[State]:
-        """Factors and initial trainables; errors speak of ``weights[i]``."""
+    def _start(cls, weights: State, options: Own, run: StartRunner) -> list[State]:
+        """What :meth:`start` gives, in the order of ``weights``; errors name their keys."""
         raise NotImplementedError
 
     @classmethod
@@ -103,7 +101,7 @@ class Adapter(Generic[Own]):
             If they cannot be the factors that were trained with.
         """
         with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
-            (state,) = cls._start([weight], options, StartRunner())
+            (state,) = cls._start({"weight": weight}, options, StartRunner())
         return {name: state[name] for name in cls.factors}
 
     # --- the update

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import functional, linalg
-from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude, renamed_matrices
+from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype
@@ -76,21 +76,19 @@ class LoRAXS(LowRank[LoRAXSOptions]):
         return super().start(weights, options, run)
 
     @classmethod
-    def _start(
-        cls, matrices: Sequence[Tensor], options: LoRAXSOptions, run: linalg.StartRunner
-    ) -> list[State]:
-        bases = _bases(list(matrices), options, run)
+    def _start(cls, weights: State, options: LoRAXSOptions, run: linalg.StartRunner) -> list[State]:
+        bases = _bases(weights, options, run)
         rank = options.rank
         cores = run.drawn(
             lambda: [
                 torch.randn(rank, rank, device="cpu").to(w.device) * options.init_std
-                for w in matrices
+                for w in weights.values()
             ]
         )
         states = []
-        for i, (w, (a, b), core) in enumerate(zip(matrices, bases, cores, strict=True)):
-            a = rounded(f"weights[{i}]", "a", a, w.dtype)
-            b = rounded(f"weights[{i}]", "b", b, w.dtype)
+        for (name, w), (a, b), core in zip(weights.items(), bases, cores, strict=True):
+            a = rounded(name, "a", a, w.dtype)
+            b = rounded(name, "b", b, w.dtype)
             states.append({"a": a.contiguous(), "b": b.contiguous(), "core": core})
         return states
 
@@ -114,7 +112,7 @@ class LoRAXS(LowRank[LoRAXSOptions]):
 
 
 def _bases(
-    weights: list[Tensor], options: LoRAXSOptions, run: linalg.StartRunner
+    weights: State, options: LoRAXSOptions, run: linalg.StartRunner
 ) -> list[tuple[Tensor, Tensor]]:
     """(a, b) for each weight, with Σ on the side that the options ask for."""
     rank = options.rank
@@ -123,7 +121,7 @@ def _bases(
         flat = run.drawn(lambda: _random_factors(weights, rank, options.seed))
         return list(zip(flat[::2], flat[1::2], strict=True))
     if options.basis == "random_svd":
-        weights = [_random_like(f"weights[{i}]", w, options.seed) for i, w in enumerate(weights)]
+        weights = {name: _random_like(name, w, options.seed) for name, w in weights.items()}
     results = run(
         linalg.truncated_svd,
         weights,
@@ -141,16 +139,15 @@ def _scaled_gradients(weights: Tensors, gradients: Mapping[str, Tensor | None], 
     Σ is then as large as W's where it is largest: a gradient's falls much faster, and at W's
     Frobenius norm its first direction would outweigh what the others' learning rate is made for.
     """
-    names = [*(f"{name}.weight" for name in weights), *(f"{name}.weight.grad" for name in weights)]
     # Their size means nothing, and may be too small for a quotient.
-    wide = [in_range(name, _gradient(name, gradients.get(name)))[0] for name in weights]
-    with renamed_matrices(names):
-        found = linalg.truncated_svd([*weights.values(), *wide], 1, seed=seed)
-    tops = [one.s[0] for one in found]
+    wide = {name: in_range(name, _gradient(name, gradients.get(name)))[0] for name in weights}
+    both = {f"{name}.weight": weight for name, weight in weights.items()}
+    both |= {f"{name}.weight.grad": gradient for name, gradient in wide.items()}
+    tops = [found.s[0] for found in linalg.truncated_svd(both, 1, seed=seed)]
     return {
-        name: (gradient * (of_weight / of_gradient)).to(weights[name].dtype)
-        for name, gradient, of_weight, of_gradient in zip(
-            weights, wide, tops[: len(wide)], tops[len(wide) :], strict=True
+        name: (wide[name] * (of_weight / of_gradient)).to(weight.dtype)
+        for (name, weight), of_weight, of_gradient in zip(
+            weights.items(), tops[: len(wide)], tops[len(wide) :], strict=True
         )
     }
 
@@ -186,13 +183,13 @@ def _random_like(name: str, weight: Tensor, seed: int) -> Tensor:
     return times_two_to(exponent, like.double()) if exponent else like
 
 
-def _random_factors(weights: list[Tensor], rank: int, seed: int) -> list[Tensor]:
+def _random_factors(weights: State, rank: int, seed: int) -> list[Tensor]:
     """a and b of each weight, one after the other."""
     linalg.check_rank_options(rank, None, "magnitude", None)
     factors = []
-    for i, weight in enumerate(weights):
-        check_rank_fits(f"weights[{i}]", rank, weight)
-        check_finite(f"weights[{i}]", weight)
+    for name, weight in weights.items():
+        check_rank_fits(name, rank, weight)
+        check_finite(name, weight)
         n, k = weight.shape
         generator = torch.Generator().manual_seed(seed)
         a = torch.randn(rank, k, generator=generator, device="cpu") / k**0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -55,17 +54,15 @@ class OHoRA(Adapter[OHoRAOptions]):
     options_type = OHoRAOptions
 
     @classmethod
-    def _start(
-        cls, matrices: Sequence[Tensor], options: OHoRAOptions, run: linalg.StartRunner
-    ) -> list[State]:
-        for i, weight in enumerate(matrices):
+    def _start(cls, weights: State, options: OHoRAOptions, run: linalg.StartRunner) -> list[State]:
+        for name, weight in weights.items():
             if options.fold and weight.dtype in HALF:
                 raise ValueError(
-                    f"fold needs float32 or float64 weights, got {weight.dtype} for weights[{i}]"
+                    f"fold needs float32 or float64 weights, got {weight.dtype} for {name}"
                 )
         results = run(
             linalg.kron_factors,
-            list(matrices),
+            weights,
             rank=options.rank,
             columns=options.columns,
             start=options.start,
@@ -74,10 +71,10 @@ class OHoRA(Adapter[OHoRAOptions]):
             out_dtype=torch.float64,
         )
         states = []
-        for i, (weight, (a0, b0)) in enumerate(zip(matrices, results, strict=True)):
+        for (name, weight), (a0, b0) in zip(weights.items(), results, strict=True):
             dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
-            a0 = rounded(f"weights[{i}]", "a0", a0, dtype)
-            b0 = rounded(f"weights[{i}]", "b0", b0, dtype)
+            a0 = rounded(name, "a0", a0, dtype)
+            b0 = rounded(name, "b0", b0, dtype)
             states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
         return states
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,13 +56,11 @@ class QR(LowRank[QROptions]):
     options_type = QROptions
 
     @classmethod
-    def _start(
-        cls, matrices: Sequence[Tensor], options: QROptions, run: linalg.StartRunner
-    ) -> list[State]:
+    def _start(cls, weights: State, options: QROptions, run: linalg.StartRunner) -> list[State]:
         tau = DEFAULT_TAU if options.rank is None and options.tau is None else options.tau
         results = run(
             linalg.pivoted_qr,
-            list(matrices),
+            weights,
             rank=options.rank,
             tau=tau,
             rank_rule=options.rank_rule,
@@ -72,12 +69,12 @@ class QR(LowRank[QROptions]):
         return [
             {
                 "q": result.q.to(weight.dtype),
-                "r": rounded(f"weights[{i}]", "r", result.r, weight.dtype),
+                "r": rounded(name, "r", result.r, weight.dtype),
                 "pivots": result.pivots,
                 "diagonal": result.diagonal,
                 "lam": result.diagonal.new_zeros(result.rank),
             }
-            for i, (weight, result) in enumerate(zip(matrices, results, strict=True))
+            for (name, weight), result in zip(weights.items(), results, strict=True)
         ]
 
     @classmethod

@@ -1,7 +1,7 @@
 """Starts of the adapters: pivoted QR, truncated SVD, Kronecker factors."""
 
 from .cache import cached_start
-from .distributed import distributed_start
+from .distributed import StartRunner, distributed_start
 from .kron import KronFactors, effective_rank, high_rank, kron_factors
 from .pivoted_qr import PivotedQR, pivoted_qr, rebuild_pivoted_qr
 from .profile import RankProfile, rank_profile
@@ -15,7 +15,6 @@ from .rules import (
     rank_bracket,
     rank_from_diagonal,
 )
-from .runner import StartRunner
 from .svd import TruncatedSVD, truncated_svd
 
 __all__ = [

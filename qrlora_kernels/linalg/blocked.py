@@ -25,10 +25,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .panels import PANEL_BYTES, column_norms2, project
-from .precision import work_dtype
+from .jobs import Pivots
+from .products import column_norms2, panel_width, project, work_dtype
 
 EPS64 = torch.finfo(torch.float64).eps
+BLOCK = 128  # candidates at a time
 # Norms² this close count as tied; a tie goes to the lowest column index.
 TIE = 1e-13
 # A column whose residual is below this many roundings of its noise is dependent on the pivots.
@@ -40,28 +41,6 @@ BLOCK_DROP = 1e-4
 
 StopTest = Callable[[Tensor, Tensor], bool]
 Array = npt.NDArray[np.float64]
-
-
-@dataclass
-class Pivots:
-    """Greedy pivots of one matrix.
-
-    Attributes
-    ----------
-    columns : Tensor [k] int64
-        Pivot columns in order.
-    norms : Tensor [k] fp64
-        Residual norm of each when it was taken, \\|R_ii\\|.
-    bounds : Tensor [K] fp64
-        Upper bounds of the residual norms² after k pivots, 0 at the pivots.
-    deficient : bool
-        Every column left depends on the pivots up to rounding.
-    """
-
-    columns: Tensor
-    norms: Tensor
-    bounds: Tensor
-    deficient: bool
 
 
 @dataclass
@@ -94,8 +73,6 @@ def greedy_pivots(
     *,
     tau: float | None = None,
     stop: StopTest | None = None,
-    norms2: Tensor | None = None,
-    block: int = 128,
 ) -> Pivots:
     """First ``limit`` greedy pivots of ``weight`` [N, K].
 
@@ -105,12 +82,8 @@ def greedy_pivots(
         Stop before the first pivot whose norm is not above ``tau`` times the first one's.
     stop : callable, optional
         Called after each block with the norms [k] of the pivots and the bounds [K]; True ends.
-    norms2 : Tensor [K] fp64, optional
-        Squared column norms, where they are known.
-    block : int
-        Number of candidates.
     """
-    start2 = column_norms2(weight) if norms2 is None else norms2
+    start2 = column_norms2(weight)
     state = _State(
         weight=weight,
         limit=limit,
@@ -127,7 +100,7 @@ def greedy_pivots(
         deficient = not bool(state.alive.any())
         if deficient:
             break
-        outcome = _block(state, block, tau, fresh)
+        outcome = _block(state, tau, fresh)
         fresh = outcome == "refresh"
         if outcome == "below_tau":
             break
@@ -141,9 +114,9 @@ def greedy_pivots(
     )
 
 
-def _block(state: _State, block: int, tau: float | None, fresh: bool) -> str:
+def _block(state: _State, tau: float | None, fresh: bool) -> str:
     """Accept one block of pivots; returns "more", "refresh" or "below_tau"."""
-    chosen, outside, outside_index = _candidates(state, block)
+    chosen, outside = _candidates(state)
     residual = state.weight[:, chosen].double()
     residual -= state.basis @ (state.basis.mT @ residual)
     gram = residual.mT @ residual
@@ -151,7 +124,7 @@ def _block(state: _State, block: int, tau: float | None, fresh: bool) -> str:
         gram.cpu().numpy(),
         chosen.cpu().numpy(),
         room=state.limit - len(state.columns),
-        outside=(outside, outside_index),
+        outside=outside,
         alive=(gram.diagonal() > DEPENDENT**2 * state.noise2[chosen]).cpu().numpy(),
         floor2=0.0 if tau is None or not state.norms else (tau * state.norms[0]) ** 2,
         tau=tau,
@@ -170,17 +143,17 @@ def _block(state: _State, block: int, tau: float | None, fresh: bool) -> str:
     return search.outcome
 
 
-def _candidates(state: _State, block: int) -> tuple[Tensor, float, int]:
+def _candidates(state: _State) -> tuple[Tensor, tuple[float, int]]:
     """Candidate columns in ascending order, the largest bound outside and its lowest column."""
     bounds = state.bounds
     free = int(state.alive.sum())
     order = torch.sort(bounds, descending=True, stable=True)
-    chosen = order.indices[: min(block, free)].sort().values
-    if free <= block:
-        return chosen, -np.inf, bounds.numel()
-    outside = float(order.values[block])
-    tied = order.indices[block:][order.values[block:] >= outside * (1 - TIE)]
-    return chosen, outside, int(tied.min())
+    chosen = order.indices[: min(BLOCK, free)].sort().values
+    if free <= BLOCK:
+        return chosen, (-np.inf, bounds.numel())
+    outside = float(order.values[BLOCK])
+    tied = order.indices[BLOCK:][order.values[BLOCK:] >= outside * (1 - TIE)]
+    return chosen, (outside, int(tied.min()))
 
 
 @dataclass
@@ -220,10 +193,8 @@ def _pivot_block(
         best = left.max()
         at = int(np.argmax(left >= best * (1 - TIE)))  # columns ascend: the lowest index wins
         value = float(left[at])
-        if step == 0 and certify_first and not _certified(value, columns[at], outside):
-            found.outcome = "refresh"
-            return found
-        if step > 0 and not _certified(value, columns[at], outside):
+        if (step > 0 or certify_first) and not _certified(value, columns[at], outside):
+            found.outcome = "more" if step > 0 else "refresh"
             return found
         if value == -np.inf or value < BLOCK_DROP * start[at]:
             return found
@@ -290,10 +261,8 @@ def _set_exact(state: _State, columns: Tensor, norm2: Tensor) -> None:
 def _refresh(state: _State, known2: float) -> None:
     """Recompute in fp64 the norms of all columns whose bound reaches ``known2``."""
     state.pass_dtype = torch.float64
-    rows = state.weight.shape[0]
-    width = max(PANEL_BYTES // (8 * rows), 16)
     competing = torch.nonzero(state.bounds >= known2 * (1 - TIE)).flatten()
-    for columns in torch.split(competing, width):
+    for columns in torch.split(competing, panel_width(state.weight, torch.float64)):
         part = state.weight[:, columns].double()
         part -= state.basis @ (state.basis.mT @ part)
         norm2 = part.square_().sum(0)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,25 @@ from torch import Tensor
 
 from ..files import save_tensors
 from ..fingerprint import digest_of, fingerprint
-from .checks import named_matrices
+from .checks import Named, Weights, named_matrices
+from .kron import KronFactors, kron_factors
 from .parallel import in_threads
-from .records import Start, check_start, from_record, shaping_options, start_some, to_record
+from .pivoted_qr import PivotedQR, pivoted_qr
+from .svd import TruncatedSVD, truncated_svd
 
 # Part of every key: raise it when the same options come to mean other factors.
 FORMAT = 3
 
+Start = Callable[..., Any]
+_RESULTS: dict[Start, type[Any]] = {
+    pivoted_qr: PivotedQR,
+    truncated_svd: TruncatedSVD,
+    kron_factors: KronFactors,
+}
+
 
 def cached_start(
-    start: Start, weights: Sequence[Tensor], folder: str | os.PathLike[str], /, **options: Any
+    start: Start, weights: Weights, folder: str | os.PathLike[str], /, **options: Any
 ) -> list[Any]:
     """``start(weights, **options)``, reading from ``folder`` what an earlier call left there.
 
@@ -38,7 +47,7 @@ def cached_start(
     Parameters
     ----------
     start : pivoted_qr, truncated_svd or kron_factors
-    weights : sequence of Tensor [N, K]
+    weights : sequence of Tensor [N, K], or mapping from the names that errors use
     folder : path
         Made if it does not exist. Files of q and r are as large as the factors.
     **options
@@ -54,20 +63,18 @@ def cached_start(
     TypeError, ValueError
         As ``start`` raises them, ``start`` is another function, or ``folder`` is a file.
     """
-    check_start(start)
-    if isinstance(weights, Tensor):
-        raise TypeError("weights must be a list of tensors, got a Tensor")
-    named_matrices(weights)
+    check_start(start, weights)
+    named = named_matrices(weights)
     store = Store(folder)
-    keys = store.keys(start, weights, options)
-    found = store.read(start, keys, weights)
-    missing = [i for i in range(len(weights)) if i not in found]
-    made = start_some(start, weights, missing, options)
+    keys = store.keys(start, named.values(), options)
+    found = store.read(start, keys, named.values())
+    missing = [i for i in range(len(keys)) if i not in found]
+    made = start_some(start, named, missing, options)
     unkept = store.keep({keys[i]: result for i, result in made.items()})
     if unkept is not None:
         warnings.warn(unkept, stacklevel=2)
     found |= made
-    return [found[i] for i in range(len(weights))]
+    return [found[i] for i in range(len(keys))]
 
 
 class Store:
@@ -89,7 +96,7 @@ class Store:
         except OSError:
             pass
 
-    def keys(self, start: Start, weights: Sequence[Tensor], options: dict[str, Any]) -> list[str]:
+    def keys(self, start: Start, weights: Iterable[Tensor], options: dict[str, Any]) -> list[str]:
         """The name of each matrix's file."""
         shaping = shaping_options(options)
 
@@ -104,7 +111,7 @@ class Store:
     def path(self, key: str) -> Path:
         return self.root / f"{key}.safetensors"
 
-    def read(self, start: Start, keys: Sequence[str], weights: Sequence[Tensor]) -> dict[int, Any]:
+    def read(self, start: Start, keys: Iterable[str], weights: Iterable[Tensor]) -> dict[int, Any]:
         """The stored results by index, on the devices of the weights; no more than are whole."""
         results = in_threads(lambda key, w: self._read(start, key, w.device), keys, weights)
         return {i: result for i, result in enumerate(results) if result is not None}
@@ -130,7 +137,12 @@ class Store:
         """
         try:
             for key, result in results.items():
-                self._write(key, result)
+                tensors, values = to_record(result)
+                tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                text = json.dumps(values)
+                # One entry: safetensors writes several in an order that changes from call to call.
+                entry = json.dumps([_digest(key, tensors, text), text])
+                save_tensors(self.path(key), tensors, {"entry": entry})
         except (SafetensorError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             return (
@@ -139,15 +151,43 @@ class Store:
             )
         return None
 
-    def _write(self, key: str, result: Any) -> None:
-        tensors, values = to_record(result)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        text = json.dumps(values)
-        # One entry: safetensors writes several in an order that changes from call to call.
-        entry = json.dumps([_digest(key, contiguous, text), text])
-        save_tensors(self.path(key), contiguous, {"entry": entry})
-
 
 def _digest(key: str, tensors: Mapping[str, Tensor], values: str) -> str:
     """Of everything in a file, and of the place it was written for."""
     return digest_of(tensors, f"{key} {values}")
+
+
+def check_start(start: Start, weights: Weights) -> None:
+    if start not in _RESULTS:
+        names = ", ".join(known.__name__ for known in _RESULTS)
+        raise ValueError(f"start must be one of {names}, got {start!r}")
+    if isinstance(weights, Tensor):
+        raise TypeError("weights must be a list of tensors, got a Tensor")
+
+
+def shaping_options(options: Mapping[str, Any]) -> dict[str, str]:
+    """The options that shape a start's result, as text."""
+    return {name: str(value) for name, value in options.items() if name != "progress"}
+
+
+def start_some(
+    start: Start, named: Named, chosen: Sequence[int], options: Mapping[str, Any]
+) -> dict[int, Any]:
+    """``start`` of the chosen matrices by index."""
+    names = list(named)
+    results = start({names[i]: named[names[i]] for i in chosen}, **options) if chosen else []
+    return dict(zip(chosen, results, strict=True))
+
+
+def to_record(result: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the other fields of a result, by name."""
+    fields = result._asdict() if hasattr(result, "_asdict") else vars(result)
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in fields.items() if name not in tensors}
+
+
+def from_record(start: Start, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Any:
+    """The result of ``start`` that :func:`to_record` took apart."""
+    if isinstance(values.get("bracket"), list):  # JSON knows no tuples
+        values = {**values, "bracket": tuple(values["bracket"])}
+    return _RESULTS[start](**tensors, **values)

@@ -1,11 +1,9 @@
-"""Checks shared by the factorisations: which tensors they take, and how a list's error is named."""
+"""Checks shared by the factorisations: which tensors they take, and how errors name them."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,38 +12,38 @@ from ..native import pointers
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+# Several matrices as a caller gives them, and by the names that errors have for them.
+Weights = Sequence[Tensor] | Mapping[str, Tensor]
+Named = dict[str, Tensor]
 
-def named_matrices(weights: Tensor | Sequence[Tensor]) -> tuple[list[tuple[str, Tensor]], bool]:
-    """Checked (name, matrix) pairs and whether ``weights`` was a single tensor.
+
+def named_matrices(weights: Tensor | Weights) -> Named:
+    """Checked matrices by their names: a mapping's own, or weights and weights[i].
 
     Raises
     ------
     TypeError
-        Not a tensor or sequence of tensors, or not a dense tensor of a floating dtype that has its
-        elements in memory.
+        Not a tensor, or a sequence or mapping of tensors, or not a dense tensor of a floating dtype
+        that has its elements in memory.
     ValueError
-        Not 2-D, empty, or on the meta device. The message names the matrix of the list.
+        Not 2-D, empty, or on the meta device. The message names the matrix.
     """
-    single = isinstance(weights, Tensor)
-    if not single and (isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence)):
+    if isinstance(weights, Tensor):
+        named = {"weights": weights}
+    elif isinstance(weights, Mapping):
+        named = dict(weights)
+    elif isinstance(weights, Sequence) and not isinstance(weights, (str, bytes)):
+        named = {f"weights[{i}]": item for i, item in enumerate(weights)}
+    else:
         raise TypeError(f"weights must be a tensor or a list of them, got {type(weights).__name__}")
-    items = [weights] if isinstance(weights, Tensor) else list(weights)
-    names = ["weights"] if single else [f"weights[{i}]" for i in range(len(items))]
-    for name, item in zip(names, items, strict=True):
+    for name, item in named.items():
         _check_matrix(name, item)
-    named = zip(names, items, strict=True)
-    return [(name, pointers.checked(item.detach(), name)) for name, item in named], single
+    return {name: pointers.checked(item.detach(), name) for name, item in named.items()}
 
 
-@contextmanager
-def renamed_matrices(names: Sequence[str]) -> Iterator[None]:
-    """Inside, an error about ``weights[i]`` becomes one about ``names[i]``."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        message = re.sub(r"weights\[(\d+)\]", lambda m: names[int(m[1])], str(error))
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(message) from None
+def check_choice(argument: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 
 from ..native import CORE, pointers, runs_on
-from .blocked import Pivots
+from .jobs import CORE_DTYPES, Factors, Job, Pivots, Report, after
 
-# As enum DType of csrc/include/qrlora/dtype.h.
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Matrices and tiles of 128 columns index grid dimensions that end at 65535.
 _MOST_MATRICES = 4096
 _MOST_COLUMNS = 65535 * 128
 # Pivots that a search with a rule makes room for at first.
 _FIRST_LIMIT = 512
 DEVICE_TYPE = "cuda"
-
-Report = Callable[[int], None]
-Factors = tuple[Tensor, Tensor, Tensor]
 
 
 def available() -> tuple[bool, str]:
@@ -50,50 +45,31 @@ def handles(weight: Tensor, rule: str | None = None) -> tuple[bool, str]:
     return there, reason
 
 
-def search(
-    weights: Sequence[Tensor], limits: Sequence[int], tau: float | None, report: Report
-) -> list[Pivots | None]:
-    """Pivots of each CUDA matrix; None for one with NaN, Inf or overflow.
+def search(jobs: Sequence[Job], tau: float | None, report: Report) -> list[Pivots | None]:
+    """Pivots of each CUDA matrix, fewer where the magnitude rule of ``tau`` stops earlier.
 
-    Parameters
-    ----------
-    limits : sequence of int
-        Most pivots of each matrix.
-    tau : float or None
-        The magnitude rule's, which may stop earlier.
-    report : callable
-        Called with the number of matrices done; an exception from it ends the search.
+    None for one with NaN, Inf or overflow.
     """
     if tau is None:
-        return _search(weights, limits, 0.0, report)
+        return _search(jobs, 0.0, report)
     # The rule stops most searches early; those that it does not start again with more memory.
-    first = [min(limit, _FIRST_LIMIT) for limit in limits]
-    found = _search(weights, first, tau, report)
+    first = [job._replace(limit=min(job.limit, _FIRST_LIMIT)) for job in jobs]
+    found = _search(first, tau, report)
     again = [
         i
-        for i, pivots in enumerate(found)
-        if pivots is not None and len(pivots.columns) == first[i] < limits[i]
+        for i, (job, pivots) in enumerate(zip(jobs, found, strict=True))
+        if pivots is not None and len(pivots.columns) == first[i].limit < job.limit
     ]
-    if again:
-        before = len(weights) - len(again)
-        more = _search(
-            [weights[i] for i in again],
-            [limits[i] for i in again],
-            tau,
-            lambda done: report(before + done),
-        )
-        for i, pivots in zip(again, more, strict=True):
-            found[i] = pivots
+    more = _search([jobs[i] for i in again], tau, after(len(jobs) - len(again), report))
+    for i, pivots in zip(again, more, strict=True):
+        found[i] = pivots
     return found
 
 
-def _search(
-    weights: Sequence[Tensor], limits: Sequence[int], tau: float, report: Report
-) -> list[Pivots | None]:
+def _search(jobs: Sequence[Job], tau: float, report: Report) -> list[Pivots | None]:
     found: dict[int, Pivots | None] = {}
-    for batch in _batches(weights, limits, factors=False):
-        columns = weights[batch.members[0]].shape[1]
-        bounds = batch.empty(batch.count, columns, dtype=torch.float64)
+    for batch in _batches(jobs, factors=False):
+        bounds = batch.empty(batch.count, batch.columns, dtype=torch.float64)
         batch.open(tau, batch.address(bounds))
         batch.core.start()
         batch.run(len(found), report)
@@ -109,66 +85,52 @@ def _search(
             )
             found[member] = None if infinite[row] else pivots
         report(len(found))
-    return [found[i] for i in range(len(weights))]
+    return [found[i] for i in range(len(jobs))]
 
 
-def factors(
-    weights: Sequence[Tensor],
-    pivots: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    report: Report,
-) -> list[Factors]:
-    """q [N, r], r [r, K] and the fp64 diagonal [r] of each CUDA matrix from its pivots.
+def factors(jobs: Sequence[Job], pivots: Sequence[Tensor], report: Report) -> list[Factors]:
+    """q, r and the fp64 diagonal of each CUDA matrix from its pivots, as many as its limit.
 
     The pivots are taken in runs that end where a column has shrunk to a hundredth; each run is made
     orthonormal by a Cholesky factorisation of its Gram matrix, twice.
     """
     made: dict[int, Factors] = {}
-    limits = [len(chosen) for chosen in pivots]
-    for batch in _batches(weights, limits, factors=True, dtypes=dtypes):
-        out_dtype = dtypes[batch.members[0]]
-        shapes = [(*weights[i].shape, limits[i]) for i in batch.members]
-        q = [batch.empty(rows, count, dtype=out_dtype) for rows, _, count in shapes]
-        r = [batch.empty(count, columns, dtype=out_dtype) for _, columns, count in shapes]
+    for batch in _batches(jobs, factors=True):
+        dtype, rows, columns = batch.jobs[0].dtype, batch.rows, batch.columns
+        q = [batch.empty(rows, job.limit, dtype=dtype) for job in batch.jobs]
+        r = [batch.empty(job.limit, columns, dtype=dtype) for job in batch.jobs]
         for row, member in enumerate(batch.members):
-            batch.pivots[row, : limits[member]] = pivots[member]
+            batch.pivots[row, : jobs[member].limit] = pivots[member]
         batch.norms.zero_()  # stays 0 from a pivot on that depends on those before it
         batch.open(0.0, 0)
         batch.run(len(made), report)
         addresses = batch.addresses(q), batch.addresses(r)
-        batch.core.store_factors(_DTYPES[out_dtype], *(batch.address(t) for t in addresses))
+        batch.core.store_factors(CORE_DTYPES[dtype], *(batch.address(t) for t in addresses))
         for row, member in enumerate(batch.members):
-            made[member] = (q[row], r[row], batch.norms[row, : limits[member]].clone())
+            made[member] = (q[row], r[row], batch.norms[row, : jobs[member].limit].clone())
         report(len(made))
-    return [made[i] for i in range(len(weights))]
+    return [made[i] for i in range(len(jobs))]
 
 
 @dataclass
 class _Batch:
     """Matrices of one shape, stride, dtype and device, and what the core keeps of them."""
 
-    weights: list[Tensor]
+    jobs: list[Job]
     members: list[int]  # their places in the caller's list
-    limits: list[int]
     factors: bool
     core: Any = None
 
     def __post_init__(self) -> None:
         assert CORE is not None
-        words = CORE.cuda_pivot_state_words
-        self.states = torch.zeros(self.count, words, dtype=torch.int64)
-        self.states[:, 3] = torch.tensor(self.limits)
+        self.count, self.capacity = len(self.jobs), max(job.limit for job in self.jobs)
+        self.rows, self.columns = self.jobs[0].weight.shape
+        self.device = self.jobs[0].weight.device
+        self.states = torch.zeros(self.count, CORE.cuda_pivot_state_words, dtype=torch.int64)
+        self.states[:, 3] = torch.tensor([job.limit for job in self.jobs])
         self.states = self.states.to(self.device)
-        self.pivots = self.empty(self.count, max(self.limits), dtype=torch.int64)
-        self.norms = self.empty(self.count, max(self.limits), dtype=torch.float64)
-
-    @property
-    def count(self) -> int:
-        return len(self.weights)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights[0].device
+        self.pivots = self.empty(self.count, self.capacity, dtype=torch.int64)
+        self.norms = self.empty(self.count, self.capacity, dtype=torch.float64)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
@@ -183,9 +145,9 @@ class _Batch:
 
     def open(self, tau: float, bounds: int) -> None:
         """Give the core its arrays on the current stream."""
-        self.core = _core(self.weights[0], self.count, max(self.limits), tau, self.factors)
+        self.core = _core(self.jobs[0].weight, self.count, self.capacity, tau, self.factors)
         self.workspace = self.empty(self.core.workspace_bytes(), dtype=torch.uint8)
-        self.matrices = self.addresses(self.weights)
+        self.matrices = self.addresses([job.weight for job in self.jobs])
         self.core.bind(
             matrices=self.address(self.matrices),
             states=self.address(self.states),
@@ -200,8 +162,7 @@ class _Batch:
 
         A round takes a pivot or drops candidates, unless it is one of a refresh of all bounds.
         """
-        columns = self.weights[0].shape[1]
-        for _ in range((max(self.limits) + columns) * (columns // 128 + 3)):
+        for _ in range((self.capacity + self.columns) * (self.columns // 128 + 3)):
             left = self.core.round()
             if left == 0:
                 return
@@ -209,33 +170,32 @@ class _Batch:
         raise RuntimeError(f"the CUDA core does not end on {self.count} matrices")
 
 
-def _batches(
-    weights: Sequence[Tensor],
-    limits: Sequence[int],
-    *,
-    factors: bool,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> Iterator[_Batch]:
+def _batches(jobs: Sequence[Job], *, factors: bool) -> Iterator[_Batch]:
     """Batches of matrices that differ in nothing but their values, as many as memory allows."""
     groups: dict[Any, list[int]] = defaultdict(list)
-    for i, weight in enumerate(weights):
-        out_dtype = None if dtypes is None else dtypes[i]
-        key = (weight.device, weight.dtype, weight.shape, weight.stride(), out_dtype)
+    for i, (_, weight, _, dtype) in enumerate(jobs):
+        key = (
+            weight.device,
+            weight.dtype,
+            weight.shape,
+            weight.stride(),
+            dtype if factors else None,
+        )
         groups[key].append(i)
     for members in groups.values():
-        first, capacity = weights[members[0]], max(limits[i] for i in members)
+        first, capacity = jobs[members[0]].weight, max(jobs[i].limit for i in members)
         one = _core(first, 1, capacity, 0.0, factors).workspace_bytes()
         most = max(1, min(_free_bytes(first.device) // 4 // one, _MOST_MATRICES))
         for start in range(0, len(members), most):
             part = members[start : start + most]
-            yield _Batch([weights[i] for i in part], part, [limits[i] for i in part], factors)
+            yield _Batch([jobs[i] for i in part], part, factors)
 
 
 def _core(weight: Tensor, count: int, capacity: int, tau: float, factors: bool) -> Any:
     assert CORE is not None
     on_gpu = weight.device.type == "cuda"
     return CORE.CudaPivots(
-        dtype=_DTYPES[weight.dtype],
+        dtype=CORE_DTYPES[weight.dtype],
         count=count,
         rows=weight.shape[0],
         columns=weight.shape[1],

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isqrt
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_out_dtype, named_matrices
+from .checks import Named, check_choice, check_finite, check_out_dtype
 from .exponents import in_range, rounded, times_two_to
+from .factorisation import factorisation
 from .parallel import map_matrices
-from .precision import start_computation, work_dtype
+from .products import work_dtype
 from .rules import check_rank_options
 
 Columns = Literal["leading", "selected"]
@@ -50,31 +50,9 @@ def effective_rank(matrix: Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-@overload
+@factorisation
 def kron_factors(
-    weights: Tensor,
-    rank: int | None = ...,
-    columns: Columns = ...,
-    start: Start = ...,
-    seed: int = ...,
-    out_dtype: torch.dtype | None = ...,
-    cut: bool = ...,
-    progress: bool = ...,
-) -> KronFactors: ...
-@overload
-def kron_factors(
-    weights: Sequence[Tensor],
-    rank: int | None = ...,
-    columns: Columns = ...,
-    start: Start = ...,
-    seed: int = ...,
-    out_dtype: torch.dtype | None = ...,
-    cut: bool = ...,
-    progress: bool = ...,
-) -> list[KronFactors]: ...
-@start_computation
-def kron_factors(
-    weights: Tensor | Sequence[Tensor],
+    weights: Named,
     rank: int | None = None,
     columns: Columns = "leading",
     start: Start = "qr",
@@ -82,7 +60,7 @@ def kron_factors(
     out_dtype: torch.dtype | None = None,
     cut: bool = True,
     progress: bool = False,
-) -> KronFactors | list[KronFactors]:
+) -> list[KronFactors]:
     """A₀ [N/r, r] and B₀ [K/r, r] of a matrix W [N, K] or of each matrix of a list.
 
     With W = Q R unpivoted, I₁ the r largest \\|R_ii\\| and I₂ the next r (eq. 8, 9):
@@ -90,7 +68,7 @@ def kron_factors(
 
     Parameters
     ----------
-    weights : Tensor [N, K] or sequence of them
+    weights : Tensor [N, K], or sequence of them or mapping from the names that errors use
     rank : int, optional
         A divisor of N and K, at most ``high_rank(N, K)``, the default.
     columns : {"leading", "selected"}
@@ -119,15 +97,10 @@ def kron_factors(
     """
     check_rank_options(rank, None, "magnitude", None)
     check_out_dtype(out_dtype)
-    for argument, value, allowed in (
-        ("columns", columns, get_args(Columns)),
-        ("start", start, get_args(Start)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+    check_choice("columns", columns, get_args(Columns))
+    check_choice("start", start, get_args(Start))
     if start == "kaiming" and not cut:
         raise ValueError("cut must be True for start='kaiming', which draws A0 and B0 as they are")
-    named, single = named_matrices(weights)
 
     def one(name: str, weight: Tensor) -> KronFactors:
         r = _check_rank(name, weight, rank, start)
@@ -142,8 +115,7 @@ def kron_factors(
         a0, b0 = (times_two_to(exponent, factor.double()) for factor in pair)
         return KronFactors(rounded(name, "a0", a0, dtype), rounded(name, "b0", b0, dtype))
 
-    results = map_matrices(one, named, "Kronecker start", progress)
-    return results[0] if single else results
+    return map_matrices(one, weights, "Kronecker start", progress)
 
 
 def _check_rank(name: str, weight: Tensor, rank: int | None, start: Start) -> int:

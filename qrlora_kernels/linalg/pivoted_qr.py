@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, overload
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import cpu_core, cuda_core
-from .checks import check_out_dtype, check_rank_fits, named_matrices
-from .cpu_core import Factors
+from .checks import Named, check_out_dtype, check_rank_fits, named_matrices
 from .exponents import check_held, in_range, is_held, times_two_to
-from .factors import factors_from_pivots
-from .precision import start_computation
+from .factorisation import factorisation, start_computation
+from .from_pivots import from_pivots
+from .jobs import Job, after
 from .rules import RankRule, check_rank_options
-from .search import Chosen, RankOptions, Report, after, choose_pivots
+from .search import Chosen, RankOptions, choose_pivots
 
 
 @dataclass(frozen=True)
@@ -52,33 +49,9 @@ class PivotedQR:
     bracket: tuple[int, int] | None = None
 
 
-@overload
+@factorisation
 def pivoted_qr(
-    weights: Tensor,
-    rank: int | None = ...,
-    tau: float | None = ...,
-    rank_rule: RankRule = ...,
-    max_rank: int | None = ...,
-    exact: bool = ...,
-    axis: int = ...,
-    out_dtype: torch.dtype | None = ...,
-    progress: bool = ...,
-) -> PivotedQR: ...
-@overload
-def pivoted_qr(
-    weights: Sequence[Tensor],
-    rank: int | None = ...,
-    tau: float | None = ...,
-    rank_rule: RankRule = ...,
-    max_rank: int | None = ...,
-    exact: bool = ...,
-    axis: int = ...,
-    out_dtype: torch.dtype | None = ...,
-    progress: bool = ...,
-) -> list[PivotedQR]: ...
-@start_computation
-def pivoted_qr(
-    weights: Tensor | Sequence[Tensor],
+    weights: Named,
     rank: int | None = None,
     tau: float | None = None,
     rank_rule: RankRule = "magnitude",
@@ -87,7 +60,7 @@ def pivoted_qr(
     axis: int = 1,
     out_dtype: torch.dtype | None = None,
     progress: bool = False,
-) -> PivotedQR | list[PivotedQR]:
+) -> list[PivotedQR]:
     """Column-pivoted QR of a matrix or a list of matrices, stopped at the rank that is wanted.
 
     The pivots are the greedy ones of LAPACK's geqp3 for the same values in fp64. Ties (norms²
@@ -97,7 +70,7 @@ def pivoted_qr(
 
     Parameters
     ----------
-    weights : Tensor [N, K] or sequence of them
+    weights : Tensor [N, K], or sequence of them or mapping from the names that errors use
         bf16, fp16, fp32 or fp64, any strides, shapes and dtypes mixed.
     rank : int, optional
         Number of pivots. Without ``rank`` and ``tau``: min(N, K).
@@ -121,7 +94,7 @@ def pivoted_qr(
 
     Returns
     -------
-    PivotedQR, or a list of them for a sequence
+    PivotedQR, or a list of them for a sequence or a mapping
 
     Raises
     ------
@@ -133,34 +106,35 @@ def pivoted_qr(
     check_out_dtype(out_dtype)
     if axis not in (-2, -1, 0, 1):
         raise ValueError(f"axis must be 0 or 1, got {axis!r}")
-    named, single = named_matrices(weights)
-    if axis in (-2, 0):
-        named = [(name, weight.mT) for name, weight in named]
-    for name, weight in named:
+    options = RankOptions(rank, tau, rank_rule, max_rank, exact)
+    jobs, exponents = [], []
+    for name, weight in weights.items():
+        if axis in (-2, 0):
+            weight = weight.mT
         if rank is not None:
             check_rank_fits(name, rank, weight)
-    scaled = [in_range(name, weight) for name, weight in named]
-    named = [(name, weight) for (name, _), (weight, _) in zip(named, scaled, strict=True)]
-    options = RankOptions(rank, tau, rank_rule, max_rank, exact)
-    dtypes = [out_dtype or weight.dtype for _, weight in named]
-    with tqdm(total=2 * len(named), desc="pivoted QR", unit="step", disable=not progress) as bar:
-        chosen = choose_pivots(named, options, dtypes, lambda done: _advance(bar, done))
+        weight, exponent = in_range(name, weight)
+        jobs.append(Job(name, weight, options.limit(weight), out_dtype or weight.dtype))
+        exponents.append(exponent)
+    with tqdm(total=2 * len(jobs), desc="pivoted QR", unit="step", disable=not progress) as bar:
+
+        def report(done: int) -> None:
+            bar.update(done - bar.n)
+
+        chosen = choose_pivots(jobs, options, report)
         open_ = [i for i, one in enumerate(chosen) if one.factors is None]
-        made = _factors(
-            [named[i][1] for i in open_],
+        made = from_pivots(
+            [jobs[i] for i in open_],
             [chosen[i].pivots for i in open_],
-            [dtypes[i] for i in open_],
-            lambda done: _advance(bar, 2 * len(named) - len(open_) + done),
+            after(2 * len(jobs) - len(open_), report),
         )
-        factors = dict(zip(open_, made, strict=True))
-        _advance(bar, 2 * len(named))
-    results = [
-        _result(name, weight, one, one.factors or factors[i], exponent, out_dtype)
-        for i, ((name, weight), one, (_, exponent)) in enumerate(
-            zip(named, chosen, scaled, strict=True)
-        )
+        report(2 * len(jobs))
+    for i, factors in zip(open_, made, strict=True):
+        chosen[i] = chosen[i]._replace(factors=factors)
+    return [
+        _result(job, one, exponent, out_dtype)
+        for job, one, exponent in zip(jobs, chosen, exponents, strict=True)
     ]
-    return results[0] if single else results
 
 
 @start_computation
@@ -178,7 +152,7 @@ def rebuild_pivoted_qr(
     pivots : Tensor [r] of integers
         Distinct columns of ``weight``.
     """
-    [(name, weight)], _ = named_matrices(weight)
+    [(name, weight)] = named_matrices(weight).items()
     check_out_dtype(out_dtype)
     if pivots.ndim != 1 or pivots.is_floating_point() or not 1 <= len(pivots) <= min(weight.shape):
         raise ValueError(
@@ -191,70 +165,20 @@ def rebuild_pivoted_qr(
     if len(torch.unique(pivots)) != len(pivots):
         raise ValueError(f"pivots must be distinct columns of {name}, got {pivots.tolist()}")
     weight, exponent = in_range(name, weight)
-    [factors] = _factors([weight], [pivots], [out_dtype or weight.dtype], lambda _: None)
+    job = Job(name, weight, len(pivots), out_dtype or weight.dtype)
+    [factors] = from_pivots([job], [pivots], lambda _: None)
     if not bool((factors[2] > 0).all()):  # NaN included
         raise ValueError(f"pivots must be independent columns of {name}, got {pivots.tolist()}")
-    chosen = Chosen(pivots, False, None, None)
-    return _result(name, weight, chosen, factors, exponent, out_dtype)
+    return _result(job, Chosen(pivots, False, None, factors), exponent, out_dtype)
 
 
-def _result(
-    name: str,
-    weight: Tensor,
-    chosen: Chosen,
-    factors: Factors,
-    exponent: int,
-    out_dtype: torch.dtype | None,
-) -> PivotedQR:
-    """The factors of ``name``, which is ``weight`` · 2ᵉ, from those of ``weight``."""
-    q, r, diagonal = factors
-    if out_dtype is None and weight.dtype == torch.float16 and not is_held(r):
-        [(q, r, diagonal)] = _factors([weight], [chosen.pivots], [torch.float32], lambda _: None)
+def _result(job: Job, chosen: Chosen, exponent: int, out_dtype: torch.dtype | None) -> PivotedQR:
+    """The factors of the matrix that is the job's · 2ᵉ, from those of the job's."""
+    assert chosen.factors is not None
+    q, r, diagonal = chosen.factors
+    if out_dtype is None and job.dtype == torch.float16 and not is_held(r):
+        wider = job._replace(dtype=torch.float32)
+        [(q, r, diagonal)] = from_pivots([wider], [chosen.pivots], lambda _: None)
     r, diagonal = times_two_to(exponent, r), times_two_to(exponent, diagonal)
-    check_held(name, "r", r, diagonal[:1])
+    check_held(job.name, "r", r, diagonal[:1])
     return PivotedQR(q, r, chosen.pivots, diagonal, len(diagonal), chosen.deficient, chosen.bracket)
-
-
-def _factors(
-    weights: Sequence[Tensor],
-    pivots: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    report: Report,
-) -> list[Factors]:
-    """(q, r, diagonal) of each matrix, a function of the matrix and the pivots alone.
-
-    On the CPU the pivots are searched again, because a search with their number as its limit makes
-    the very factors that the first one did or would have made; pivots that it does not confirm are
-    taken as they are.
-    """
-    on_gpu = [i for i, weight in enumerate(weights) if cuda_core.handles(weight)[0]]
-    results = cuda_core.factors(
-        [weights[i] for i in on_gpu],
-        [pivots[i] for i in on_gpu],
-        [dtypes[i] for i in on_gpu],
-        report,
-    )
-    made = dict(zip(on_gpu, results, strict=True))
-    native = [i for i, w in enumerate(weights) if i not in made and cpu_core.handles(w)]
-    if native:
-        found = cpu_core.search(
-            [weights[i] for i in native],
-            [len(pivots[i]) for i in native],
-            None,
-            0.0,
-            1,
-            [dtypes[i] for i in native],
-            after(len(made), report),
-        )
-        for i, (again, factors) in zip(native, found, strict=True):
-            if again is not None and factors and torch.equal(again.columns, pivots[i]):
-                made[i] = factors
-    for i, weight in enumerate(weights):
-        if i not in made:
-            made[i] = factors_from_pivots(weight, pivots[i], dtypes[i])
-            report(len(made))
-    return [made[i] for i in range(len(weights))]
-
-
-def _advance(bar: tqdm[NoReturn], done: int) -> None:
-    bar.update(done - bar.n)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .checks import check_choice
 from .exponents import in_range, times_two_to
 
 RankRule = Literal["magnitude", "energy", "abs_sum"]
@@ -40,8 +41,7 @@ def check_rank_options(
             raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
         if rank is not None:
             raise ValueError(f"give rank or tau, not both: got rank={rank} and tau={tau}")
-    if rank_rule not in RANK_RULES:
-        raise ValueError(f"rank_rule must be one of {', '.join(RANK_RULES)}, got {rank_rule!r}")
+    check_choice("rank_rule", rank_rule, RANK_RULES)
 
 
 def magnitude_rank(diagonal: Tensor, tau: float) -> int:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import cpu_core, cuda_core
-from .blocked import Pivots, greedy_pivots
-from .cpu_core import Factors
-from .panels import column_norms2
+from .blocked import greedy_pivots
+from .jobs import Factors, Job, Pivots, Report, after
 from .rules import RankRule, rank_bracket, rank_from_diagonal
-
-Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -55,123 +51,69 @@ class Chosen(NamedTuple):
     factors: Factors | None
 
 
-def after(before: int, report: Report) -> Report:
-    """``report`` for a part of a list of which ``before`` are done already."""
-    return lambda done: report(before + done)
-
-
-def choose_pivots(
-    named: Sequence[tuple[str, Tensor]],
-    options: RankOptions,
-    dtypes: Sequence[torch.dtype],
-    report: Report,
-) -> list[Chosen]:
-    """Pivots that each matrix keeps; ``dtypes`` are those of its factors.
+def choose_pivots(jobs: Sequence[Job], options: RankOptions, report: Report) -> list[Chosen]:
+    """Pivots that each matrix keeps.
 
     Raises
     ------
     ValueError
         A matrix is zero or has a NaN or Inf.
     """
-    limits = [options.limit(weight) for _, weight in named]
-    found = _search_gpu(named, limits, options, report)
+    rule, tau = options.stop_rule(), options.tau
+    on_gpu = [i for i, job in enumerate(jobs) if cuda_core.handles(job.weight, rule)[0]]
+    results = cuda_core.search(
+        [jobs[i] for i in on_gpu], tau if rule == "magnitude" else None, report
+    )
+    found = {i: _searched(jobs[i], pivots) for i, pivots in zip(on_gpu, results, strict=True)}
     factors: dict[int, Factors] = {}
-    native = [
-        i for i, (_, weight) in enumerate(named) if i not in found and cpu_core.handles(weight)
-    ]
-    searched = _search_native(
-        [named[i][1] for i in native],
-        [limits[i] for i in native],
-        [dtypes[i] for i in native],
-        options,
+    native = [i for i, job in enumerate(jobs) if i not in found and cpu_core.handles(job.weight)]
+    searched = cpu_core.search(
+        [jobs[i] for i in native],
         after(len(found), report),
+        rule,
+        tau or 0.0,
+        options.max_rank or max((min(jobs[i].weight.shape) for i in native), default=1),
+        factors=tau is None or rule == "magnitude",  # others cut what was found
     )
     for i, (pivots, made) in zip(native, searched, strict=True):
-        name, weight = named[i]
-        found[i] = _searched(name, pivots)
-        size = len(found[i].columns)
-        if made is not None and _are_final(weight, limits[i], size, options.stop_rule()):
+        found[i] = _searched(jobs[i], pivots)
+        if made is not None and _are_final(jobs[i], len(found[i].columns), rule):
             factors[i] = made
-    for i, (name, weight) in enumerate(named):
+    for i, job in enumerate(jobs):
         if i not in found:
-            found[i] = _searched(name, _search_torch(weight, options))
+            found[i] = _searched(job, _search_torch(job, options))
             report(len(found))
-    return [_cut(found[i], weight, options, factors.get(i)) for i, (_, weight) in enumerate(named)]
+    return [_cut(found[i], job.weight, options, factors.get(i)) for i, job in enumerate(jobs)]
 
 
-def _search_native(
-    weights: Sequence[Tensor],
-    limits: Sequence[int],
-    dtypes: Sequence[torch.dtype],
-    options: RankOptions,
-    report: Report,
-) -> Sequence[tuple[Pivots | None, Factors | None]]:
-    """Pivots on the CPU core, with the factors where the rank is the number of pivots."""
-    if not weights:
-        return []
-    rule, tau = options.stop_rule(), options.tau
-    most = options.max_rank or max(min(weight.shape) for weight in weights)
-    cut_later = tau is not None and rule != "magnitude"
-    return cpu_core.search(
-        weights, limits, rule, tau or 0.0, most, None if cut_later else dtypes, report
-    )
-
-
-def _are_final(weight: Tensor, limit: int, rank: int, rule: RankRule | None) -> bool:
-    """The factors of a search for ``limit`` pivots are those of a search for the ``rank`` it found.
+def _are_final(job: Job, rank: int, rule: RankRule | None) -> bool:
+    """The factors of a search to the job's limit are those of a search for the ``rank`` it found.
 
     A deficient matrix may have so few that they would be found in another way; with a rule the
     search begins like one for few pivots, whatever its limit.
     """
-    begun = rule is None and cpu_core.keeps_residual(weight, limit)
-    return begun == cpu_core.keeps_residual(weight, rank)
+    begun = rule is None and cpu_core.keeps_residual(job.weight, job.limit)
+    return begun == cpu_core.keeps_residual(job.weight, rank)
 
 
-def _searched(name: str, pivots: Pivots | None) -> Pivots:
+def _searched(job: Job, pivots: Pivots | None) -> Pivots:
     if pivots is None:
-        raise ValueError(f"{name} must be finite, got NaN or Inf")
+        raise ValueError(f"{job.name} must be finite, got NaN or Inf")
     if len(pivots.columns) == 0:
-        raise ValueError(f"{name} must not be zero, got a matrix of norm 0")
+        raise ValueError(f"{job.name} must not be zero, got a matrix of norm 0")
     return pivots
 
 
-def _search_gpu(
-    named: Sequence[tuple[str, Tensor]],
-    limits: Sequence[int],
-    options: RankOptions,
-    report: Report,
-) -> dict[int, Pivots]:
-    """Pivots of those matrices of the list that the CUDA core takes."""
-    rule = options.stop_rule()
-    members = [i for i, (_, weight) in enumerate(named) if cuda_core.handles(weight, rule)[0]]
-    results = cuda_core.search(
-        [named[i][1] for i in members],
-        [limits[i] for i in members],
-        options.tau if rule == "magnitude" else None,
-        report,
-    )
-    return {i: _searched(named[i][0], pivots) for i, pivots in zip(members, results, strict=True)}
-
-
-def _search_torch(weight: Tensor, options: RankOptions) -> Pivots | None:
-    norms2 = column_norms2(weight)
-    if not bool(torch.isfinite(norms2).all()):
-        return None
-    rule, tau = options.stop_rule(), options.tau
-    stop = None
+def _search_torch(job: Job, options: RankOptions) -> Pivots:
+    rule, stop = options.stop_rule(), None
     if rule in ("energy", "abs_sum"):
 
         def stop(norms: Tensor, bounds: Tensor) -> bool:
-            low, high = _bracket(norms, bounds, weight, options)
-            return high is not None or low >= options.cap(weight)
+            low, high = _bracket(norms, bounds, job.weight, options)
+            return high is not None or low >= options.cap(job.weight)
 
-    return greedy_pivots(
-        weight,
-        options.limit(weight),
-        tau=tau if rule == "magnitude" else None,
-        stop=stop,
-        norms2=norms2,
-    )
+    tau = options.tau if rule == "magnitude" else None
+    return greedy_pivots(job.weight, job.limit, tau=tau, stop=stop)
 
 
 def _cut(found: Pivots, weight: Tensor, options: RankOptions, factors: Factors | None) -> Chosen:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import check_out_dtype, check_rank_fits, named_matrices
+from .checks import Named, check_choice, check_out_dtype, check_rank_fits
 from .exponents import in_range, rounded, times_two_to
+from .factorisation import factorisation
 from .krylov import top_triplets
 from .parallel import map_matrices
-from .precision import start_computation, work_dtype
+from .products import work_dtype
 from .rules import check_rank_options
 
 Which = Literal["top", "middle", "bottom"]
@@ -29,36 +29,16 @@ class TruncatedSVD(NamedTuple):
     vh: Tensor
 
 
-@overload
+@factorisation
 def truncated_svd(
-    weights: Tensor,
-    rank: int,
-    which: Which = ...,
-    seed: int = ...,
-    tol: float = ...,
-    out_dtype: torch.dtype | None = ...,
-    progress: bool = ...,
-) -> TruncatedSVD: ...
-@overload
-def truncated_svd(
-    weights: Sequence[Tensor],
-    rank: int,
-    which: Which = ...,
-    seed: int = ...,
-    tol: float = ...,
-    out_dtype: torch.dtype | None = ...,
-    progress: bool = ...,
-) -> list[TruncatedSVD]: ...
-@start_computation
-def truncated_svd(
-    weights: Tensor | Sequence[Tensor],
+    weights: Named,
     rank: int,
     which: Which = "top",
     seed: int = 0,
     tol: float = 1e-3,
     out_dtype: torch.dtype | None = None,
     progress: bool = False,
-) -> TruncatedSVD | list[TruncatedSVD]:
+) -> list[TruncatedSVD]:
     """``rank`` singular triplets of a matrix or of each matrix of a list.
 
     "top" runs a randomised block Krylov iteration (Halko et al. 2011; Musco and Musco 2015) with a
@@ -69,7 +49,7 @@ def truncated_svd(
 
     Parameters
     ----------
-    weights : Tensor [N, K] or sequence of them
+    weights : Tensor [N, K], or sequence of them or mapping from the names that errors use
     rank : int
         r ≤ min(N, K).
     which : {"top", "middle", "bottom"}
@@ -85,7 +65,7 @@ def truncated_svd(
 
     Returns
     -------
-    TruncatedSVD, or a list of them for a sequence
+    TruncatedSVD, or a list of them for a sequence or a mapping
 
     Raises
     ------
@@ -94,11 +74,9 @@ def truncated_svd(
     """
     check_rank_options(rank, None, "magnitude", None)
     check_out_dtype(out_dtype)
-    if which not in get_args(Which):
-        raise ValueError(f"which must be one of {', '.join(get_args(Which))}, got {which!r}")
+    check_choice("which", which, get_args(Which))
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
-    named, single = named_matrices(weights)
 
     def one(name: str, weight: Tensor) -> TruncatedSVD:
         check_rank_fits(name, rank, weight)
@@ -114,8 +92,7 @@ def truncated_svd(
         s = rounded(name, "s", s, torch.promote_types(dtype, torch.float32))
         return TruncatedSVD(u.to(dtype).contiguous(), s, vh.to(dtype).contiguous())
 
-    results = map_matrices(one, named, "SVD", progress)
-    return results[0] if single else results
+    return map_matrices(one, weights, "SVD", progress)
 
 
 def _full(weight: Tensor, rank: int, which: Which) -> TruncatedSVD:
