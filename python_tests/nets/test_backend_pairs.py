@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qrlora_kernels import functional, kernels
 from qrlora_kernels.backends import Problem, composed, last_choice, use_backend
+from qrlora_kernels.operands import LowRank, LowRankGradient
 
 OPS = ("qr_linear", "lora_xs_linear", "kron_linear")
 SHAPE = (7, 32, 48, 8)
