@@ -1,7 +1,7 @@
 """Which backend is fastest at each step on this GPU: ``python -m bench.tune``, run by gpu_check.sh.
 
 Prints every contest and writes the table that ``QRLORA_TUNING`` reads; what it finds is what
-``qrlora_kernels/backends/measured.py`` should come to say of this chip.
+``qrlora_kernels/dispatch/rules.py`` should come to say of this chip.
 """
 
 from __future__ import annotations

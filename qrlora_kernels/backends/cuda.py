@@ -16,7 +16,7 @@ from ..native import pointers
 from ..operands import LowRank
 
 DECODE = "decode"
-# The tags of csrc/include/qrlora/dtype.h.
+# The tags of csrc/core/include/qrlora/dtype.h.
 _DTYPES = {torch.bfloat16: 2, torch.float16: 3}
 
 
