@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import compare, gate, machine, memory, pages, rows, table, timing
+from bench import compare, gate, machine, memory, pages, rows, table, timing, tune
 from bench.competitors import STARTS, Layer, Start, starts_for, temporarily
 from bench.competitors.lapack import geqp3rk
 from bench.competitors.plain import expression, qr_eager
@@ -329,6 +329,11 @@ def test_gate_only_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with temporarily(wrong(lambda update: 2 * update)):
         assert command.main([*chosen, "--suites", "layer", "--variants", "wrong"]) == 1
     assert "RED: layer qr wrong" in capsys.readouterr().out
+
+
+def test_the_contests_for_a_gpu_are_of_both_steps() -> None:
+    found = tune.problems_of("qr_linear", 16, 16, 2, torch.device("cpu"), tokens=(4, 1))
+    assert [(p.m, p.step) for p in found] == [(4, "fwd"), (4, "bwd"), (1, "fwd"), (1, "bwd")]
 
 
 def test_command_line_names_bad_choices(capsys: pytest.CaptureFixture[str]) -> None:
