@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qrlora_kernels import native
 from qrlora_kernels.backends import cuda
+from qrlora_kernels.operands import LowRank
 
 GPU = cuda.available()
 OPS = ("qr_linear", "lora_xs_linear")
@@ -45,9 +46,10 @@ def emulated(emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def decode(op: str, given: Operands) -> tuple[Tensor, Tensor]:
-    operands = [given[name] for name in ("x", "weight", "bias", *helpers.OPERANDS[op])]
+    factors = ("q", "r", "lam") if op == "qr_linear" else ("b", "a", "core")
+    operands = [given[name] for name in ("x", "weight", "bias", *factors)]
     with poisoned_memory():
-        y, h = getattr(cuda, f"{op}_fwd")(*operands, SCALING)
+        y, h = cuda.low_rank_fwd(LowRank(*operands, None, SCALING), cuda.DECODE)
     return y, h
 
 
