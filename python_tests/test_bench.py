@@ -1,4 +1,4 @@
-"""The benchmark itself: its gate bites, its rows are honest, its pages say what was recorded."""
+"""The benchmark itself: its gate bites, its rows are honest."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded_rows import recorded
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import compare, gate, machine, memory, pages, rows, table, timing, tune
+from bench import compare, gate, memory, rows, table, timing, tune
 from bench.competitors import STARTS, Layer, Start, starts_for, temporarily
 from bench.competitors.lapack import geqp3rk
 from bench.competitors.plain import expression, qr_eager
@@ -237,86 +238,25 @@ def test_rows_of_another_benchmark_are_refused(tmp_path: Path) -> None:
         rows.read(path)
 
 
-def _recorded(value: float, ratio: float | None, **changes: Any) -> Row:
-    made = Row("layer", "eager", "both", adapter="qr")
-    numbers = {"value": value, "first": value, "second": value, "ratio": ratio}
-    spread = {"q20": 0.99 * value, "q80": 1.01 * value}
-    return dataclasses.replace(made, **{**numbers, **spread, **changes})
-
-
 @pytest.mark.parametrize(
     ("new", "status"),
     [
-        (_recorded(1.0, 1.2), 0),
-        (_recorded(2.0, 1.2), 0),  # a slower machine: the floor is slower too
-        (_recorded(1.0, 1.25), 0),  # within noise
-        (_recorded(1.0, 1.0), 0),  # faster
-        (_recorded(1.0, 1.5), 1),
-        (_recorded(1.0, 1.5, first=1.0, second=2.0), 0),  # its own two runs disagree as much
-        (_recorded(1.0, None, status=RED), 1),
-        (_recorded(1.0, 1.2, metric="forward"), 1),  # the old measurement is gone
+        (recorded(1.0, 1.2), 0),
+        (recorded(2.0, 1.2), 0),  # a slower machine: the floor is slower too
+        (recorded(1.0, 1.25), 0),  # within noise
+        (recorded(1.0, 1.0), 0),  # faster
+        (recorded(1.0, 1.5), 1),
+        (recorded(1.0, 1.5, first=1.0, second=2.0), 0),  # its own two runs disagree as much
+        (recorded(1.0, None, status=RED), 1),
+        (recorded(1.0, 1.2, metric="forward"), 1),  # the old measurement is gone
     ],
 )
 def test_compare_fails_on_what_is_worse_beyond_noise(new: Row, status: int, tmp_path: Path) -> None:
-    rows.write([_recorded(1.0, 1.2)], tmp_path / "old.csv")
+    rows.write([recorded(1.0, 1.2)], tmp_path / "old.csv")
     rows.write([new], tmp_path / "new.csv")
     text, found = compare.report(tmp_path / "old.csv", tmp_path / "new.csv")
     assert found == status, text
     assert command.main(["compare", str(tmp_path / "old.csv"), str(tmp_path / "new.csv")]) == status
-
-
-def test_pages_agree_with_the_recorded_rows() -> None:
-    assert pages.regenerate(check=True) == []
-
-
-def test_a_number_changed_by_hand_is_noticed() -> None:
-    recorded = rows.read_folder(pages.RESULTS)
-    text = pages.README.read_text()
-    assert recorded
-    assert pages.readme(text, recorded) == text
-    inside = text.index(pages.BEGIN) + len(pages.BEGIN)
-    assert pages.readme(text[:inside] + "1.00" + text[inside:], recorded) == text
-    with pytest.raises(ValueError, match="once each"):
-        pages.readme(text.replace(pages.END, ""), recorded)
-
-
-def test_the_readme_has_no_heading_without_a_table() -> None:
-    alone = [_recorded(1.0, 1.2, suite="pivots", metric="start", versions="torch 2", unit="ms")]
-    assert pages.short(alone) == ""
-    rival = dataclasses.replace(alone[0], variant="qrlora_kernels pivoted_qr", value=0.5)
-    (sentence,) = pages.short([*alone, rival]).splitlines()
-    assert "faster beyond noise in none of 1 recorded comparisons" in sentence
-    layers = [
-        _recorded(2.0, 1.0, variant="frozen", adapter="", m=16, n=8, k=8, versions="torch 2"),
-        _recorded(3.0, 1.5, m=16, n=8, k=8, versions="torch 2"),
-    ]
-    lines = pages.short([*alone, rival, *layers]).splitlines()
-    assert [line for line in lines if line.startswith("On ")] == [lines[0]]
-    assert "| QR-LoRA in PyTorch | 3 ms (1.50×) |" in lines
-
-
-def test_every_number_of_the_readme_has_a_unit() -> None:
-    blocks = pages.short(rows.read_folder(pages.RESULTS)).split("\n\n")
-    lines = [line for block in blocks if block[0] == "|" for line in block.splitlines()[2:]]
-    cells = [cell.strip() for line in lines for cell in line.strip("|").split("|")[1:]]
-    assert len(cells) > 50
-    for cell in set(cells) - {"–"}:
-        assert cell.split()[1] in ("ms", "s", "µs", "tokens/s"), cell
-
-
-def test_a_chip_is_spoken_of_without_flags() -> None:
-    chip = "Intel(R) Xeon(R) Processor avx2 avx512f amx_bf16, 1 threads"
-    assert machine.spoken(chip) == "Intel Xeon Processor with AVX2, AVX-512, AMX, 1 thread"
-    assert machine.spoken("NVIDIA H200") == "NVIDIA H200"
-
-
-def test_recorded_rows_carry_their_machine_and_no_red_ratio() -> None:
-    for row in rows.read_folder(pages.RESULTS):
-        assert row.cpu
-        assert row.threads
-        assert row.commit
-        assert "torch" in row.versions
-        assert row.ratio is None or row.status not in (RED, SKIPPED)
 
 
 def test_gate_only_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
