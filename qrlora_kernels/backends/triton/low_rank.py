@@ -15,7 +15,7 @@ def forward(p: LowRank) -> tuple[Tensor, Tensor]:
     p = readable(as_wide_as_the_gate(p))
     assert p.down is not None
     h, scaled = low_rank_in(p.x, p.down, p.gate.contiguous(), p.scaling)
-    return two_phase(p.x, p.weight, scaled, p.up, p.bias), h
+    return two_phase((p.x, p.weight), (scaled, p.up), p.bias), h
 
 
 def backward(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:
@@ -25,5 +25,7 @@ def backward(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:
     p = readable(as_wide_as_the_gate(p))
     assert p.down is not None
     scaled, dgate = low_rank_back(p)
-    dx = None if scaled is None else two_phase(p.dy, p.weight.t(), scaled, p.down.t())
+    if scaled is None:
+        return None, dgate
+    dx = two_phase((p.dy, p.weight.t()), (scaled, p.down.t()))
     return dx, dgate
