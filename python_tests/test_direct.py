@@ -248,7 +248,8 @@ def test_a_dispatch_mode_sees_one_operator(op):
 
     with Recorder():
         helpers.call(op, helpers.operands(op, 7, N, K, R))
-    assert f"qrlora.{op}_fwd.default" in names
+    operator = "kron" if op == "kron_linear" else "low_rank"
+    assert f"qrlora.{operator}_fwd.default" in names
 
 
 @of_each
@@ -352,7 +353,8 @@ def test_wrong_operands_get_the_same_errors(op):
     for name in ("x", "weight", "bias", *OPERANDS[op]):
         values = [good[name][:-1], good[name][..., None], good[name].double(), good[name].long()]
         values += [good[name].to("meta"), good[name].to_sparse(), "tensor"]
-        wrong += [{name: value} for value in values if name != "x" or value is not values[0]]
+        # Fewer rows, and a vector that uses a part of the factors, are nothing wrong.
+        wrong += [{name: v} for v in values[1 if name in ("x", "lam") else 0 :]]
     for changed in wrong:
         given = good | {k: v for k, v in changed.items() if k != "scaling"}
         options = {k: v for k, v in changed.items() if k == "scaling"}

@@ -239,7 +239,7 @@ def test_another_process_reads_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("QRLORA_TUNING", str(path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("measured on this")
-    assert "measured on this machine: 2 problems" in done.stdout
+    assert "measured on this machine: 4 problems" in done.stdout
 
 
 def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
@@ -252,7 +252,8 @@ def test_what_was_measured_before_is_kept_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("QRLORA_TUNING", str(path))
     tuning.read_named_file()
     assert tuning.entries() == want
-    assert {e.op for e in want} == {"qr_linear", "lora_xs_linear"}
+    assert {(e.op, e.gate) for e in want} == {("low_rank", "vector"), ("low_rank", "core")}
+    assert {e.step for e in want} == {"fwd", "bwd"}
 
 
 def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch):
@@ -281,7 +282,50 @@ def test_a_file_may_be_named_before_it_is_there(tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"
     monkeypatch.setenv("QRLORA_TUNING", str(path))
     tune(model_of(), (5,), path=path)
-    assert len(tuning.entries()) == 2
+    assert len(tuning.entries()) == 4
+
+
+@pytest.mark.parametrize("step", ["fwd", "bwd"])
+def test_steps_and_layouts_are_measured_apart(step):
+    other = "bwd" if step == "fwd" else "fwd"
+    tuning.add([tuning.entry_for(PROBLEM._replace(step=step), "reference")])
+    chooser.forget()
+    assert backends.choose(PROBLEM._replace(step=step)).name == "reference"
+    assert backends.choose(PROBLEM._replace(step=other)).name != "reference"
+    columns = PROBLEM._replace(step=step, layout="columns")
+    assert backends.choose(columns).name != "reference"
+
+
+def test_a_recipe_decides_and_one_that_is_not_known_is_passed_over():
+    kron = PROBLEM._replace(op="kron_linear")
+    assert backends.choose(kron).recipe == "native base"
+    for recipe, chosen in (("addmm base", "addmm base"), ("another", "native base")):
+        tuning.add([tuning.entry_for(kron, "cpu", "", 1.0, recipe)])
+        chooser.forget()
+        assert backends.choose(kron).recipe == chosen
+
+
+def test_a_table_of_the_first_format_is_kept_in_the_second(tmp_path):
+    """It said one winner for both steps and every layout."""
+    entry = {"chip": "a chip", "op": "qr_linear", "dtype": "float32", "m": 16, "n": 24, "k": 36}
+    entry |= {"r": 4, "winner": "composed", "rival": "cpu", "over": 0.5}
+    path = tmp_path / "tuning.json"
+    path.write_text(json.dumps({"format": 1, "entries": [entry]}))
+    tune(model_of(), (5,), path=path)
+    content = json.loads(path.read_text())
+    assert content["format"] == 2
+    assert len(content["entries"]) == 5
+    (kept,) = [e for e in content["entries"] if e["chip"] == "a chip"]
+    assert (kept["op"], kept["gate"], kept["step"], kept["recipe"]) == (
+        "low_rank",
+        "vector",
+        "",
+        "",
+    )
+    want = tuning.entries()
+    tuning.clear()
+    tuning.read(path)
+    assert tuning.entries() == want
 
 
 def test_what_is_measured_counts_over_what_a_file_says(tmp_path, monkeypatch):
@@ -306,7 +350,7 @@ def test_other_threads_are_another_machine():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format": 2, "entries": []}', '{"format": 1, "entries": [{}]}', "\udcff"],
+    ["", "[]", "{}", '{"format": 3, "entries": []}', '{"format": 1, "entries": [{}]}', "\udcff"],
 )
 def test_a_file_of_something_else_is_an_error(text, tmp_path, monkeypatch):
     path = tmp_path / "tuning.json"

@@ -36,7 +36,8 @@ def qr_linear(
     q : Tensor [N, r]
         Orthonormal columns of the pivoted QR.
     r : Tensor [r, K]
-        Its triangular factor with the column permutation undone.
+        Its triangular factor with the column permutation undone. Both factors may be wider than
+        lam, alike: what is beyond does not count.
     lam : Tensor [r]
         The trainable diagonal; x's dtype, or fp32 over half-precision operands.
     scaling : float
@@ -87,7 +88,8 @@ def lora_xs_linear(
     a : Tensor [r, K]
         Input side of the frozen basis, Σ_r V_rᵀ.
     b : Tensor [N, r]
-        Output side of the frozen basis, U_r.
+        Output side of the frozen basis, U_r. Both factors may be wider than r, alike: what is
+        beyond does not count.
     core : Tensor [r, r]
         The trainable core; x's dtype, or fp32 over half-precision operands.
     scaling : float

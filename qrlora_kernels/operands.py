@@ -7,7 +7,7 @@ count, whatever they hold.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -84,11 +84,12 @@ class LinearAdd(NamedTuple):
     addend: Tensor
 
 
-def as_wide_as_the_gate(p: LowRank | LowRankGradient) -> LowRank | LowRankGradient:
+Either = TypeVar("Either", LowRank, LowRankGradient)
+
+
+def as_wide_as_the_gate(p: Either) -> Either:
     """The same operands without the parts of the factors that do not count."""
     r = p.gate.shape[-1]
-    if p.up.shape[1] == r and (p.down is None or p.down.shape[0] == r):
-        return p
     return p._replace(up=p.up[:, :r], down=None if p.down is None else p.down[:r])
 
 

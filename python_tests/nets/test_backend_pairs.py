@@ -1,10 +1,10 @@
 """A forward on one backend and its backward on another: gradients are right for every pair.
 
 What a forward saves (h [M, r] above all) must be good for any backend's backward, and which backend
-that is follows three rules, as they are today:
+that is follows two rules:
 
-- a backend asked for in code, by argument or ``use_backend``, runs the backward of its forward too;
-- one asked for by ``QRLORA_BACKEND`` does so only while the variable is set;
+- a backend that is asked for, by argument, ``use_backend`` or ``QRLORA_BACKEND``, runs the backward
+  of its forward too, whatever is asked for then;
 - the backward of a forward that was free is free, or what is asked for when it runs.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qrlora_kernels import functional, kernels
 from qrlora_kernels.backends import Problem, composed, last_choice, use_backend
+from qrlora_kernels.operands import LowRank, LowRankGradient
 
 OPS = ("qr_linear", "lora_xs_linear", "kron_linear")
 SHAPE = (7, 32, 48, 8)
@@ -102,10 +103,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Environment:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_every_pair(op: str, dtype: torch.dtype, environment: Environment) -> None:
-    """The environment asks for the forward's backend, so that the backward may have another."""
+def test_every_pair(
+    op: str, dtype: torch.dtype, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is not remembered, so that the backward may have another."""
     names = supporting(op, dtype)
     assert {"reference", "composed"} <= set(names)
+    for module in ("low_rank", "kron"):
+        monkeypatch.setattr(f"qrlora_kernels.ops.{module}.pinned_backend", lambda backend: None)
     for first in names:
         environment(first)
         y, leaves, dy = forward(op, dtype)
@@ -167,14 +172,15 @@ def test_asked_for_in_code_is_pinned(op: str, environment: Environment) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_asked_for_by_the_environment_is_not_pinned(op: str, environment: Environment) -> None:
-    environment("reference")
-    y, leaves, dy = forward(op, torch.float32)
-    torch.autograd.grad(y, leaves, dy, retain_graph=True)
-    assert last_choice(op).name == "reference"
-    environment(None)
-    torch.autograd.grad(y, leaves, dy)
-    assert last_choice(op).name != "reference"
+def test_asked_for_by_the_environment_is_pinned(op: str, environment: Environment) -> None:
+    """The variable is gone or says something else when the backward runs."""
+    for later in (None, "composed"):
+        environment("reference")
+        y, leaves, dy = forward(op, torch.float32)
+        environment(later)
+        torch.autograd.grad(y, leaves, dy)
+        assert last_choice(op).name == "reference"
+        assert last_choice(op, "bwd").name == "reference"
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -197,27 +203,27 @@ def test_a_backward_that_expects_another_h_is_seen(
     monkeypatch: pytest.MonkeyPatch, environment: Environment
 ) -> None:
     """One that saves h with the gate in it and takes it out again is right only with itself."""
-    fwd, bwd = composed.qr_linear_fwd, composed.qr_linear_bwd
+    fwd, bwd = composed.low_rank_fwd, composed.low_rank_bwd
 
-    def gated_fwd(x: Tensor, weight: Tensor, bias: Tensor, *operands: Any) -> Any:
-        y, h = fwd(x, weight, bias, *operands)
-        return y, h * operands[2]
+    def gated_fwd(p: LowRank, recipe: str) -> Any:
+        y, h = fwd(p, recipe)
+        return y, h * p.gate
 
-    def gated_bwd(dy: Tensor, weight: Tensor, q: Tensor, r: Tensor, *operands: Any) -> Any:
-        lam, h, *rest = operands
-        return bwd(dy, weight, q, r, lam, h / lam, *rest)
+    def gated_bwd(p: LowRankGradient, recipe: str) -> Any:
+        return bwd(p._replace(h=p.h / p.gate), recipe)
 
-    monkeypatch.setattr(composed, "qr_linear_fwd", gated_fwd)
-    monkeypatch.setattr(composed, "qr_linear_bwd", gated_bwd)
+    monkeypatch.setattr(composed, "low_rank_fwd", gated_fwd)
+    monkeypatch.setattr(composed, "low_rank_bwd", gated_bwd)
     y, leaves, dy = forward("qr_linear", torch.float32, backend="composed")
     check_gradients("qr_linear", torch.float32, list(torch.autograd.grad(y, leaves, dy)))
     with pytest.raises(AssertionError, match="lam is off"):
-        test_every_pair("qr_linear", torch.float32, environment)
+        test_every_pair("qr_linear", torch.float32, environment, monkeypatch)
 
 
 def test_a_forward_that_pins_nothing_is_seen(
     monkeypatch: pytest.MonkeyPatch, environment: Environment
 ) -> None:
-    monkeypatch.setattr("qrlora_kernels.ops.qr_linear.pinned_backend", lambda backend: None)
-    with pytest.raises(AssertionError):
-        test_asked_for_in_code_is_pinned("qr_linear", environment)
+    monkeypatch.setattr("qrlora_kernels.ops.low_rank.pinned_backend", lambda backend: None)
+    for test in (test_asked_for_in_code_is_pinned, test_asked_for_by_the_environment_is_pinned):
+        with pytest.raises(AssertionError):
+            test("qr_linear", environment)

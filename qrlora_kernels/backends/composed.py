@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch.problem import ELSEWHERE, LIBRARY_PRODUCTS, Problem, Recipe
-from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from ..operands import (
+    Kron,
+    KronGradient,
+    LinearAdd,
+    LowRank,
+    LowRankGradient,
+    as_wide_as_the_gate,
+)
 from ..reference import HALF, accumulation_dtype
 from ..segments import products_by_adapter, segments, sum_by_adapter
 from .products import ADDMM, bases, column_dots, gram, onto, through, times
@@ -40,6 +47,8 @@ def supports(problem: Problem) -> list[Recipe] | str:
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
+    if p.up.shape[1] != p.gate.shape[-1]:
+        p = as_wide_as_the_gate(p)
     if p.down is None:
         return _output_form(p)
     h = F.linear(p.x, p.down)
@@ -51,6 +60,8 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     """dx [M, K] and the gate's gradient."""
     if not (p.need_dx or p.need_dgate):
         return None, None
+    if p.up.shape[1] != p.gate.shape[-1]:
+        p = as_wide_as_the_gate(p)
     g = torch.mm(p.dy, p.up)
     dx = dgate = None
     if p.need_dx:
@@ -73,9 +84,9 @@ def _output_form(p: LowRank) -> tuple[Tensor, Tensor]:
 
 def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None, scaling: float) -> Tensor:
     """s (h ∘ λ) or s h C in h's dtype; the former multiplied in λ's."""
-    if index is None and gate.dim() == 2:
+    if index is None and gate.ndim == 2:
         return torch.mm(h, times(scaling, gate).to(h.dtype))
-    if gate.dim() == 3:
+    if gate.ndim == 3:
         return _by_adapter(h, gate, index, scaling)
     if index is not None:
         gate = gate[index]  # first: nothing is done to the gates of adapters in no row
@@ -85,9 +96,9 @@ def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None, scaling: float)
 
 def _back_through_gate(g: Tensor, gate: Tensor, index: Tensor | None, scaling: float) -> Tensor:
     """s (g ∘ λ) or s g Cᵀ, likewise."""
-    if index is None and gate.dim() == 2:
+    if index is None and gate.ndim == 2:
         return F.linear(g, times(scaling, gate).to(g.dtype))
-    return _through_gate(g, gate.mT if gate.dim() == 3 else gate, index, scaling)
+    return _through_gate(g, gate.mT if gate.ndim == 3 else gate, index, scaling)
 
 
 def _by_adapter(h: Tensor, cores: Tensor, index: Tensor | None, scaling: float) -> Tensor:
@@ -101,10 +112,10 @@ def _by_adapter(h: Tensor, cores: Tensor, index: Tensor | None, scaling: float) 
 
 def _gate_gradient(p: LowRankGradient, g: Tensor) -> Tensor:
     if p.index is None:
-        return gram(p.h, g) if p.gate.dim() == 2 else column_dots(p.h, g)
+        return gram(p.h, g) if p.gate.ndim == 2 else column_dots(p.h, g)
     wide = accumulation_dtype(g.dtype)
     h, adapters = p.h.to(wide), p.gate.shape[0]
-    if p.gate.dim() == 3:
+    if p.gate.ndim == 3:
         return products_by_adapter(h, g.to(wide), p.index, adapters)
     return sum_by_adapter(h * g, p.index, adapters)
 

@@ -7,6 +7,7 @@ time, so each step makes one.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..reference import accumulation_dtype
 _UPDATE_ALONE = 16  # added to the code of a column: the base product is the caller's
 
 
+@functools.cache
 def code(column: str | None = None, update_alone: bool = False) -> int:
     """The code of a column of kernels; without a name that of the instruction set in use."""
     core = native.core()
@@ -67,7 +69,7 @@ def _low_rank_shape(p: LowRank | LowRankGradient, rows: Tensor) -> tuple[int, ..
 
 
 def _gate(p: LowRank | LowRankGradient, at: int) -> tuple[int | float | bool, ...]:
-    core = p.gate.dim() == (2 if p.index is None else 3)
+    core = p.gate.ndim == (2 if p.index is None else 3)
     return at, DTYPES[p.gate.dtype], core, p.scaling
 
 

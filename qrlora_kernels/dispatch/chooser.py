@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from .. import native
-from ..operands import LowRank, LowRankGradient, Operands, as_wide_as_the_gate
+from ..operands import Operands
 from . import tuning
-from .problem import Choice, Problem, Recipe, joined, problem_of
+from .problem import PUBLIC_NAMES, Choice, Problem, Recipe, joined, problem_of
 from .rules import passed_over
 
 # In order of preference. Modules are imported on first use, so importing the package is cheap.
@@ -69,7 +69,7 @@ def pinned_backend(backend: str | None = None) -> str | None:
     backward agrees."""
     if torch.compiler.is_compiling():
         return backend or _forced  # what was traced runs in many environments
-    return forced_backend(backend)
+    return backend or _forced or os.environ.get("QRLORA_BACKEND") or None
 
 
 def forced_backend(backend: str | None = None) -> str | None:
@@ -96,7 +96,7 @@ def choose_freely(problem: Problem) -> Choice:
 
 def _threads() -> int:
     """Measurements are filed under the number of threads, which is no part of a problem."""
-    return torch.get_num_threads() if tuning.is_known() else 0
+    return torch.get_num_threads() if tuning.table else 0
 
 
 def forget() -> None:
@@ -118,7 +118,8 @@ def autograd_choice(op: str, reason: str, backend: str | None = None) -> None:
     load(forced)
     if forced != "reference":
         raise ValueError(f"backend {forced!r} cannot run {op} here: {reason}")
-    note((op, "fwd"), Choice("reference", "autograd", reason))
+    _last.pop((op, "fwd"), None)
+    _last[op, "fwd"] = Choice("reference", "autograd", reason)
 
 
 @lru_cache(maxsize=4096)
@@ -186,23 +187,19 @@ def by_rules(problem: Problem) -> tuple[Recipe, str]:
 
 def run(p: Operands, backend: str | None) -> Any:
     """Run a step on the chosen backend."""
+    # On the path of every call that goes to a backend: what is called here is counted (T7).
     problem = problem_of(p)
-    choice = _choose(problem, forced_backend(backend), _threads())
-    note((problem.public_name, problem.step), choice)
-    return perform(choice, f"{problem.op}_{problem.step}", p)
+    forced = backend or _forced or os.environ.get("QRLORA_BACKEND") or None
+    choice = _choose(problem, forced, torch.get_num_threads() if tuning.table else 0)
+    name = PUBLIC_NAMES[problem.op, problem.gate], problem.step
+    _last.pop(name, None)
+    _last[name] = choice
+    return getattr(load(choice.backend), f"{problem.op}_{problem.step}")(p, choice.recipe)
 
 
 def perform(choice: Choice, step: str, p: Operands) -> Any:
-    """Run ``step``, as "low_rank_fwd", as ``choice`` says, on factors as wide as the gate."""
-    if isinstance(p, (LowRank, LowRankGradient)):
-        p = as_wide_as_the_gate(p)
+    """Run ``step``, as "low_rank_fwd", as ``choice`` says."""
     return getattr(load(choice.backend), step)(p, choice.recipe)
-
-
-def note(name: tuple[str, str], choice: Choice) -> None:
-    """Let ``last_choice`` tell it."""
-    _last.pop(name, None)
-    _last[name] = choice
 
 
 def last_choice(op: str, step: str | None = None) -> Choice | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,13 +100,6 @@ def joined(problem: Problem) -> Problem:
     return problem._replace(op=op, gate=gate, needs=needs, bias=bias)
 
 
-def gate_of(gate: Tensor, index: Tensor | None) -> str:
-    """The kind of a gate, which [A, r] and [r, r] do not tell by themselves."""
-    if index is None:
-        return "core" if gate.dim() == 2 else "vector"
-    return "mixed_core" if gate.dim() == 3 else "mixed_vector"
-
-
 def layout_of(weight: Tensor) -> str:
     """How the weight [N, K] lies."""
     if weight.stride(1) == 1:
@@ -115,28 +109,52 @@ def layout_of(weight: Tensor) -> str:
 
 def problem_of(p: Operands) -> Problem:
     """What the chooser is asked for these operands."""
-    if isinstance(p, (LowRank, LowRankGradient)):
-        return _of_low_rank(p)
-    rows = p.dy if isinstance(p, KronGradient) else p.x
-    n, k = p.weight.shape
-    layout = layout_of(p.weight)
-    common = rows.device, rows.dtype, rows.shape[0], n, k
-    if isinstance(p, LinearAdd):
-        return Problem("linear_add", *common, n, gate="", layout=layout, bias=p.bias is not None)
-    r = p.a.shape[1]
-    if isinstance(p, Kron):
-        return Problem("kron", *common, r, "fwd", "", layout=layout, bias=p.bias is not None)
-    needs = p.need_dx, p.need_da, p.need_db
-    return Problem("kron", *common, r, "bwd", "", layout=layout, bias=False, needs=needs)
+    weight = p.weight
+    layout = "rows" if weight.stride(1) == 1 else layout_of(weight)
+    return _PROBLEMS[type(p)](p, layout)
 
 
-def _of_low_rank(p: LowRank | LowRankGradient) -> Problem:
-    n, k = p.weight.shape
-    form = "output" if p.down is None else "two_sided"
-    gate, layout, r = gate_of(p.gate, p.index), layout_of(p.weight), p.gate.shape[-1]
-    if isinstance(p, LowRank):
-        rows, which = p.x, ("fwd", gate, form, layout, p.bias is not None)
-        return Problem("low_rank", rows.device, rows.dtype, rows.shape[0], n, k, r, *which)
-    rows, needs = p.dy, (p.need_dx, p.need_dgate)
-    which = ("bwd", gate, form, layout, False)
-    return Problem("low_rank", rows.device, rows.dtype, rows.shape[0], n, k, r, *which, needs)
+def _of_low_rank(p: LowRank, layout: str) -> Problem:
+    (n, k), x = p.weight.shape, p.x
+    which = ("fwd", *_gate_and_form(p), layout, p.bias is not None)
+    return Problem("low_rank", x.device, x.dtype, x.shape[0], n, k, p.gate.shape[-1], *which)
+
+
+def _of_low_rank_gradient(p: LowRankGradient, layout: str) -> Problem:
+    (n, k), dy = p.weight.shape, p.dy
+    which = ("bwd", *_gate_and_form(p), layout, False, (p.need_dx, p.need_dgate))
+    return Problem("low_rank", dy.device, dy.dtype, dy.shape[0], n, k, p.gate.shape[-1], *which)
+
+
+def _gate_and_form(p: LowRank | LowRankGradient) -> tuple[str, str]:
+    """[A, r] and [r, r] do not tell by themselves which kind of gate they are."""
+    mixed = p.index is not None
+    core = p.gate.ndim - mixed == 2
+    return GATES[2 * mixed + core], "output" if p.down is None else "two_sided"
+
+
+def _of_kron(p: Kron, layout: str) -> Problem:
+    (n, k), x = p.weight.shape, p.x
+    which = ("fwd", "", "two_sided", layout, p.bias is not None)
+    return Problem("kron", x.device, x.dtype, x.shape[0], n, k, p.a.shape[1], *which)
+
+
+def _of_kron_gradient(p: KronGradient, layout: str) -> Problem:
+    (n, k), x = p.weight.shape, p.x
+    which = ("bwd", "", "two_sided", layout, False, (p.need_dx, p.need_da, p.need_db))
+    return Problem("kron", x.device, x.dtype, x.shape[0], n, k, p.a.shape[1], *which)
+
+
+def _of_linear_add(p: LinearAdd, layout: str) -> Problem:
+    (n, k), x = p.weight.shape, p.x
+    which = ("fwd", "", "two_sided", layout, p.bias is not None)
+    return Problem("linear_add", x.device, x.dtype, x.shape[0], n, k, n, *which)
+
+
+_PROBLEMS: dict[type, Callable[[Any, str], Problem]] = {
+    LowRank: _of_low_rank,
+    LowRankGradient: _of_low_rank_gradient,
+    Kron: _of_kron,
+    KronGradient: _of_kron_gradient,
+    LinearAdd: _of_linear_add,
+}

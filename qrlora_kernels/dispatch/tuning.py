@@ -63,7 +63,7 @@ class Entry(NamedTuple):
 
 
 Key = tuple[str | int, ...]
-_table: dict[Key, dict[int, Entry]] = {}
+table: dict[Key, dict[int, Entry]] = {}  # what was measured, by tokens
 _read: list[str] = []  # files already looked at because the environment named them
 
 
@@ -82,33 +82,28 @@ def entry_for(
 def add(entries: Iterable[Entry], replace: bool = True) -> None:
     """Let these decide from now on; ``replace`` what is known of the same problems."""
     for e in entries:
-        known = _table.setdefault(e.key, {})
+        known = table.setdefault(e.key, {})
         if replace or e.m not in known:
             known[e.m] = e
 
 
 def clear() -> None:
-    _table.clear()
+    table.clear()
     _read.clear()
 
 
-def is_known() -> bool:
-    """Whether anything was measured."""
-    return bool(_table)
-
-
 def entries() -> list[Entry]:
-    return [e for found in _table.values() for e in found.values()]
+    return [e for found in table.values() for e in found.values()]
 
 
 def lookup(problem: Problem) -> Entry | None:
     """The entry of this shape whose number of tokens is nearest, at most a factor of two away."""
     read_named_file()
-    if not _table or problem.m < 1:
+    if not table or problem.m < 1:
         return None
     asked = entry_for(problem, "")
     for key in (asked.key, asked._replace(step="", layout="").key):
-        found = _table.get(key, {})
+        found = table.get(key, {})
         nearest = min(found, key=lambda m: abs(math.log2(m / problem.m)), default=None)
         if nearest is not None and abs(math.log2(nearest / problem.m)) <= _OCTAVES:
             return found[nearest]

@@ -21,7 +21,7 @@ _DTYPES = (torch.float32, torch.float64, *HALF)
 
 def flatten(x: Tensor, name: str = "x") -> Tensor:
     """[..., K] to [M, K]."""
-    if x.dim() == 2:
+    if x.ndim == 2:
         return x
     check_memory(**{name: x})  # which reshaping may read
     # The product, not -1: that is ambiguous where K = 0.
@@ -30,7 +30,7 @@ def flatten(x: Tensor, name: str = "x") -> Tensor:
 
 def restore(y: Tensor, x: Tensor) -> Tensor:
     """[M, N] to x's leading dimensions."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -40,9 +40,9 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_tensor("weight", weight)
     if x.dtype not in _DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if weight.dim() != 2:
+    if weight.ndim != 2:
         raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must have {weight.shape[1]} features in its last dimension (weight is "
             f"{tuple(weight.shape)}), got shape {tuple(x.shape)}"
@@ -100,9 +100,15 @@ def bias_gradient(dy: Tensor) -> Tensor:
 
 def wants_gradient(*operands: Tensor | None) -> bool:
     """Whether autograd must record the call at all."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in operands)
+    return torch.is_grad_enabled() and asks_for_gradient(*operands)
+
+
+def asks_for_gradient(*operands: Tensor | None) -> bool:
+    """Whether an operand would have one, if gradients were on."""
+    for t in operands:  # noqa: SIM110  # each call counts on the path of every call
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def autograd_reason(frozen: Sequence[Tensor | None], trains: Sequence[Tensor | None]) -> str | None:
@@ -117,9 +123,7 @@ def autograd_reason(frozen: Sequence[Tensor | None], trains: Sequence[Tensor | N
     if torch.compiler.is_compiling():
         return None
     # Whether gradients are on is not asked: the check of a trace runs without them.
-    if torch._C._get_tracing_state() is not None and any(
-        t is not None and t.requires_grad for t in trains
-    ):
+    if torch._C._get_tracing_state() is not None and asks_for_gradient(*trains):
         return "under torch.jit.trace, whose graph must have a gradient"
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"

@@ -158,13 +158,12 @@ def call(backend: str | None, *operands: Any) -> Tensor:
     trains = (p.x, p.bias, p.a, p.b)
     if reason := autograd_reason((p.weight, p.a0, p.b0), trains):
         return by_autograd("kron_linear", reason, backend, kron_ref, p)
-    x = p.x
-    p = p._replace(x=flatten(x), scaling=float(p.scaling))
-    backend = pinned_backend(backend)
+    x, *rest, scaling = p
+    flat = (flatten(x), *rest, float(scaling))
     if wants_gradient(*trains):
-        y: Tensor = KronFunction.apply(*p, backend, None)
+        y: Tensor = KronFunction.apply(*flat, pinned_backend(backend), None)
     else:
-        y = kron_fwd(*p, backend)
+        y = kron_fwd(*flat, backend)
     return restore(y, x)
 
 

@@ -86,10 +86,9 @@ def call(
     trains = (x, bias, addend)
     if reason := autograd_reason((weight,), trains):
         return by_autograd("linear_add", reason, backend, linear_add_ref, p)
-    p = p._replace(x=flatten(x), addend=flatten(addend))
-    backend = pinned_backend(backend)
+    flat = (flatten(x), weight, bias, flatten(addend))
     if wants_gradient(*trains):
-        y: Tensor = LinearAddFunction.apply(*p, backend)
+        y: Tensor = LinearAddFunction.apply(*flat, pinned_backend(backend))
     else:
-        y = linear_add_fwd(*p, backend)
+        y = linear_add_fwd(*flat, backend)
     return restore(y, x)

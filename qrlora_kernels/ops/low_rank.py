@@ -105,10 +105,10 @@ class LowRankFunction(torch.autograd.Function):
         operands = (x, weight, bias, up, down, gate, index, scaling)
         if made is None:
             y, h = low_rank_fwd(*operands, backend)
-        elif isinstance(made, Choice):
+        elif type(made) is Choice:
             y, h = perform(made, "low_rank_fwd", LowRank(*operands))
         else:
-            y, h = made
+            y, h = made  # type: ignore[misc]
         ctx.save_for_backward(weight, up, down, gate, index, h)
         ctx.scaling, ctx.backend = scaling, backend
         return y
@@ -190,18 +190,18 @@ def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
 
 def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    p = _checked(public, *operands)
-    frozen, trains = (p.weight, p.up, p.down), (p.x, p.bias, p.gate)
-    if reason := autograd_reason(frozen, trains):
-        return by_autograd(public.name, reason, backend, low_rank_ref, p)
-    index = None if p.index is None else p.index.reshape(-1)
-    p = p._replace(x=flatten(p.x), index=index, scaling=float(p.scaling))
-    backend = pinned_backend(backend)
+    checked = _checked(public, *operands)
+    x, weight, bias, up, down, gate, index, scaling = checked
+    trains = (x, bias, gate)
+    if reason := autograd_reason((weight, up, down), trains):
+        return by_autograd(public.name, reason, backend, low_rank_ref, LowRank(*checked))
+    index = None if index is None else index.reshape(-1)
+    flat = (flatten(x), weight, bias, up, down, gate, index, float(scaling))
     if wants_gradient(*trains):
-        y: Tensor = LowRankFunction.apply(*p, backend, None)
+        y: Tensor = LowRankFunction.apply(*flat, pinned_backend(backend), None)
     else:
-        y, _ = low_rank_fwd(*p, backend)
-    return restore(y, operands[0])
+        y, _ = low_rank_fwd(*flat, backend)
+    return restore(y, x)
 
 
 def _checked(
@@ -214,7 +214,7 @@ def _checked(
     gate: Tensor,
     index: Tensor | None,
     scaling: float,
-) -> LowRank:
+) -> tuple[Any, ...]:
     """The operands in their final dtypes, with an index, if any, of x's leading dimensions."""
     check_scaling(scaling)
     named = {public.up: up, public.down: down, public.gate: gate}
@@ -227,18 +227,18 @@ def _checked(
         index = _checked_index(index, gate.shape[0], x)
         if gate.shape[0] == 1:  # one adapter: every row's
             gate, index = gate[0], None
-    return LowRank(x, weight, bias, up, down, gate, index, scaling)
+    return x, weight, bias, up, down, gate, index, scaling
 
 
 def _check_gate(public: Public, gate: Tensor, x: Tensor) -> int:
     """The rank."""
     check_tensor(public.gate, gate)
-    rank = gate.shape[-1] if gate.dim() in public.dims else 0
+    rank = gate.shape[-1] if gate.ndim in public.dims else 0
     shape = (rank,) * public.dims[0]
     if public.mixed:
         shape = tuple(gate.shape)
-        square = gate.dim() < 3 or gate.shape[1] == rank
-        if gate.dim() not in public.dims or not shape[0] or not square:
+        square = gate.ndim < 3 or gate.shape[1] == rank
+        if gate.ndim not in public.dims or not shape[0] or not square:
             raise ValueError(
                 f"{public.gate} must have shape [A, r] or [A, r, r] with A of at least 1, got "
                 f"{list(shape)}"
@@ -251,10 +251,11 @@ def _check_factors(
     public: Public, up: Tensor, down: Tensor, rank: int, x: Tensor, weight: Tensor
 ) -> None:
     """up [N, w] and down [w, K] of one width w ≥ rank."""
-    check_tensor(public.up, up)
-    check_tensor(public.down, down)
+    if not (isinstance(up, Tensor) and isinstance(down, Tensor)):
+        check_tensor(public.up, up)
+        check_tensor(public.down, down)
     width = rank
-    if up.dim() == down.dim() == 2 and up.shape[1] == down.shape[0] > rank:
+    if up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0] > rank:
         width = up.shape[1]
     check_operand(public.up, up, (weight.shape[0], width), x)
     check_operand(public.down, down, (width, weight.shape[1]), x)

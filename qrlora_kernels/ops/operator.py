@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -56,10 +57,11 @@ class Operator:
     ) -> None:
         self.record = record
         arguments = schema[1 : schema.index(")")].split(", ")
-        # (position, name) of the tensors
-        self.tensors = [
-            (i, text.split()[1]) for i, text in enumerate(arguments) if text.startswith("Tensor")
-        ]
+        # Name and position of the tensors.
+        self.tensors = {
+            text.split()[1]: i for i, text in enumerate(arguments) if text.startswith("Tensor")
+        }
+        self._tensors_of = itemgetter(*self.tensors.values())
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         library.register_fake(
@@ -71,15 +73,24 @@ class Operator:
     def __call__(self, *operands: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.registered(*operands)
-        return self._dispatched(operands) if _is_traced(operands) else self._run(*operands)
+        functorch, rows = torch._C._functorch, operands[0]
+        if (
+            not set(map(type, operands)) <= _PLAIN_TYPES
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._get_tracing_state() is not None
+            # vmap may stand behind a gradient that torch.autograd.grad is given.
+            or functorch.is_batchedtensor(rows)
+            or functorch.is_legacy_batchedtensor(rows)
+        ):
+            return self._dispatched(operands)
+        return self._run(*operands)
 
     def _dispatched(self, operands: Sequence[Any]) -> Any:
         flops.register()
         try:
             return self.registered(*operands)
         except NotImplementedError as error:
-            for at, name in self.tensors:
-                t = operands[at]
+            for name, t in zip(self.tensors, self._tensors_of(operands), strict=True):
                 if t is not None and pointers.is_wrapper(t):
                     raise TypeError(
                         f"{name} must be a plain tensor or of a class that answers "
@@ -91,8 +102,8 @@ class Operator:
         *operands, backend = arguments
         rows: Tensor = operands[0]
         device = rows.device.type
-        if device != "meta":
-            self._check_memory(operands)
+        if device != "meta" and not pointers.are_plain(*self._tensors_of(operands)):
+            operands = self._readable(operands)
         p = self.record(*operands)
         if autocast_enabled(device):
             # The operands have their final dtypes; nothing inside may be recast.
@@ -102,27 +113,15 @@ class Operator:
             results = run(p, backend)
         if isinstance(results, Tensor):
             return results
-        return tuple(placeholder(rows) if t is None else t for t in results)
+        return tuple([placeholder(rows) if t is None else t for t in results])
 
-    def _check_memory(self, operands: list[Any]) -> None:
-        """Put a copy in the place of each tensor that stands for something not yet done."""
-        if not pointers.are_plain(*(operands[at] for at, _ in self.tensors)):
-            for at, name in self.tensors:
-                if operands[at] is not None:
-                    operands[at] = pointers.checked(operands[at], name)
-
-
-def _is_traced(operands: Sequence[Any]) -> bool:
-    """Whether someone other than the backends must see this call as one operator."""
-    plain = set(map(type, operands)) <= _PLAIN_TYPES
-    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
-    return not plain or watched or _is_batched(operands[0])
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    """Whether vmap stands behind a tensor: a gradient of ``torch.autograd.grad`` may be one."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    def _readable(self, operands: Sequence[Any]) -> list[Any]:
+        """With a copy in the place of each tensor that stands for something not yet done."""
+        readable = list(operands)
+        for name, at in self.tensors.items():
+            if readable[at] is not None:
+                readable[at] = pointers.checked(readable[at], name)
+        return readable
 
 
 def placeholder(like: Tensor) -> Tensor:
