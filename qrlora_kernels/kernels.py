@@ -29,7 +29,8 @@ Shapes are those of ``qrlora_kernels.operands``: x [M, K], dy and y [M, N], h [M
 b0, and backend may be None. Any strides and any alignment are right; rows that are contiguous and,
 on CUDA, 16-byte aligned are fast. fp16, bf16, fp32 and fp64, one dtype for x, weight, bias and
 frozen factors; trainables may be fp32 over half precision, and their gradients come in their own
-dtype. A gradient not asked for comes as an empty tensor. h has x's dtype.
+dtype. A gradient not asked for comes as an empty tensor. h has x's
+dtype, and fp32 over fp16, whose range it may leave.
 """
 
 from __future__ import annotations

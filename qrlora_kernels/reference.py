@@ -27,6 +27,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def hidden_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of h, and of g in backward: the operands', but fp32 for fp16.
+
+    |h| may reach √N times what y reaches, which need not fit fp16's range where y does.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _wide(like: Tensor, *tensors: Tensor) -> Any:
     """The tensors in the accumulation dtype of ``like``."""
     dtype = accumulation_dtype(like.dtype)
@@ -69,7 +77,7 @@ def low_rank_ref(p: LowRank) -> Tensor:
 def low_rank_fwd_ref(p: LowRank) -> tuple[Tensor, Tensor]:
     """Forward on x [M, K]; returns y [M, N] and what backward needs: h [M, r]."""
     y, h = _low_rank(p)
-    return y.to(p.x.dtype), h.to(p.x.dtype)
+    return y.to(p.x.dtype), h.to(hidden_dtype(p.x.dtype))
 
 
 def _low_rank(p: LowRank) -> tuple[Tensor, Tensor]:

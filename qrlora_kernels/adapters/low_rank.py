@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..reference import accumulation_dtype, low_rank_delta_ref
+from ..reference import accumulation_dtype, hidden_dtype, low_rank_delta_ref
 from .adapter import Adapter, Own, Tensors
 
 
@@ -24,9 +24,11 @@ class LowRank(Adapter[Own]):
 
     @classmethod
     def update(cls, x: Tensor, tensors: Tensors, options: Own, strength: float) -> Tensor:
-        h, gate = linear(x, tensors[cls.down]), strength * tensors[cls.gate]
-        gated = (h * gate).to(h.dtype) if gate.dim() == 1 else h @ gate.to(h.dtype)
-        return linear(gated, tensors[cls.up])
+        up, down, gate = tensors[cls.up], tensors[cls.down], strength * tensors[cls.gate]
+        dtype = hidden_dtype(x.dtype)
+        h = linear(x.to(dtype), down.to(dtype))
+        gated = (h * gate).to(dtype) if gate.dim() == 1 else h @ gate.to(dtype)
+        return linear(gated, up.to(dtype)).to(x.dtype)
 
     @classmethod
     def delta(cls, tensors: Tensors, options: Own, strength: float) -> Tensor:

@@ -20,7 +20,7 @@ from ..operands import (
 )
 from ..reference import HALF, accumulation_dtype
 from ..segments import products_by_adapter, segments, sum_by_adapter
-from .products import ADDMM, bases, column_dots, gram, onto, through, times
+from .products import ADDMM, bases, column_dots, gram, into_fp32, onto, out_of_fp32, through, times
 
 DTYPES = (torch.float32, torch.float64, *HALF)
 
@@ -51,7 +51,8 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
         p = as_wide_as_the_gate(p)
     if p.down is None:
         return _output_form(p)
-    h = F.linear(p.x, p.down)
+    fp16 = p.x.dtype == torch.float16
+    h = into_fp32(p.x, p.down.mT) if fp16 else F.linear(p.x, p.down)
     mid = _through_gate(h, p.gate, p.index, p.scaling)
     return through(recipe, mid, p.up, p.x, p.weight, p.bias), h
 
@@ -62,14 +63,16 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
         return None, None
     if p.up.shape[1] != p.gate.shape[-1]:
         p = as_wide_as_the_gate(p)
-    g = torch.mm(p.dy, p.up)
+    fp16 = p.dy.dtype == torch.float16
+    g = into_fp32(p.dy, p.up) if fp16 else torch.mm(p.dy, p.up)
     dx = dgate = None
     if p.need_dx:
         mid = _back_through_gate(g, p.gate, p.index, p.scaling)
         if p.down is None:
             dx = torch.addmm(p.dy, mid, p.up.mT) @ p.weight
         else:
-            dx = torch.mm(mid, p.down).addmm_(p.dy, p.weight)
+            update = out_of_fp32(mid, p.down) if fp16 else torch.mm(mid, p.down)
+            dx = update.addmm_(p.dy, p.weight)
     if p.need_dgate:
         dgate = times(p.scaling, _gate_gradient(p, g)).to(p.gate.dtype)
     return dx, dgate
@@ -131,18 +134,19 @@ def kron_fwd(p: Kron, recipe: str) -> Tensor:
     """
     (n, r), k = p.a.shape, p.b.shape[0]
     m = p.x.shape[0]
-    left, right = kron_terms(p, p.x.dtype)
-    tokens = p.x.reshape(m, r, k)
-    update = _kron_of_few_rows if n < r else _kron_update
-    return onto(recipe, update(tokens, left, right).reshape(m, n * r), p.x, p.weight, p.bias)
+    dtype = _kron_dtype(p.x)
+    left, right = kron_terms(p, dtype)
+    tokens = p.x.to(dtype).reshape(m, r, k)
+    update = (_kron_of_few_rows if n < r else _kron_update)(tokens, left, right)
+    return onto(recipe, update.reshape(m, n * r).to(p.x.dtype), p.x, p.weight, p.bias)
 
 
 def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Per token S = X B, T = Aᵀ dY;  dA = s Σ dY Sᵀ;  dB = s Σ Xᵀ T;  dX = s (T Bᵀ − T₀ B₀ᵀ)."""
-    a, b, dtype = p.a, p.b, p.x.dtype
+    a, b, dtype = p.a, p.b, _kron_dtype(p.x)
     (n, r), k = a.shape, b.shape[0]
     m = p.x.shape[0]
-    tokens, grads = p.x.reshape(m, r, k), p.dy.reshape(m, n, r)
+    tokens, grads = p.x.to(dtype).reshape(m, r, k), p.dy.to(dtype).reshape(m, n, r)
     dx = da = db = None
     if p.need_da:
         s = torch.mm(tokens.reshape(m * r, k), b.to(dtype)).view(m, r, r)
@@ -154,12 +158,17 @@ def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None
         db = times(p.scaling, gram(tokens.reshape(m * r, k), t.view(m * r, r))).to(b.dtype)
     if p.need_dx:
         left, right = kron_terms(p, dtype)
-        update = p.x.new_empty(m * r, k)
+        update = tokens.new_empty(m * r, k)
         for i, (la, rb) in enumerate(zip(left, right, strict=True)):
             t = torch.bmm(la.mT.expand(m, r, n), grads).view(m * r, r)
             torch.mm(t, rb.mT, out=update) if i == 0 else update.addmm_(t, rb.mT)
-        dx = update.view(m, r * k).addmm_(p.dy, p.weight)
+        dx = update.view(m, r * k).to(p.x.dtype).addmm_(p.dy, p.weight)
     return dx, da, db
+
+
+def _kron_dtype(x: Tensor) -> torch.dtype:
+    """Of S and T, which may leave fp16's range where y does not; a CPU is no slower in fp32."""
+    return torch.float32 if x.dtype == torch.float16 and not x.is_cuda else x.dtype
 
 
 Factors = tuple[Tensor, ...]

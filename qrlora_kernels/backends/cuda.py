@@ -14,6 +14,7 @@ from .. import native
 from ..dispatch.problem import Problem, Recipe
 from ..native import pointers
 from ..operands import LowRank
+from ..reference import hidden_dtype
 
 DECODE = "decode"
 # The tags of csrc/include/qrlora/dtype.h.
@@ -69,7 +70,7 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     up, (up_at, up_row, _) = pointers.rows(p.up, device=device)
     down, (down_at, down_row, _) = pointers.rows(p.down, device=device)
     held, (bias_at, gate_at) = pointers.dense(p.bias, p.gate, device=device)
-    y, h = x.new_empty(m, n), x.new_empty(m, r)
+    y, h = x.new_empty(m, n), x.new_empty(m, r, dtype=hidden_dtype(x.dtype))
     mid = x.new_empty(m, -(-r // 8) * 8)
     core = p.gate.dim() == 2
     wide = x.new_empty(m, r, dtype=torch.float32) if core else None

@@ -47,13 +47,29 @@ def onto(how: str, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
     return y if bias is None else y.add_(bias)
 
 
+def into_fp32(rows: Tensor, factor: Tensor) -> Tensor:
+    """rows [M, K] factor [K, r] of fp16 in fp32: h or g, whose range fp16 may not have."""
+    if rows.is_cuda:
+        return torch.mm(rows, factor, out_dtype=torch.float32)
+    return torch.mm(rows.float(), factor.float())
+
+
+def out_of_fp32(mid: Tensor, factor: Tensor) -> Tensor:
+    """mid [M, r] of fp32 times a factor [r, N] of fp16, in fp16: an update or its share of dx."""
+    if mid.is_cuda:
+        return torch.mm(mid.to(factor.dtype), factor)
+    return torch.mm(mid, factor.float()).to(factor.dtype)
+
+
 def through(
     how: str, mid: Tensor, up: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """``mid upᵀ + x Wᵀ + b``, the update ``mid upᵀ`` first."""
     if bias is not None and x.dtype not in HALF:
         return F.linear(mid, up, bias).addmm_(x, weight.mT)
-    return onto(how, torch.mm(mid, up.mT), x, weight, bias)
+    narrow = mid.dtype == up.dtype
+    update = torch.mm(mid, up.mT) if narrow else out_of_fp32(mid, up.mT)
+    return onto(how, update, x, weight, bias)
 
 
 def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:

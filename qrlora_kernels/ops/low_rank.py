@@ -15,7 +15,7 @@ from ..autocast import autocast
 from ..dispatch.chooser import perform, pinned_backend
 from ..dispatch.problem import Choice
 from ..operands import LowRank, LowRankGradient
-from ..reference import low_rank_ref
+from ..reference import hidden_dtype, low_rank_ref
 from . import eager, flops
 from .checks import (
     autograd_reason,
@@ -53,8 +53,9 @@ MIXED_LOW_RANK_LINEAR = Public("mixed_low_rank_linear", "b", "a", "gates", True,
 
 
 def _fwd_fake(p: LowRank) -> tuple[Tensor, Tensor]:
-    m = p.x.shape[0]
-    return p.x.new_empty(m, p.weight.shape[0]), p.x.new_empty(m, p.gate.shape[-1])
+    m, r = p.x.shape[0], p.gate.shape[-1]
+    h = p.x.new_empty(m, r, dtype=hidden_dtype(p.x.dtype))
+    return p.x.new_empty(m, p.weight.shape[0]), h
 
 
 def _bwd_fake(p: LowRankGradient) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 // The product with W needs nothing from the adapter, so on Hopper and later it starts while h is
 // still being made (programmatic dependent launch) and waits for it only before its second phase.
 // Sums are taken in a fixed order: the same inputs give the same bits.
+#include <type_traits>
+
 #include "decode_tile.cuh"
 #include "launch.cuh"
 #include "qrlora/cuda/decode.h"
@@ -35,6 +37,10 @@ Rows<T> rows_of(const void* data, int64_t rows, int64_t cols, int64_t stride) {
     return {static_cast<const T*>(data), rows, cols, stride, fast};
 }
 
+// h may leave the range of half where y does not.
+template <typename T>
+using Hidden = std::conditional_t<std::is_same_v<T, __half>, float, T>;
+
 // h = x Rᵀ and, with λ, mid = s h∘λ; 8 columns of h a block.
 template <typename T>
 __global__ void __launch_bounds__(kWarps * 32, 4)
@@ -48,7 +54,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
     const float h = reduce(sums, warp, group, slice);
     const int64_t m = threadIdx.x / kCols, j = first + threadIdx.x % kCols;
     if (m >= p.m || j >= p.r) return;
-    static_cast<T*>(p.h)[m * p.r + j] = T(h);
+    static_cast<Hidden<T>*>(p.h)[m * p.r + j] = Hidden<T>(h);
     if (p.core)
         p.wide[m * p.r + j] = h;
     else

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from ...operands import LowRankGradient
+from ...reference import hidden_dtype
 from . import common
 from .skinny_kernels import _finish_kernel, _project_kernel
 from .sums import sum_parts
@@ -23,10 +24,11 @@ def low_rank_in(x: Tensor, proj: Tensor, gate: Tensor, scaling: float) -> tuple[
     ``gate`` is λ [r] or C [r, r].
     """
     m, r = x.shape[0], proj.shape[0]
-    h = common.empty((m, r), x.dtype, x.device)
+    hidden = hidden_dtype(x.dtype)
+    h = common.empty((m, r), hidden, x.device)
     scaled = common.empty_rows(m, r, x.dtype, x.device)
     _run(x, proj, gate, scaling, h, scaled, False, backward=False)
-    return h.to(x.dtype), _narrow(scaled, x.dtype)
+    return h.to(hidden), _narrow(scaled, x.dtype)
 
 
 def low_rank_back(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:

@@ -29,7 +29,7 @@ struct Decode {
     bool gate_is_float;
     float scaling;
     void* y;      // [m, n] contiguous
-    void* h;      // [m, r] contiguous
+    void* h;      // [m, r] contiguous, float for half
     void* mid;    // scratch [m, ldm] of dtype
     int64_t ldm;  // a multiple of 8
     float* wide;  // scratch [m, r] if core, else null
