@@ -22,6 +22,7 @@ import error_bound
 import helpers
 import pytest
 import torch
+from cases import step
 from helpers import HALF, SCALING, Operands, poisoned_memory, same_bits
 from torch import Tensor
 
@@ -45,9 +46,8 @@ def emulated(emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def decode(op: str, given: Operands) -> tuple[Tensor, Tensor]:
-    operands = [given[name] for name in ("x", "weight", "bias", *helpers.OPERANDS[op])]
     with poisoned_memory():
-        y, h = getattr(cuda, f"{op}_fwd")(*operands, SCALING)
+        y, h = step(cuda, helpers.record(op, given), cuda.DECODE)
     return y, h
 
 
