@@ -38,6 +38,18 @@ def slug(chip: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", " ", chip.lower())).strip("-")
 
 
+_INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "amx_bf16": "AMX"}
+
+
+def spoken(chip: str) -> str:
+    """A row's chip as one would say it: without trade marks, flags by their names."""
+    words = re.sub(r"\((R|TM)\)", "", chip).replace(", 1 threads", ", 1 thread")
+    name, comma, threads = words.partition(",")
+    flags = ", ".join(_INSTRUCTIONS[flag] for flag in name.split() if flag in _INSTRUCTIONS)
+    name = " ".join(word for word in name.split() if word not in _INSTRUCTIONS)
+    return name + (f" with {flags}" if flags else "") + comma + threads
+
+
 def _peers() -> list[str]:
     installed = {dist.metadata["Name"]: dist.version for dist in distributions()}
     return [f"{name} {installed[name]}" if name in installed else f"no {name}" for name in PEERS]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from . import plots, summary, sweeps, table
 from .losses import contests, listed, losses
-from .machine import REPOSITORY, slug
+from .machine import REPOSITORY, slug, spoken
 from .registry import SUITES, SWEEPS
 from .rows import RED, SKIPPED, Row, read_folder, replace_file
 
@@ -32,8 +32,9 @@ pytest bench --benchmark-only          # pytest-benchmark's view, which saves an
 How to read it. A cell gives the median, the range from the 20 % to the 80 % quantile, and the
 ratio to the **floor**: the same work with the layer frozen (for the start: one product QᵀW). All
 variants of a table ran interleaved in one process, after warm-up, in two runs; of a round that was
-slow for all of them every sample is divided by how slow it was. Where an alternative is ahead,
-[the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say why.
+slow for all of them every sample is divided by how slow it was. "In short" has the medians of the
+best variant of each line, and in brackets how many times the floor's that is. Where an alternative
+is ahead, [the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say why.
 
 - **gate**: "green" means that outputs and all gradients were compared with fp64 before anything was
   timed, and are at most twice as far from it as the plain PyTorch expression in the same dtype.
@@ -100,32 +101,58 @@ def readme(text: str, rows: list[Row]) -> str:
 
 
 def short(rows: list[Row]) -> str:
-    """The tables of the README, machine by machine."""
+    """What the README shows: the tables that there are rows for, and how many contests were lost.
+
+    A table's heading is the line above it; a machine without a table has none.
+    """
     parts = []
-    for chip, group in _machines(rows):
-        parts.append(f"On {chip}:")
-        parts += [summary.layer_table(group), summary.model_table(group)]
-        parts.append(summary.start_table(group))
-        fought = list(contests(group))
-        if fought:
-            parts.append(
-                "An alternative that gives the same numbers is ahead beyond noise in "
-                f"{len(losses(group))} of {len(fought)} comparisons; "
-                "[docs/benchmarks.md](docs/benchmarks.md) names them."
-            )
-    return "".join(part + "\n\n" for part in parts if part).rstrip("\n") + "\n" if parts else ""
+    lost = fought = 0
+    for machine, group in _machines(rows):
+        tables = [text for text in _readers_tables(group) if text]
+        parts += [f"On {machine}:", *tables] if tables else []
+        lost, fought = lost + len(losses(group)), fought + len(list(contests(group)))
+    if fought:
+        parts.append(
+            "An alternative that gives the same numbers is faster beyond noise in "
+            f"{lost or 'none'} of {fought} recorded comparisons; "
+            "[docs/benchmarks.md](docs/benchmarks.md) has them all."
+        )
+    return "\n\n".join(parts) + "\n" if parts else ""
+
+
+def _readers_tables(rows: list[Row]) -> tuple[str, ...]:
+    lines = summary.readers_lines()
+    return (
+        summary.layer_table(rows, lines),
+        summary.model_table(rows, lines),
+        summary.start_table(rows, summary.readers_starts()),
+    )
+
+
+def _all_tables(rows: list[Row]) -> tuple[str, ...]:
+    """The same with every line."""
+    lines = summary.lines_for()
+    return (
+        summary.layer_table(rows, lines),
+        summary.model_table(rows, lines),
+        summary.start_table(rows),
+    )
 
 
 def page(rows: list[Row], drawn: list[str]) -> str:
     """docs/benchmarks.md."""
     parts = [_INTRO]
-    for chip, group in _machines(rows):
-        parts.append(f"\n## {chip}\n")
+    for machine, group in _machines(rows):
+        parts.append(f"\n## {machine}\n")
         parts += [
             f"![{name.rpartition('-')[2]}]({name})" for name in drawn if slug(group[0].chip) in name
         ]
+        tables = [text for text in _all_tables(group) if text]
+        parts += ["\n### In short\n", "\n\n".join(tables)] if tables else []
         parts.append("\n### Where an alternative is ahead\n")
-        parts += listed(group) or ["Nowhere beyond noise."]
+        parts += listed(group) or [
+            f"Nowhere beyond noise in {len(list(contests(group)))} comparisons."
+        ]
         parts.append(_exceptions(group))
         parts += [f"\n### {name}\n\n{text}" for name, text in _compact(group) if text]
         for suite in SUITES:
@@ -160,9 +187,9 @@ def _exceptions(rows: list[Row]) -> str:
 
 
 def _machines(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows by the chip that they ran on, with its description."""
+    """Rows by the chip that they ran on and the commit, with a description of both."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         torch = next(part for part in row.versions.split("; ") if part.startswith("torch"))
-        found.setdefault(f"{row.chip}, {torch}, commit {row.commit}", []).append(row)
+        found.setdefault(f"{spoken(row.chip)}, {torch}, commit {row.commit}", []).append(row)
     return list(found.items())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import compare, gate, memory, pages, rows, table, timing
+from bench import compare, gate, machine, memory, pages, rows, table, timing, tune
 from bench.competitors import STARTS, Layer, Start, starts_for, temporarily
 from bench.competitors.lapack import geqp3rk
 from bench.competitors.plain import expression, qr_eager
@@ -280,6 +280,36 @@ def test_a_number_changed_by_hand_is_noticed() -> None:
         pages.readme(text.replace(pages.END, ""), recorded)
 
 
+def test_the_readme_has_no_heading_without_a_table() -> None:
+    alone = [_recorded(1.0, 1.2, suite="pivots", metric="start", versions="torch 2", unit="ms")]
+    assert pages.short(alone) == ""
+    rival = dataclasses.replace(alone[0], variant="qrlora_kernels pivoted_qr", value=0.5)
+    (sentence,) = pages.short([*alone, rival]).splitlines()
+    assert "faster beyond noise in none of 1 recorded comparisons" in sentence
+    layers = [
+        _recorded(2.0, 1.0, variant="frozen", adapter="", m=16, n=8, k=8, versions="torch 2"),
+        _recorded(3.0, 1.5, m=16, n=8, k=8, versions="torch 2"),
+    ]
+    lines = pages.short([*alone, rival, *layers]).splitlines()
+    assert [line for line in lines if line.startswith("On ")] == [lines[0]]
+    assert "| QR-LoRA in PyTorch | 3 ms (1.50×) |" in lines
+
+
+def test_every_number_of_the_readme_has_a_unit() -> None:
+    blocks = pages.short(rows.read_folder(pages.RESULTS)).split("\n\n")
+    lines = [line for block in blocks if block[0] == "|" for line in block.splitlines()[2:]]
+    cells = [cell.strip() for line in lines for cell in line.strip("|").split("|")[1:]]
+    assert len(cells) > 50
+    for cell in set(cells) - {"–"}:
+        assert cell.split()[1] in ("ms", "s", "µs", "tokens/s"), cell
+
+
+def test_a_chip_is_spoken_of_without_flags() -> None:
+    chip = "Intel(R) Xeon(R) Processor avx2 avx512f amx_bf16, 1 threads"
+    assert machine.spoken(chip) == "Intel Xeon Processor with AVX2, AVX-512, AMX, 1 thread"
+    assert machine.spoken("NVIDIA H200") == "NVIDIA H200"
+
+
 def test_recorded_rows_carry_their_machine_and_no_red_ratio() -> None:
     for row in rows.read_folder(pages.RESULTS):
         assert row.cpu
@@ -299,6 +329,11 @@ def test_gate_only_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with temporarily(wrong(lambda update: 2 * update)):
         assert command.main([*chosen, "--suites", "layer", "--variants", "wrong"]) == 1
     assert "RED: layer qr wrong" in capsys.readouterr().out
+
+
+def test_the_contests_for_a_gpu_are_of_both_steps() -> None:
+    found = tune.problems_of("qr_linear", 16, 16, 2, torch.device("cpu"), tokens=(4, 1))
+    assert [(p.m, p.step) for p in found] == [(4, "fwd"), (4, "bwd"), (1, "fwd"), (1, "bwd")]
 
 
 def test_command_line_names_bad_choices(capsys: pytest.CaptureFixture[str]) -> None:

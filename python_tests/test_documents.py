@@ -1,7 +1,10 @@
-"""Every code block of the README and of the pages runs."""
+"""Every code block of the guides runs; every file and name that words speak of exists."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import os
 import re
 import warnings
@@ -103,3 +106,90 @@ def assert_written_merged(model: nn.Module, folder: Path) -> None:
 
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) >= 4
+
+
+# --- what is spoken of
+
+
+FOLDERS = ("bench", "csrc", "docs", "examples", "python_tests", "qrlora_kernels")
+SUFFIXES = {".md", ".py", ".txt", ".sh", ".h", ".cpp", ".cu", ".cuh"}
+# From the root of the tree, or a file from the root of the package.
+ROOMS = "adapters|backends|dispatch|linalg|model|native|nn|ops"
+PATH = re.compile(rf"(?<![\w./-])(?:(?:{'|'.join(FOLDERS)})/[\w./-]*\w|(?:{ROOMS})/\w+\.py)")
+WRITTEN_THERE = ("bench/out", "python_tests/nets/fixtures-VERSION")
+GUIDES = [*PAGES, TREE / "CONTRIBUTING.md"]
+DOTTED = re.compile(r"`(?:qrlora_kernels|qk)\.([\w.]*\w)")
+
+
+def missing_paths(text: str) -> list[str]:
+    """The paths in ``text`` that lead nowhere; what runs write is not looked for."""
+    return [
+        path
+        for path in PATH.findall(text)
+        if not path.startswith(WRITTEN_THERE)
+        and not any((root / path).exists() for root in (TREE, TREE / "qrlora_kernels"))
+    ]
+
+
+def sources() -> list[Path]:
+    files = [*TREE.glob("*.md"), TREE / "CMakeLists.txt"]
+    for folder in FOLDERS:
+        files += [p for p in sorted((TREE / folder).rglob("*")) if p.suffix in SUFFIXES]
+    return [p for p in files if "out" not in p.relative_to(TREE).parts]
+
+
+def missing_names(text: str) -> list[str]:
+    """The dotted names of this package in ``text`` that it does not have."""
+    return [name for name in DOTTED.findall(text) if not _has(name)]
+
+
+def _has(name: str) -> bool:
+    """Modules first: ``model.adapt`` is one, and a function of the folder besides."""
+    parts, found = name.split("."), qk
+    with contextlib.suppress(ModuleNotFoundError):
+        while parts:
+            found = importlib.import_module(f"{found.__name__}.{parts[0]}")
+            parts = parts[1:]
+    return functools.reduce(lambda one, part: getattr(one, part, None), parts, found) is not None
+
+
+def test_paths_in_words_and_comments_lead_somewhere() -> None:
+    found = {str(p.relative_to(TREE)): missing_paths(p.read_text("utf-8")) for p in sources()}
+    assert len(found) > 300
+    assert {path: missing for path, missing in found.items() if missing} == {}
+
+
+def missing_steps(text: str) -> list[str]:
+    """Of the names in a guide to the code those that neither the package nor the core has.
+
+    They are below the package, with a dot at least, or the core's, with ``::``.
+    """
+    core = "".join(p.read_text("utf-8") for p in (TREE / "csrc").rglob("*") if p.is_file())
+    python = [name for name in re.findall(r"`(\w+(?:\.\w+)+)`", text) if name[-3:] != ".py"]
+    names = re.findall(r"`\w+::(\w+)`", text)
+    return [name for name in python if not _has(name)] + [
+        name for name in names if not re.search(rf"\b{name}\)?\(", core)
+    ]
+
+
+def test_names_of_the_trips_exist() -> None:
+    text = (TREE / "docs" / "architecture.md").read_text("utf-8")
+    assert text.count("::") >= 5
+    assert missing_steps(text) == []
+    assert missing_steps("`ops.low_rank.all`, `Plans::ask_python` and `ops.low_rank.call`") == [
+        "ops.low_rank.all",
+        "ask_python",
+    ]
+
+
+def test_names_in_the_guides_exist() -> None:
+    found = {p.name: missing_names(p.read_text("utf-8")) for p in GUIDES}
+    assert {name: missing for name, missing in found.items() if missing} == {}
+
+
+def test_what_is_gone_is_noticed() -> None:
+    old = "qrlora_kernels/backends/" + "measured.py"  # apart: this file is looked through too
+    assert missing_paths(f"see `{old}` and bench/results") == [old]
+    assert missing_names("`qrlora_kernels.backends.chosen` and `qk.backends.choose(...)`") == [
+        "backends.chosen"
+    ]

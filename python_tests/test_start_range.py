@@ -294,12 +294,12 @@ def test_the_share_of_a_weight_of_any_size_that_a_basis_keeps(
 def test_a_rebuilt_diagonal_is_compared_at_its_own_size(exponent: int) -> None:
     """All diagonals of small weights are close to each other in absolute terms."""
     adapted = qk.QRLinear.from_linear(layer(pair(torch.float64, exponent)[1])[0], rank=4)
-    compact = {"pivots": adapted.pivots, "diagonal": adapted.diagonal}
-    rebuilt = qk.QRLinear.adapter.rebuild(adapted.weight, adapted.options, compact)
+    small = {"pivots": adapted.pivots, "diagonal": adapted.diagonal}
+    rebuilt = qk.QRLinear.adapter.rebuild(adapted.weight, adapted.options, small)
     assert torch.equal(rebuilt["r"], adapted.r)
-    compact["diagonal"] = adapted.diagonal * 1.001
+    small["diagonal"] = adapted.diagonal * 1.001
     with pytest.raises(ValueError, match="do not give the stored diagonal"):
-        qk.QRLinear.adapter.rebuild(adapted.weight, adapted.options, compact)
+        qk.QRLinear.adapter.rebuild(adapted.weight, adapted.options, small)
 
 
 @pytest.mark.parametrize("exponent", [-140, -100, -40, 100])

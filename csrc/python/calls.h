@@ -6,8 +6,9 @@
 
 namespace qrlora {
 
-// (axes that a gate without index has, x, weight, bias, up, down, gate, index, scaling) -> y where there is nothing to record, else
-// (y, h); for library products [choice, whether autograd must record].
+// (axes that a gate without index has, x, weight, bias, up, down, gate, index, scaling) -> y where
+// there is nothing to record, else (y, h); for library products [choice, whether autograd must
+// record].
 pybind11::object low_rank_forward_call(PyObject* const* args);
 // (dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate) -> (dx | None, dgate |
 // None); for library products [choice].

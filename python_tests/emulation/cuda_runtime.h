@@ -1,5 +1,5 @@
-// Runs device code on the CPU, to test it where there is no GPU: the sources of csrc/cuda include
-// this in place of CUDA's own header and compile as plain C++.
+// Runs device code on the CPU, to test it where there is no GPU: the sources of csrc/core/cuda
+// include this in place of CUDA's own header and compile as plain C++.
 //
 // Every thread of a block is a fiber. Fibers run one at a time, in an order that set_schedule
 // chooses, each until it reaches a barrier, an instruction of the whole warp or its end; the next

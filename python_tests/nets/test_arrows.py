@@ -10,6 +10,7 @@ the chooser alone.
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -20,6 +21,7 @@ from golden_bits import TREE
 
 PACKAGE = "qrlora_kernels"
 SOURCES = TREE / PACKAGE
+GUIDE = TREE / "docs" / "architecture.md"
 
 # Modules by the room that they stand in: the longest prefix counts.
 ROOM_OF = {
@@ -168,6 +170,49 @@ def test_the_rooms_have_an_order() -> None:
 def test_one_module_makes_pointers() -> None:
     assert (SOURCES / "native" / "pointers.py").is_file()
     assert pointers_outside(SOURCES) == []
+
+
+# --- the picture in the guide
+
+
+def drawn_arrows(text: str) -> set[tuple[str, str]]:
+    """(room, room) of the picture, where the names of rooms have no spaces."""
+    arrows = re.findall(r"^ *(\w+) --> (\w+)$", text, re.MULTILINE)
+    return {(source.replace("_", " "), target.replace("_", " ")) for source, target in arrows}
+
+
+def arrows_to_draw() -> set[tuple[str, str]]:
+    """Those of :data:`ROOMS` that do not follow from others."""
+    return {
+        (source, target)
+        for source, targets in ROOMS.items()
+        for target in targets
+        if not any(target in _below(other) for other in targets)
+    }
+
+
+def _below(room: str) -> set[str]:
+    return ROOMS[room].union(*map(_below, ROOMS[room]))
+
+
+def test_the_picture_has_the_arrows_that_there_are() -> None:
+    assert drawn_arrows(GUIDE.read_text(encoding="utf-8")) == arrows_to_draw()
+
+
+def test_every_arrow_is_an_import() -> None:
+    """Else the picture shows what might be."""
+    used = {(room(source), room(target)) for source, target in imports(SOURCES)}
+    assert {(source, target) for source in ROOMS for target in ROOMS[source]} <= used
+
+
+def test_the_table_has_every_room() -> None:
+    table = GUIDE.read_text(encoding="utf-8").partition("| room |")[2].partition("\n\n")[0]
+    found = {
+        path.removeprefix(f"{PACKAGE}/").removesuffix(".py").strip("/").replace("/", "."): name
+        for name, where in re.findall(r"^\| ([a-z ]+) \| (.+?) \|", table, re.MULTILINE)
+        for path in re.findall(r"`(.+?)`", where)
+    }
+    assert {_named(module): name for module, name in found.items()} == ROOM_OF
 
 
 # --- planted faults

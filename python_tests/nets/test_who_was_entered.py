@@ -4,6 +4,7 @@ for every operation, step, dtype, layout, gate and form."""
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from qrlora_kernels.backends import (
     cuda,
     last_choice,
 )
-from qrlora_kernels.dispatch.problem import GATES, problem_of
+from qrlora_kernels.dispatch.problem import GATES, PUBLIC_NAMES, problem_of
 from qrlora_kernels.operands import LowRank, LowRankGradient
 
 CPU = torch.device("cpu")
@@ -137,6 +138,15 @@ def check(case: Case) -> None:
 
 def test_every_backend_has_a_meaning() -> None:
     assert {backend for backend, _ in MEANT} == set(BACKENDS)
+
+
+def test_the_guide_names_every_recipe() -> None:
+    text = (golden_bits.TREE / "docs" / "kernels.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", text, re.MULTILINE)
+    operations = {op for op, _ in PUBLIC_NAMES}
+    named = [(backend, recipe) for backend, last in rows for recipe in re.findall("`(.+?)`", last)]
+    assert [backend for backend, _ in rows] == list(BACKENDS), "in order of preference"
+    assert {pair for pair in named if pair[1] not in operations} == set(MEANT)
 
 
 @pytest.mark.parametrize("case", params(ON_CPU))

@@ -17,7 +17,7 @@ from ..operands import LowRank
 from ..reference import hidden_dtype
 
 DECODE = "decode"
-# The tags of csrc/include/qrlora/dtype.h.
+# The tags of csrc/core/include/qrlora/dtype.h.
 _DTYPES = {torch.bfloat16: 2, torch.float16: 3}
 
 

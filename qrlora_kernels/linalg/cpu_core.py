@@ -13,7 +13,7 @@ from ..native import CORE, pointers
 from .blocked import BLOCK
 from .jobs import CORE_DTYPES, Factors, Job, Pivots, Report
 
-# As enum RankRule of csrc/include/qrlora/cpu/pivoted_qr.h.
+# As enum RankRule of csrc/core/include/qrlora/cpu/pivoted_qr.h.
 _RULES = {None: 0, "magnitude": 1, "energy": 2, "abs_sum": 3}
 
 Array = npt.NDArray[np.uint8]

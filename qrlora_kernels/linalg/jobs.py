@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# As enum DType of csrc/include/qrlora/dtype.h.
+# As enum DType of csrc/core/include/qrlora/dtype.h.
 CORE_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 Factors = tuple[Tensor, Tensor, Tensor]  # q [N, r], r [r, K], diagonal [r]

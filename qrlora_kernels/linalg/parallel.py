@@ -18,7 +18,7 @@ T = TypeVar("T")
 # of the caller's, would each put back what the other has set.
 _THREADS_LOCK = threading.Lock()
 
-# As SHARED_ELEMENTS of csrc/bindings/linalg.cpp: from here all threads work on one matrix.
+# As SHARED_ELEMENTS of csrc/python/linalg.cpp: from here all threads work on one matrix.
 SHARED_ELEMENTS = 1 << 22
 
 

@@ -128,7 +128,7 @@ def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Fact
         "rank": layer.rank,
         "stored_factors": not follow,
         "weight": describe_weight(layer, weight, known.fingerprint(weight)),
-        # Factors without compact numbers must come back bit for bit.
+        # Factors that nothing small gives back must come back bit for bit.
         "digests": {} if layer.adapter.rebuilt_from else known.digests(layer),
     }
     if changed:

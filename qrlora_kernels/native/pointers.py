@@ -4,7 +4,7 @@ A kernel is given an address and strides and can ask nothing more. So it is aske
 elements of a tensor lie in its memory as its shape and strides say. What can be brought there is
 copied: a negation still to be done, a layout that no kernel reads. The rest is refused with a
 ``TypeError``: wrappers of other tensors, layouts that are not strided, memory that was freed or is
-on another device. csrc/direct asks the same of the tensors that it reads for itself.
+on another device. csrc/python/tensors.cpp asks the same of the tensors that it reads for itself.
 
 ``matrix``, ``rows`` and ``dense`` return what has to be held until the kernel returns, since it may
 be a copy, and what the kernel is given.

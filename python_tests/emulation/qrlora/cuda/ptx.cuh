@@ -1,4 +1,4 @@
-// The PTX instructions of csrc/include/qrlora/cuda/ptx.cuh on the CPU; see cuda_runtime.h.
+// The PTX instructions of csrc/core/include/qrlora/cuda/ptx.cuh on the CPU; see cuda_runtime.h.
 #pragma once
 
 #include <cuda_bf16.h>

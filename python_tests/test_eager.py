@@ -47,7 +47,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.fixture
-def only_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+def only_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other path fails."""
 
     def fail(*_: Any) -> None:
@@ -73,7 +73,7 @@ def the_long_way() -> Iterator[None]:
 @in_each
 @of_each
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (1,)], ids=str)
-def test_plain_calls_are_taken(op, lead, dtype, only_direct):
+def test_plain_calls_are_taken(op, lead, dtype, only_at_once):
     """Forward and backward, for any leading dimensions, in both modes."""
     operands = helpers.operands(op, lead, N, K, R, dtype)
     y = helpers.call(op, operands)
@@ -88,7 +88,7 @@ def test_plain_calls_are_taken(op, lead, dtype, only_direct):
 
 
 @of_each
-def test_library_products_are_taken(op, only_direct):
+def test_library_products_are_taken(op, only_at_once):
     """From some number of tokens on they are chosen; the native core still answers the checks."""
     operands = helpers.operands(op, (2, 100), N, K, R)
     helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
@@ -97,7 +97,7 @@ def test_library_products_are_taken(op, only_direct):
 
 
 @of_each
-def test_parameters_and_stored_layouts_are_taken(op, only_direct):
+def test_parameters_and_stored_layouts_are_taken(op, only_at_once):
     operands = helpers.operands(op, 7, N, K, R)
     want = helpers.call(op, operands)
     changes: list[dict[str, Any]] = [
@@ -132,7 +132,7 @@ def test_same_bits_as_the_long_way(op, dtype, m):
 
 
 @of_each
-def test_every_element_is_written(op, only_direct):
+def test_every_element_is_written(op, only_at_once):
     operands = helpers.operands(op, 7, N, K, R)
     with helpers.poisoned_memory():
         got = helpers.outcome(helpers.call, op, operands, helpers.gradient_like(op, operands))
@@ -140,7 +140,7 @@ def test_every_element_is_written(op, only_direct):
 
 
 @of_each
-def test_more_problems_than_choices_are_kept(op, only_direct):
+def test_more_problems_than_choices_are_kept(op, only_at_once):
     """What was chosen is forgotten and chosen again, with the same answer."""
     operands = helpers.operands(op, 1, 2, 2, 1)
     first, choice = helpers.call(op, operands), backends.last_choice(op)
@@ -153,7 +153,7 @@ def test_more_problems_than_choices_are_kept(op, only_direct):
 
 @of_each
 @pytest.mark.parametrize("lead", [(5,), (2, 3), (100,), (2, 100)], ids=str)
-def test_results_may_be_written_in_place(op, lead, only_direct):
+def test_results_may_be_written_in_place(op, lead, only_at_once):
     """As those of F.linear: a residual sum and an activation in place, before the backward."""
     operands = helpers.operands(op, lead, N, K, R)
     dy = helpers.gradient_like(op, operands)
@@ -174,7 +174,7 @@ def test_results_may_be_written_in_place(op, lead, only_direct):
 @in_each
 @pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 24, 36), (40, 24, 36), (9, 1024, 1026)], ids=str)
-def test_kron_gradients_asked_for_one_by_one(m, n, k, start, dtype, only_direct):
+def test_kron_gradients_asked_for_one_by_one(m, n, k, start, dtype, only_at_once):
     """With the base product in the call and without, measured from a start and not."""
     operands = helpers.operands("kron_linear", m, n, k, 2, dtype)
     if not start:
@@ -195,7 +195,7 @@ def test_kron_gradients_asked_for_one_by_one(m, n, k, start, dtype, only_direct)
 
 @of_each
 @pytest.mark.parametrize("m", [7, 100])
-def test_huge_integers_scale_as_floats_do(op, m, only_direct):
+def test_huge_integers_scale_as_floats_do(op, m, only_at_once):
     operands = helpers.operands(op, m, N, K, R, torch.float64)
     dy = helpers.gradient_like(op, operands)
 
