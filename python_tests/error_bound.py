@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,17 +122,21 @@ def bounds(
 ) -> dict[str, Tensor]:
     """The error that each element of ``truth`` may have before the last rounding, in fp64.
 
-    ``given`` holds the operands by the public functions' names, ``truth`` the exact results: ``y``,
-    ``h`` and the gradients by the operand's name (``x``, ``bias``, …).
+    ``given`` holds the operands by the names of ``op``: those of a public function, or of the
+    record where it is ``"low_rank"``. ``truth`` holds the exact results: ``y``, ``h`` and the
+    gradients by the operand's name (``x``, ``bias``, …).
     """
-    t = {name: v.double() for name, v in given.items() if isinstance(v, Tensor)}
+    t = {name: v.double() for name, v in given.items() if isinstance(v, Tensor) and name != "index"}
+    if given.get("index") is not None:
+        t["index"] = given["index"].reshape(-1)
     n, k = t["weight"].shape
     t["x"], t["dy"] = t["x"].reshape(-1, k), dy.double().reshape(-1, n)
     size = {name: v.abs() for name, v in t.items()}
     base, base_dx = size["x"] @ size["weight"].T, size["dy"] @ size["weight"]
     if "bias" in size:
         base = base + size["bias"]
-    rule = {"linear_add": _linear_add, "kron_linear": _kron}.get(op, _low_rank)
+    rule = {"linear_add": _linear_add, "kron_linear": _kron}.get(op)
+    rule = rule or partial(_low_rank, LOW_RANK_NAMES[op])
     found = rule(t, size, base, base_dx, abs(scaling), _Roundings(given["x"].dtype))
     found["bias"] = _Roundings(given["x"].dtype).summed(len(t["x"]) + 1) * size["dy"].sum(0)
     return {name: found[name].reshape(exact.shape) for name, exact in truth.items()}
@@ -167,40 +172,68 @@ def _linear_add(
     }
 
 
+# What each function calls up, down and the gate.
+LOW_RANK_NAMES = {
+    "low_rank": ("up", "down", "gate"),
+    "qr_linear": ("q", "r", "lam"),
+    "lora_xs_linear": ("b", "a", "core"),
+    "mixed_low_rank_linear": ("b", "a", "gates"),
+}
+
+
 def _low_rank(
-    t: Tensors, size: Tensors, base: Tensor, base_dx: Tensor, scaling: float, e: _Roundings
+    names: tuple[str, str, str],
+    t: Tensors,
+    size: Tensors,
+    base: Tensor,
+    base_dx: Tensor,
+    scaling: float,
+    e: _Roundings,
 ) -> dict[str, Tensor]:
-    """h = x downᵀ, y += s gate(h) upᵀ; g = dy up, dx += s gateᵀ(g) down, dgate from h and g."""
-    core = "core" in t
-    up, down, gate = ("b", "a", "core") if core else ("q", "r", "lam")
-    (n, k), m, r = t["weight"].shape, len(t["x"]), t[down].shape[0]
+    """h = x downᵀ or (x Wᵀ) up, y += s gate(h) upᵀ; g = dy up, dx += s gateᵀ(g) down, or upᵀ W.
+
+    Factors count as far as the gate is wide, and a gate's gradient sums its own rows alone.
+    """
+    gate, index = t[names[2]], t.get("index")
+    (n, k), m, r = t["weight"].shape, len(t["x"]), gate.shape[-1]
+    core = gate.dim() == (2 if index is None else 3)
     through = r + 2 if core else 2  # the gate and the scaling
+    up = t[names[0]][:, :r]
+    if names[1] in t:
+        down, size_down, inner = t[names[1]][:r], size[names[1]][:r], k
+    else:  # each element of down a sum of its own
+        down, size_down, inner = up.T @ t["weight"], up.T.abs() @ size["weight"], k + n
+    of_rows = gate.abs() if index is None else gate.abs()[index]
 
     def gated(h: Tensor, turned: bool) -> Tensor:
         if not core:
-            return scaling * h * size[gate]
-        return scaling * h @ (size[gate].T if turned else size[gate])
-
-    # h and g: the absolute terms, the exact value, and the error that it may have.
-    terms_h, terms_g = size["x"] @ size[down].T, size["dy"] @ size[up]
-    h, g = (t["x"] @ t[down].T).abs(), (t["dy"] @ t[up]).abs()
-    error_h = e.summed(k + 1) * terms_h + e.stored(1) * h
-    error_g = e.summed(n + 1) * terms_g + e.stored(1) * g
+            return scaling * h * of_rows
+        cores = of_rows.mT if turned else of_rows
+        return scaling * (h @ cores if index is None else (h[:, None] @ cores)[:, 0])
 
     def contracted(left: Tensor, right: Tensor) -> Tensor:
-        return scaling * (left.T @ right if core else (left * right).sum(0))
+        if index is None:
+            return scaling * (left.T @ right if core else (left * right).sum(0))
+        terms = left[:, :, None] * right[:, None] if core else left * right
+        return scaling * torch.zeros_like(gate).index_add_(0, index, terms)
+
+    # h and g: the absolute terms, the exact value, and the error that it may have.
+    terms_h, terms_g = size["x"] @ size_down.T, size["dy"] @ up.abs()
+    h, g = (t["x"] @ down.T).abs(), (t["dy"] @ up).abs()
+    error_h = e.summed(inner + 1) * terms_h + e.stored(1) * h
+    error_g = e.summed(n + 1) * terms_g + e.stored(1) * g
+    rows = m if index is None or m == 0 else int(index.bincount().max())
 
     # The update's sum goes on into the base's, which it lengthens.
-    inner = through + r + 3
-    y = e.summed(2 * k + inner) * (base + gated(terms_h, False) @ size[up].T)
-    dx = e.summed(2 * n + inner) * (base_dx + gated(terms_g, True) @ size[down])
+    y = e.summed(k + inner + through + r + 3) * (base + gated(terms_h, False) @ up.abs().T)
+    dx = e.summed(2 * n + through + r + 3) * (base_dx + gated(terms_g, True) @ size_down)
     return {
-        "h": e.summed(k + 1) * terms_h,
-        "y": y + e.stored(3 + core) * gated(h, False) @ size[up].T,
-        "x": dx + e.stored(3 + core) * gated(g, True) @ size[down],
-        gate: contracted(error_h, g + error_g)
+        "h": e.summed(inner + 1) * terms_h,
+        "y": y + e.stored(3 + core) * gated(h, False) @ up.abs().T,
+        "x": dx + e.stored(3 + core) * gated(g, True) @ size_down,
+        names[2]: contracted(error_h, g + error_g)
         + contracted(h, error_g)
-        + e.summed(m + 4) * contracted(h, g),
+        + e.summed(rows + 4) * contracted(h, g),
     }
 
 

@@ -19,6 +19,7 @@ from qrlora_kernels import backends, functional, linalg
 from qrlora_kernels.backends import Problem
 from qrlora_kernels.dispatch import chooser
 from qrlora_kernels.dispatch.problem import joined
+from qrlora_kernels.operands import Kron, LowRank
 
 OPS = ("qr_linear", "lora_xs_linear", "kron_linear", "linear_add")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -102,6 +103,15 @@ def call(op: str, given: Operands, **options: Any) -> Tensor:
         options = {"scaling": SCALING, **options}
     result: Tensor = getattr(functional, op)(**given, **options)
     return result
+
+
+def record(op: str, t: Operands) -> LowRank | Kron:
+    """The operands of a public function as backends take them."""
+    base = t["x"], t["weight"], t["bias"]
+    if op == "kron_linear":
+        return Kron(*base, t["a"], t["b"], t.get("a0"), t.get("b0"), SCALING)
+    names = ("q", "r", "lam") if op == "qr_linear" else ("b", "a", "core")
+    return LowRank(*base, *(t[name] for name in names), None, SCALING)
 
 
 def delta_weight(op: str, given: Operands) -> Tensor:

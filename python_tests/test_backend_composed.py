@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from backend_contract import Contract, assert_within_bound, draw, small_update_gain, step
+from backend_contract import Contract, assert_within_bound, small_update_gain
+from cases import CORE, LOW_RANK, MIXED_CORE, MIXED_VECTOR, VECTOR, Case, Kind, draw, step
+from torch import Tensor
 
 from qrlora_kernels.backends import composed
 from qrlora_kernels.operands import LinearAdd
@@ -15,26 +17,66 @@ class TestComposed(Contract):
     backend = composed
 
 
+def _update(case: Case) -> Tensor:
+    p = case.p
+    return p.scaling * ((p.x @ p.down.mT) * p.gate) @ p.up.mT
+
+
 def test_linear_add_rounds_once() -> None:
-    op = draw("qr_linear", 4096, 192, 256, 16, torch.bfloat16, size=2e-4)
-    addend = (0.7 * ((op.x @ op.frozen["r"].mT) * op.train["lam"]) @ op.frozen["q"].mT).clone()
+    case = draw(VECTOR, 4096, 192, 256, 16, torch.bfloat16, size=2e-4)
+    addend = _update(case)
     before = addend.clone()
-    y = step(composed, LinearAdd(op.x, op.weight, op.bias, addend))
-    assert small_update_gain(op, y) == pytest.approx(1, abs=0.02)
+    y = step(composed, LinearAdd(*case.p[:3], addend))
+    assert small_update_gain(case, y) == pytest.approx(1, abs=0.02)
     assert torch.equal(addend, before)
 
 
 def test_the_small_update_check_rejects_an_update_added_to_a_rounded_base() -> None:
-    op = draw("qr_linear", 8192, 256, 256, 16, torch.bfloat16, size=2e-4)
-    update = 0.7 * ((op.x @ op.frozen["r"].mT) * op.train["lam"]) @ op.frozen["q"].mT
-    assert abs(small_update_gain(op, F.linear(op.x, op.weight, op.bias) + update) - 1) > 0.2
+    case = draw(VECTOR, 8192, 256, 256, 16, torch.bfloat16, size=2e-4)
+    y = F.linear(*case.p[:3]) + _update(case)
+    assert abs(small_update_gain(case, y) - 1) > 0.2
 
 
-@pytest.mark.parametrize("key", ["y", "dx", "lam"])
-def test_the_error_bound_rejects_a_planted_fault(key: str) -> None:
-    op = draw("qr_linear", 64, 96, 80, 16, torch.float32)
-    got = op.run(composed)
-    got[key] = got[key].clone()
-    got[key].view(-1)[3] += 0.01 * got[key].square().mean().sqrt()
-    with pytest.raises(AssertionError, match=f"^{key.removeprefix('d')}: element"):
-        assert_within_bound(op, got)
+@pytest.mark.parametrize("kind", LOW_RANK, ids="-".join)
+@pytest.mark.parametrize("name", ["y", "x", "gate"])
+def test_the_error_bound_rejects_a_planted_fault(name: str, kind: Kind) -> None:
+    case = draw(kind, 64, 96, 80, 16, torch.float32)
+    got = case.run(composed)
+    assert_within_bound(case, got)
+    got[name] = got[name].clone()
+    got[name].view(-1)[3] += 0.01 * got[name].square().mean().sqrt()
+    with pytest.raises(AssertionError, match=f"^{name}: element"):
+        assert_within_bound(case, got)
+
+
+@pytest.mark.parametrize("kind", [MIXED_VECTOR, MIXED_CORE], ids="-".join)
+def test_the_error_bound_rejects_the_gate_of_another_row(kind: Kind) -> None:
+    """And the gradient of one adapter given to another, and any at all to one in no row."""
+    case = draw(kind, 64, 96, 80, 16, torch.float32)
+    index = case.p.index.clone()
+    index[7] = (index[7] + 1) % 4
+    got, wrong = case.run(composed), case.given(index=index).run(composed)
+    absent = got["gate"].clone()
+    absent[-1] += 1e-6
+    for name, fault in {"y": wrong["y"], "x": wrong["x"], "gate": wrong["gate"]}.items():
+        with pytest.raises(AssertionError, match=f"^{name}: element"):
+            assert_within_bound(case, got | {name: fault})
+    with pytest.raises(AssertionError, match=r"^gate: element"):
+        assert_within_bound(case, got | {"gate": absent})
+
+
+@pytest.mark.parametrize("kind", [VECTOR, CORE], ids="-".join)
+def test_the_error_bound_rejects_factors_read_beyond_the_gate(kind: Kind) -> None:
+    """A result of factors that hold numbers there, of which one more column was taken."""
+    case = draw(kind, 64, 96, 80, 16, torch.float32)
+    wide = draw(kind, 64, 96, 80, 17, torch.float32)
+    more = wide.given(
+        x=case.p.x, weight=case.p.weight, bias=case.p.bias, dy=case.dy,
+        up=torch.cat([case.p.up, wide.p.up[:, 16:]], 1),
+        down=torch.cat([case.p.down, wide.p.down[16:]], 0),
+    )  # fmt: skip
+    inside = (slice(0, 16),) * case.p.gate.dim()
+    more.p.gate[inside] = case.p.gate
+    wrong = more.run(composed)
+    with pytest.raises(AssertionError, match=r"^y: element"):
+        assert_within_bound(case, case.run(composed) | {"y": wrong["y"]})

@@ -22,12 +22,12 @@ import error_bound
 import helpers
 import pytest
 import torch
+from cases import step
 from helpers import HALF, SCALING, Operands, poisoned_memory, same_bits
 from torch import Tensor
 
 from qrlora_kernels import native
 from qrlora_kernels.backends import cuda
-from qrlora_kernels.operands import LowRank
 
 GPU = cuda.available()
 OPS = ("qr_linear", "lora_xs_linear")
@@ -46,10 +46,8 @@ def emulated(emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def decode(op: str, given: Operands) -> tuple[Tensor, Tensor]:
-    factors = ("q", "r", "lam") if op == "qr_linear" else ("b", "a", "core")
-    operands = [given[name] for name in ("x", "weight", "bias", *factors)]
     with poisoned_memory():
-        y, h = cuda.low_rank_fwd(LowRank(*operands, None, SCALING), cuda.DECODE)
+        y, h = step(cuda, helpers.record(op, given), cuda.DECODE)
     return y, h
 
 

@@ -12,11 +12,14 @@ import disguises
 import helpers
 import pytest
 import torch
-from helpers import SCALING, Operands
+from backend_contract import assert_within_bound
+from cases import CORE, VECTOR, Case, Kind, draw, step
+from helpers import Operands
 from torch import Tensor
 
 from qrlora_kernels.backends import Problem, triton
 from qrlora_kernels.backends.triton.tables import Chip
+from qrlora_kernels.dispatch.problem import joined
 
 pytest.importorskip("triton")
 
@@ -61,20 +64,18 @@ def chip(request: pytest.FixtureRequest, kernels: Any, monkeypatch: pytest.Monke
 
 
 def run(op: str, given: Operands, dy: Tensor) -> dict[str, Tensor]:
-    """y and the gradients by the backend's own functions."""
+    """y and the gradients by the backend's own steps, whether it would be chosen or not."""
     t = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in given.items()}
-    dy = dy.to(DEVICE)
-    names = helpers.OPERANDS[op]
-    factors = [t.get(name) for name in names]
-    forward, backward = getattr(triton, f"{op}_fwd"), getattr(triton, f"{op}_bwd")
-    y = forward(t["x"], t["weight"], t["bias"], *factors, SCALING)
-    if op == "kron_linear":
-        grads = backward(dy, t["x"], t["weight"], *factors, SCALING)
-    else:
+    case = Case(helpers.record(op, t), dy.to(DEVICE))
+    library_base = op == "kron_linear" and t["bias"] is None
+    y = step(triton, case.p, triton.LIBRARY_BASE if library_base else triton.TWO_PHASE)
+    h = None
+    if op != "kron_linear":
         y, h = y
-        assert h.shape == (t["x"].shape[0], factors[-1].shape[0])
-        assert h.dtype == t["x"].dtype
-        grads = backward(dy, t["weight"], *factors, h, SCALING)
+        assert h.shape == (t["x"].shape[0], case.p.gate.shape[0])
+        fp16 = t["x"].dtype == torch.float16
+        assert h.dtype == (torch.float32 if fp16 else t["x"].dtype)
+    grads = step(triton, case.gradient(h), triton.TWO_PHASE)
     out = {"y": y} | dict(zip(GRADIENTS[op], grads, strict=True))
     for name in GRADIENTS[op]:
         assert out[name].dtype == t[name].dtype, name
@@ -97,6 +98,15 @@ def test_gated_linear(chip: Chip, op: str, m: int, n: int, k: int, r: int, dtype
 @pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear"])
 def test_rank_150_is_padded_not_refused(chip: Chip, op: str) -> None:
     check(op, helpers.operands(op, 21, 56, 136, 150, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", [VECTOR, CORE], ids=lambda kind: kind.gate)
+def test_factors_wider_than_the_gate(chip: Chip, kind: Kind) -> None:
+    """They hold NaN there."""
+    case = draw(kind, 9, 40, 24, 6, torch.float16, train_dtype=torch.float32, wide=10)
+    t = {name: v.to(DEVICE) for name, v in case.p._asdict().items() if isinstance(v, Tensor)}
+    got = case.given(**t, dy=case.dy.to(DEVICE)).run(triton)
+    assert_within_bound(case, {name: tensor.cpu() for name, tensor in got.items()})
 
 
 def test_rank_above_one_tile(chip: Chip) -> None:
@@ -239,20 +249,18 @@ def test_nothing_unasked_is_computed(
 ) -> None:
     given = helpers.operands(op, 40, 32, 16, 4)
     t = {name: v.to(DEVICE) for name, v in given.items()}
-    factors = [t[name] for name in helpers.OPERANDS[op]]
-    dy, h = torch.randn(40, 32, device=DEVICE), torch.randn(40, 4, device=DEVICE)
+    case = Case(helpers.record(op, t), torch.randn(40, 32, device=DEVICE))
+    h = torch.randn(40, 4, device=DEVICE)
     launched: list[str] = []
 
-    def record(kernel: Any, *args: Any, **meta: Any) -> None:
+    def note(kernel: Any, *args: Any, **meta: Any) -> None:
         launched.append(kernel.fn.__name__)
 
-    monkeypatch.setattr(kernels, "launch", record)
+    monkeypatch.setattr(kernels, "launch", note)
 
     def backward(need_dx: bool, need_gate: bool) -> list[str]:
         launched.clear()
-        out = getattr(triton, f"{op}_bwd")(
-            dy, t["weight"], *factors, h, SCALING, need_dx, need_gate
-        )
+        out = case.backward(triton, h, need_dx, need_gate)
         assert [g is not None for g in out] == [need_dx, need_gate]
         return [name for name in launched if name != "_finish_kernel"]
 
@@ -305,17 +313,16 @@ def test_import_is_cheap() -> None:
 
 
 def test_supports_says_why_not() -> None:
-    def ask(op: str, dtype: torch.dtype, n: int, k: int, r: int) -> tuple[bool, str]:
-        return triton.supports(Problem(op, DEVICE, dtype, 8, n, k, r))
+    def ask(op: str, dtype: torch.dtype, n: int, k: int, r: int, device: Any = DEVICE) -> str:
+        problem = joined(Problem(op, torch.device(device), dtype, 8, n, k, r))
+        found = triton.supports(problem)
+        return found if isinstance(found, str) else found[0].name
 
-    assert ask("qr_linear", torch.bfloat16, 64, 64, 512)[0]
+    assert ask("qr_linear", torch.bfloat16, 64, 64, 512) == triton.TWO_PHASE
     assert ask("qr_linear", torch.float64, 64, 64, 8) == (
-        False,
-        "Triton kernels compute in float32, float16 and bfloat16, not torch.float64",
+        "Triton kernels compute in float32, float16 and bfloat16, not torch.float64"
     )
-    assert "above 256" in ask("lora_xs_linear", torch.bfloat16, 512, 512, 300)[1]
-    ok, reason = ask("kron_linear", torch.bfloat16, 592 * 32, 112 * 32, 32)
-    assert not ok
-    assert "32768 padded elements" in reason
-    other = triton.supports(Problem("qr_linear", torch.device("meta"), torch.float32, 1, 1, 1, 1))
-    assert other == (False, "Triton kernels run on CUDA devices, not meta")
+    assert "above 256" in ask("lora_xs_linear", torch.bfloat16, 512, 512, 300)
+    assert "32768 padded elements" in ask("kron_linear", torch.bfloat16, 592 * 32, 112 * 32, 32)
+    other = ask("qr_linear", torch.float32, 1, 1, 1, "meta")
+    assert other == "Triton kernels run on CUDA devices, not meta"

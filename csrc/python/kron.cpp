@@ -102,8 +102,9 @@ bool operands(PyObject* weight, PyObject* const* factors, PyObject* scaling, Ope
 
 py::object kron_forward_call(PyObject* const* args) {
     PyObject *x = args[0], *weight = args[1], *const *factors = args + 3;
+    if (!in_plain_mode()) return py::none();  // before anything asks a tensor, which a mode hears
     const auto given = read(x);
-    if (!given || !in_plain_mode()) return py::none();
+    if (!given) return py::none();
     Operands p{};
     p.dtype = *dtype_of(*given);
     int64_t columns = 0;
@@ -134,8 +135,9 @@ py::object kron_backward_call(PyObject* const* args) {
     PyObject *dy = args[0], *x = args[1], *const *factors = args + 3;
     const bool need_dx = args[8] == Py_True, need_da = args[9] == Py_True;
     const bool need_db = args[10] == Py_True;
+    if (!in_plain_mode()) return py::none();
     const auto given = read(dy), given_x = read(x);
-    if (!given || !given_x || !in_plain_mode()) return py::none();
+    if (!given || !given_x) return py::none();
     Operands p{};
     p.dtype = *dtype_of(*given);
     int64_t tokens = 0, columns = 0, columns_of_x = 0;

@@ -90,8 +90,10 @@ def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None, scaling: float)
     if index is None and gate.ndim == 2:
         return torch.mm(h, times(scaling, gate).to(h.dtype))
     if gate.ndim == 3:
-        return _by_adapter(h, times(scaling, gate).to(h.dtype), index)
-    scaled = h * (times(scaling, gate) if index is None else times(scaling, gate)[index])
+        return _by_adapter(h, gate, index, scaling)
+    if index is not None:
+        gate = gate[index]  # first: nothing is done to the gates of adapters in no row
+    scaled = h * times(scaling, gate)
     return scaled if scaled.dtype == h.dtype else scaled.to(h.dtype)
 
 
@@ -102,12 +104,12 @@ def _back_through_gate(g: Tensor, gate: Tensor, index: Tensor | None, scaling: f
     return _through_gate(g, gate.mT if gate.ndim == 3 else gate, index, scaling)
 
 
-def _by_adapter(h: Tensor, cores: Tensor, index: Tensor | None) -> Tensor:
-    """h_m C[index_m], one product for each adapter that is present."""
+def _by_adapter(h: Tensor, cores: Tensor, index: Tensor | None, scaling: float) -> Tensor:
+    """s h_m C[index_m], one product for each adapter that is present."""
     assert index is not None
     out = torch.empty_like(h)
     for adapter, rows in segments(index):
-        out[rows] = torch.mm(h[rows], cores[adapter])
+        out[rows] = torch.mm(h[rows], times(scaling, cores[adapter]).to(h.dtype))
     return out
 
 

@@ -160,15 +160,20 @@ def at_once(public: Public, backend: str | None, *operands: Any) -> Tensor | Non
     """
     if not eager.is_open(backend):
         return None
-    dim = public.dims[0]
+    dim = 0 if public.mixed else public.dims[0]  # of a gate without an index
     done = eager.CORE.low_rank_forward_call(dim, *operands)
     if done is NotImplemented:
         call = partial(eager.CORE.low_rank_forward_call, dim)
         done = eager.told(call, LowRank, operands)
-    if type(done) is tuple:
-        y: Tensor | None = _record(*operands, None, done)
-        return y
-    return _by_library(done, operands) if type(done) is list else done
+    if type(done) is not tuple and type(done) is not list:
+        return done  # y, or None
+    if public.mixed:  # by row of the flat x, as backends and backwards have it
+        *rest, index, scaling = operands
+        operands = (*rest, index.reshape(-1), scaling)
+    y: Tensor = (
+        _by_library(done, operands) if type(done) is list else _record(*operands, None, done)
+    )
+    return y
 
 
 def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
@@ -225,7 +230,7 @@ def _checked(
     check_linear(x, weight, bias)
     rank = _check_gate(public, gate, x)
     _check_factors(public, up, down, rank, x, weight)
-    if index is not None:
+    if public.mixed:
         index = _checked_index(index, gate.shape[0], x)
         if gate.shape[0] == 1:  # one adapter: every row's
             gate, index = gate[0], None
@@ -263,8 +268,9 @@ def _check_factors(
     check_operand(public.down, down, (width, weight.shape[1]), x)
 
 
-def _checked_index(index: Tensor, adapters: int, x: Tensor) -> Tensor:
+def _checked_index(index: Tensor | None, adapters: int, x: Tensor) -> Tensor:
     check_tensor("index", index)
+    assert index is not None
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"index must be of an integer dtype, got {index.dtype}")
     if index.device != x.device:

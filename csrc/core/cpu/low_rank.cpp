@@ -121,7 +121,7 @@ struct Pass {
         const bool shared = d.core && !d.index && d.m <= chunk;  // so small that all take a part
         const int64_t block = shared ? (d.r + threads - 1) / threads : core_block;
         const int64_t blocks = (d.r + block - 1) / block;
-        team.for_static((d.index ? d.adapters : 1) * blocks, [&](int64_t task) {
+        team.for_static(d.adapters * blocks, [&](int64_t task) {
             const int64_t a = task / blocks, first = task % blocks * block;
             const int64_t last = std::min(d.r, first + block), from = starts[a] * d.r;
             const int64_t rows = starts[a + 1] - starts[a];
@@ -203,7 +203,8 @@ template <typename T>
 void backward(const LowRank& d, const LowRankBackward& io) {
     auto *dgate = static_cast<T*>(io.dgate), *dx = static_cast<T*>(io.dx);
     const auto* h = static_cast<const T*>(io.h);
-    const bool sorts = d.index && dgate;
+    // Without a token there is no index to point to, and still a gradient for each adapter.
+    const bool sorts = dgate && (d.index || d.adapters > 1);
     const int64_t size = d.m * d.r, taken = (sorts ? 4 : 2) * size;
     AlignedBuffer<T> large;
     T *g = scratch(large, taken).reserve(taken), *mid = g + size;

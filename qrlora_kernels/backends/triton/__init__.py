@@ -118,7 +118,7 @@ def kron_fwd(p: Kron, recipe: str) -> Tensor:
     update = kron_update(p)
     if recipe == LIBRARY_BASE:
         return products.onto(products.ADDMM, update, p.x, p.weight, p.bias)
-    return two_phase(p.x, p.weight, bias=p.bias, start=update)
+    return two_phase((p.x, p.weight), bias=p.bias, start=update)
 
 
 def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -137,7 +137,7 @@ def linear_add_fwd(p: LinearAdd, recipe: str) -> Tensor:
     from .two_phase import two_phase
 
     p = readable(p)
-    return two_phase(p.x, p.weight, bias=p.bias, start=p.addend)
+    return two_phase((p.x, p.weight), bias=p.bias, start=p.addend)
 
 
 def readable(p: Any) -> Any:

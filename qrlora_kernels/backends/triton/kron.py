@@ -67,32 +67,25 @@ def kron_gradients(p: KronGradient) -> tuple[Tensor | None, Tensor | None, Tenso
     """
     dy, x = (t if t.stride(1) == 1 else t.contiguous() for t in (p.dy, p.x))
     a, b = p.a.contiguous(), p.b.contiguous()
-    factors = (a, b, *_contiguous(p.a0, p.b0))
+    a0, b0 = _contiguous(p.a0, p.b0)
+    p = p._replace(dy=dy, x=x, a=a, b=b, a0=a0, b0=b0)
     dx = common.empty(tuple(x.shape), x.dtype, x.device) if p.need_dx else None
     if fits_one_pass(a.shape[0], b.shape[0], a.shape[1], common.chip_of(x.device)):
-        da, db = _backward_pass(dy, x, factors, p.scaling, dx, p.need_da, p.need_db)
-    elif _GRADIENTS_TOGETHER:
-        da, db = _backward_pass(dy, x, factors, p.scaling, None, p.need_da, p.need_db)
-        _backward_pass(dy, x, factors, p.scaling, dx, False, False)
+        da, db = _backward_pass(p, dx)
     else:
-        da, _ = _backward_pass(dy, x, factors, p.scaling, None, p.need_da, False)
-        _, db = _backward_pass(dy, x, factors, p.scaling, None, False, p.need_db)
-        _backward_pass(dy, x, factors, p.scaling, dx, False, False)
+        if _GRADIENTS_TOGETHER:
+            da, db = _backward_pass(p, None)
+        else:
+            da, _ = _backward_pass(p._replace(need_db=False), None)
+            _, db = _backward_pass(p._replace(need_da=False), None)
+        _backward_pass(p._replace(need_da=False, need_db=False), dx)
     return None if dx is None else dx.to(dy.dtype), da, db
 
 
-def _backward_pass(
-    dy: Tensor,
-    x: Tensor,
-    factors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    scaling: float,
-    dx: Tensor | None,
-    need_da: bool,
-    need_db: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+def _backward_pass(p: KronGradient, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Fill ``dx`` with the update's share, if given; return da and db, if asked for."""
-    a, b = factors[:2]
-    if dx is None and not (need_da or need_db):
+    dy, x, a, b = p.dy, p.x, p.a, p.b
+    if dx is None and not (p.need_da or p.need_db):
         return None, None
     m, (na, r), kb = x.shape[0], a.shape, b.shape[0]
     chip = common.chip_of(x.device)
@@ -102,7 +95,7 @@ def _backward_pass(
         torch.empty((programs, *factor.shape), dtype=torch.float32, device=x.device)
         if need
         else None
-        for need, factor in ((need_da, a), (need_db, b))
+        for need, factor in ((p.need_da, a), (p.need_db, b))
     ]
     dy_grid, x_grid = dy.unflatten(1, (na, r)), x.unflatten(1, (r, kb))
     dx_grid = None if dx is None else dx.view(m, r, kb)
@@ -115,10 +108,10 @@ def _backward_pass(
         x.device,
         common.tile_source(dy_grid, dy_block, tma),
         common.tile_source(x_grid, x_block, tma),
-        *factors,
+        *(a, b, p.a0, p.b0),
         None if dx_grid is None else common.tile_source(dx_grid, x_block, tma),
         *parts,
-        scaling,
+        p.scaling,
         m,
         na,
         kb,
@@ -137,7 +130,7 @@ def _backward_pass(
         num_stages=tile.stages,
     )
     da, db = (
-        None if part is None else sum_parts(part, scaling, tuple(factor.shape), factor.dtype)
+        None if part is None else sum_parts(part, p.scaling, tuple(factor.shape), factor.dtype)
         for part, factor in zip(parts, (a, b), strict=True)
     )
     return da, db

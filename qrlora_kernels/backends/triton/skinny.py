@@ -3,6 +3,8 @@ gradient backward, each in one pass over the tokens."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -27,7 +29,7 @@ def low_rank_in(x: Tensor, proj: Tensor, gate: Tensor, scaling: float) -> tuple[
     hidden = hidden_dtype(x.dtype)
     h = common.empty((m, r), hidden, x.device)
     scaled = common.empty_rows(m, r, x.dtype, x.device)
-    _run(x, proj, gate, scaling, h, scaled, False, backward=False)
+    _run(Skinny(x, proj, gate, scaling, h, scaled, need_grad=False, backward=False))
     return h.to(hidden), _narrow(scaled, x.dtype)
 
 
@@ -39,9 +41,8 @@ def low_rank_back(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:
     dy, gate = p.dy, p.gate.contiguous()
     m, r = dy.shape[0], gate.shape[-1]
     scaled = common.empty_rows(m, r, dy.dtype, dy.device) if p.need_dx else None
-    parts = _run(
-        dy, p.up.t(), gate, p.scaling, p.h.contiguous(), scaled, p.need_dgate, backward=True
-    )
+    proj, h = p.up.t(), p.h.contiguous()
+    parts = _run(Skinny(dy, proj, gate, p.scaling, h, scaled, p.need_dgate, backward=True))
     grad = None if parts is None else sum_parts(parts, p.scaling, tuple(gate.shape), gate.dtype)
     return None if scaled is None else _narrow(scaled, dy.dtype), grad
 
@@ -60,17 +61,22 @@ def _splits(chip: Chip, tile: ProjectTile, tiles: int, k: int) -> int:
     return max(1, min(2 * chip.multiprocessors // max(tiles, 1), steps // 4))
 
 
-def _run(
-    x: Tensor,
-    proj: Tensor,
-    gate: Tensor,
-    scaling: float,
-    saved: Tensor,
-    scaled: Tensor | None,
-    need_grad: bool,
-    backward: bool,
-) -> Tensor | None:
+class Skinny(NamedTuple):
+    """What a pass reads and writes: rows [M, K] projᵀ [K, r], and what follows it."""
+
+    rows: Tensor
+    proj: Tensor  # [r, K]
+    gate: Tensor
+    scaling: float
+    saved: Tensor  # h: written forward, read backward
+    scaled: Tensor | None
+    need_grad: bool
+    backward: bool
+
+
+def _run(p: Skinny) -> Tensor | None:
     """Product and finish, in one kernel where the tokens fill the GPU; the gradient's parts."""
+    x, proj, gate, scaling, saved, scaled, need_grad, backward = p
     (m, k), r = x.shape, proj.shape[0]
     chip = common.chip_of(x.device)
     tile = project_tile(chip, m, r, x.element_size())

@@ -85,21 +85,19 @@ def _two_phase_kernel(
         store_tile(out, acc, m, n, M, N, stride_om, 1, BLOCK_M, BLOCK_N, TMA)
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 def two_phase(
-    x: Tensor,
-    w: Tensor,
-    u: Tensor | None = None,
-    v: Tensor | None = None,
-    bias: Tensor | None = None,
-    start: Tensor | None = None,
+    xw: Pair, uv: Pair | None = None, bias: Tensor | None = None, start: Tensor | None = None
 ) -> Tensor:
     """out [M, N] = x [M, K] w [N, K]ᵀ + u [M, r] v [N, r]ᵀ + bias [N] + start [M, N].
 
     ``w`` and ``v`` may be transposed views: whichever of their dimensions is contiguous is read
     along it. All share one dtype of float32, float16 or bfloat16; sums are float32.
     """
-    m, k = x.shape
-    n = w.shape[0]
+    (x, w), (u, v) = xw, uv or (None, None)
+    (m, k), n = x.shape, w.shape[0]
     bias = None if bias is None else bias.contiguous()
     device = x.device
     chip = common.chip_of(device)

@@ -22,10 +22,10 @@ struct LowRank {
     const void* gate;  // λ [r] or C [r, r], contiguous; mixed: [adapters, r(, r)]
     DType gate_dtype;  // as dtype, or f32 over bf16
     bool core;         // the gate is C
-    // Mixed: whose gate is each row's, [m] in [0, adapters); null, and adapters not read, where
-    // there is one gate for all.
+    // Mixed: whose gate is each row's, [m] in [0, adapters); null where there is one gate for all,
+    // or no row.
     const int64_t* index;
-    int64_t adapters;
+    int64_t adapters;  // gates that there are: 1, unless mixed
     double scaling;  // s
     int threads;
 };
