@@ -8,6 +8,7 @@ import torch
 from static_compile import meta
 
 from qrlora_kernels.backends import triton
+from qrlora_kernels.operands import Kron, KronGradient, LowRank, LowRankGradient
 
 BF16 = torch.bfloat16
 
@@ -44,14 +45,11 @@ class Case:
         x, dy, weight = self._layer()
         h = meta(self.m, self.r, dtype=self.dtype)
         bias = meta(self.n, dtype=self.dtype)
-        if self.op == "qr":
-            lam = meta(self.r, dtype=torch.float32)
-            triton.qr_linear_fwd(x, weight, bias, out_factor, in_factor, lam, 1.0)
-            triton.qr_linear_bwd(dy, weight, out_factor, in_factor, lam, h, 1.0)
-        else:
-            core = meta(self.r, self.r, dtype=torch.float32)
-            triton.lora_xs_linear_fwd(x, weight, bias, in_factor, out_factor, core, 1.0)
-            triton.lora_xs_linear_bwd(dy, weight, in_factor, out_factor, core, h, 1.0)
+        gate = meta(*(self.r,) * (1 if self.op == "qr" else 2), dtype=torch.float32)
+        p = LowRank(x, weight, bias, out_factor, in_factor, gate, None, 1.0)
+        triton.low_rank_fwd(p, triton.TWO_PHASE)
+        back = LowRankGradient(dy, weight, out_factor, in_factor, gate, None, h, 1.0)
+        triton.low_rank_bwd(back, triton.TWO_PHASE)
 
     def _layer(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight = meta(self.n, self.k, dtype=self.dtype)
@@ -67,8 +65,9 @@ class Case:
         x, dy, weight = self._layer()
         a, a0 = (meta(self.n // self.r, self.r, dtype=torch.float32) for _ in range(2))
         b, b0 = (meta(self.k // self.r, self.r, dtype=torch.float32) for _ in range(2))
-        triton.kron_linear_fwd(x, weight, meta(self.n, dtype=self.dtype), a, b, a0, b0, 1.0)
-        triton.kron_linear_bwd(dy, x, weight, a, b, a0, b0, 1.0)
+        bias = meta(self.n, dtype=self.dtype)
+        triton.kron_fwd(Kron(x, weight, bias, a, b, a0, b0, 1.0), triton.TWO_PHASE)
+        triton.kron_bwd(KronGradient(dy, x, weight, a, b, a0, b0, 1.0), triton.LIBRARY_BASE)
 
 
 # The shape classes of the tables: many tiles, few tiles, decode; both gates; OHoRA's square layer.

@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from qrlora_kernels.backends import Problem, cuda
+from qrlora_kernels.dispatch.problem import joined
 
 CORE = Path(__file__).parents[1] / "csrc" / "core"
 TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
@@ -83,14 +84,14 @@ def test_blocks_fit_a_multiprocessor(compiled: Compiled) -> None:
 
 
 def test_supports_says_why_not() -> None:
-    def ask(device: str, op: str, dtype: torch.dtype) -> tuple[bool, str]:
-        return cuda.supports(Problem(op, torch.device(device), dtype, 1, 64, 64, 8))
+    def ask(device: str, op: str, dtype: torch.dtype, **more: Any) -> Any:
+        problem = Problem(op, torch.device(device), dtype, 1, 64, 64, 8, **more)
+        return cuda.supports(joined(problem))
 
-    assert ask("cpu", "qr_linear", torch.bfloat16) == (
-        False,
-        "CUDA kernels run on CUDA devices, not cpu",
-    )
-    assert ask("cuda:0", "kron_linear", torch.bfloat16) == (False, "no CUDA kernel for kron_linear")
-    assert "not torch.float64" in ask("cuda:0", "qr_linear", torch.float64)[1]
+    assert ask("cpu", "qr_linear", torch.bfloat16) == "CUDA kernels run on CUDA devices, not cpu"
+    assert ask("cuda:0", "kron_linear", torch.bfloat16) == "no CUDA kernel for kron"
+    assert "a backward" in ask("cuda:0", "qr_linear", torch.bfloat16, step="bwd")
+    assert "rows are contiguous" in ask("cuda:0", "qr_linear", torch.bfloat16, layout="columns")
+    assert "not torch.float64" in ask("cuda:0", "qr_linear", torch.float64)
     if not HERE[0]:
-        assert ask("cuda:0", "qr_linear", torch.bfloat16) == HERE
+        assert ask("cuda:0", "qr_linear", torch.bfloat16) == HERE[1]

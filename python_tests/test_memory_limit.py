@@ -41,7 +41,8 @@ n, r = 1024, 512
 x, dy = draw(34, n), draw(34, n)
 factors = [draw(n // r, r) for _ in range(4)]
 call = lambda: torch.cat([
-    t.flatten() for t in cpu.kron_gradients(dy, x, *factors, 0.7, True, True, True)])
+    t.flatten() for t in cpu.core_calls.kron_gradients(
+        KronGradient(dy, x, x, *factors, 0.7), cpu.core_calls.code(update_alone=True))])
 """,
     "qr_linear": """
 m, n, r = 2048, 200, 600
@@ -63,6 +64,7 @@ import gc, resource, sys
 import torch
 from qrlora_kernels import functional as F
 from qrlora_kernels.backends import cpu
+from qrlora_kernels.operands import KronGradient
 from qrlora_kernels.linalg import pivoted_qr
 
 torch.set_num_threads(2)

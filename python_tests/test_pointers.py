@@ -12,7 +12,7 @@ from helpers import OPS, TRAINABLES
 from torch import Tensor
 
 from qrlora_kernels import native
-from qrlora_kernels.backends import composed
+from qrlora_kernels.backends import products
 from qrlora_kernels.native import pointers
 
 N, K, R = 24, 36, 3
@@ -39,7 +39,7 @@ def test_onednn_gets_a_dense_bias(bias: str, m: int) -> None:
     """In fp32, which oneDNN's linear with an addend takes on every CPU."""
     x, weight, addend = torch.randn(m, K), torch.randn(N, K), torch.randn(m, N)
     given = BIASES[bias](torch.float32)
-    y = composed._linear_bias_add(x, weight, given, addend)
+    y = products._linear_bias_add(x, weight, given, addend)
     want = x.double() @ weight.double().mT + given.double() + addend.double()
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
 

@@ -30,7 +30,7 @@ from .checks import (
     restore,
     wants_gradient,
 )
-from .operator import Operator, placeholder
+from .operator import Operator, Unanswered, placeholder
 
 
 class Public(NamedTuple):
@@ -198,10 +198,16 @@ def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
         return by_autograd(public.name, reason, backend, low_rank_ref, LowRank(*checked))
     index = None if index is None else index.reshape(-1)
     flat = (flatten(x), weight, bias, up, down, gate, index, float(scaling))
-    if wants_gradient(*trains):
-        y: Tensor = LowRankFunction.apply(*flat, pinned_backend(backend), None)
-    else:
-        y, _ = low_rank_fwd(*flat, backend)
+    try:
+        if wants_gradient(*trains):
+            y: Tensor = LowRankFunction.apply(*flat, pinned_backend(backend), None)
+        else:
+            y, _ = low_rank_fwd(*flat, backend)
+    except Unanswered as error:
+        name = {"up": public.up, "down": public.down, "gate": public.gate}.get(error.name)
+        if name is None:
+            raise
+        raise Unanswered(name, error.operator, error.operand) from error
     return restore(y, x)
 
 

@@ -19,6 +19,17 @@ LIBRARY = library.Library("qrlora", "DEF")
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
 
 
+class Unanswered(TypeError):
+    """The class of an operand answers no operator of ours; ``name`` is the operand's."""
+
+    def __init__(self, name: str, operator: str, t: Tensor) -> None:
+        self.name, self.operator, self.operand = name, operator, t
+        super().__init__(
+            f"{name} must be a plain tensor or of a class that answers {operator}, got "
+            f"{type(t).__name__}"
+        )
+
+
 class Operator:
     """``qrlora::<name>``: its schema, its fake, and one implementation for every device.
 
@@ -92,10 +103,7 @@ class Operator:
         except NotImplementedError as error:
             for name, t in zip(self.tensors, self._tensors_of(operands), strict=True):
                 if t is not None and pointers.is_wrapper(t):
-                    raise TypeError(
-                        f"{name} must be a plain tensor or of a class that answers "
-                        f"{self.registered}, got {type(t).__name__}"
-                    ) from error
+                    raise Unanswered(name, str(self.registered), t) from error
             raise
 
     def _run(self, *arguments: Any) -> Any:
