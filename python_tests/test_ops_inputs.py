@@ -275,3 +275,25 @@ def test_report_gives_each_backend_a_reason():
     report = backends.report()
     assert list(report) == list(backends.BACKENDS)
     assert all(isinstance(ok, bool) and reason for ok, reason in report.values())
+
+
+@pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear", "kron_linear"])
+def test_a_forced_recipe_that_the_backward_does_not_have(op):
+    """In half precision with a bias the forward has recipes of its own."""
+    operands = helpers.operands(op, 7, N, K, R, torch.bfloat16)
+    backend, recipe = ("cpu", "fp32 base") if op == "kron_linear" else ("composed", "fp32")
+    if backend not in helpers.cpu_backends(op, torch.bfloat16):
+        pytest.skip("needs the native core")
+    operands["x"].requires_grad_()
+    helpers.call(op, operands, backend=f"{backend}:{recipe}").sum().backward()
+    forward, backward = (backends.last_choice(op, step) for step in ("fwd", "bwd"))
+    assert (forward.backend, forward.recipe) == (backend, recipe)
+    assert (backward.backend, backward.recipe) == (backend, recipe.replace("fp32", "addmm"))
+
+
+@pytest.mark.parametrize("step", ["fwd", "bwd"])
+def test_an_unknown_recipe_is_named(step):
+    problem = joined(Problem("qr_linear", torch.device("cpu"), torch.float32, 7, N, K, R, step))
+    message = r"backend must be 'composed:addmm' for qr_linear.* here, got 'composed:fastest'"
+    with pytest.raises(ValueError, match=message):
+        backends.choose(problem, "composed:fastest")

@@ -154,10 +154,18 @@ def _forced_recipe(problem: Problem, backend: str, name: str) -> Recipe:
     for recipe in found:
         if name == recipe.name:
             return recipe
+    if problem.step == "bwd" and _is_of_the_forward(problem, backend, name):
+        return _forced_recipe(problem, backend, "")
     known = ", ".join(repr(f"{backend}:{recipe.name}") for recipe in found)
     raise ValueError(
         f"backend must be {known} for {problem.public_name}{step} here, got '{backend}:{name}'"
     )
+
+
+def _is_of_the_forward(problem: Problem, backend: str, name: str) -> bool:
+    """A forward pins its backward, which need not have a recipe of that name."""
+    forwards = (problem._replace(step="fwd", needs=(), bias=bias) for bias in (True, False))
+    return any(recipe.name == name for p in forwards for recipe in recipes(backend, p))
 
 
 def recipes(backend: str, problem: Problem) -> list[Recipe]:
