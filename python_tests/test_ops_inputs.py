@@ -10,7 +10,7 @@ from helpers import OPERANDS, OPS, TRAINABLES
 from qrlora_kernels import backends
 from qrlora_kernels.backends import Problem
 from qrlora_kernels.dispatch import chooser
-from qrlora_kernels.dispatch.problem import problem_of
+from qrlora_kernels.dispatch.problem import joined, problem_of
 
 N, K, R = 24, 36, 3
 # What is looked for here, wrong rows or columns, is wrong by about 1.
