@@ -140,8 +140,12 @@ def test_a_run_that_fails_keeps_the_results_before_it(settings, capsys):
 
 
 @pytest.mark.slow
-def test_two_at_a_time_give_the_results_of_one_at_a_time_in_their_order(settings, capsys):
+def test_two_at_a_time_give_the_results_of_one_at_a_time_in_their_order(
+    settings, capsys, monkeypatch
+):
     """The bar and the table are seen; what the runs say lies in a log beside each."""
+    # Runs share the cores by this variable, which other tests are not to have.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     line = (
         f"--adapter none qr --seeds 0 1 --data {settings.train_file} --eval-data "
         f"{settings.eval_file} --rank 4 --model {settings.model} --epochs 1 --precision fp32"

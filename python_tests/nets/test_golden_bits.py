@@ -15,6 +15,7 @@ import torch
 from golden_bits import DTYPES, LAYOUTS, REFUSED, SHAPES, TREE, VARIED, Case, cases, digests
 
 from qrlora_kernels.backends import composed
+from qrlora_kernels.operands import LowRankGradient
 
 FEW = r"^(qr_linear|linear_add)/(free|composed|cpu)/(bfloat16|float32)/rows/(7x33|130).*/1 threads"
 
@@ -27,14 +28,15 @@ def test_two_runs_are_equal() -> None:
 
 def test_one_changed_bit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digests(FEW)
-    backward = composed.qr_linear_bwd
+    backward = composed.low_rank_bwd
 
-    def flipped(*operands: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dx, dlam = backward(*operands)
-        dlam.view(torch.int32)[-1] ^= 1
-        return dx, dlam
+    def flipped(p: LowRankGradient, recipe: str) -> tuple[torch.Tensor | None, ...]:
+        dx, dgate = backward(p, recipe)
+        if p.gate.dim() == 1:
+            dgate.view(torch.int32)[-1] ^= 1
+        return dx, dgate
 
-    monkeypatch.setattr(composed, "qr_linear_bwd", flipped)
+    monkeypatch.setattr(composed, "low_rank_bwd", flipped)
     seen = golden_bits.differences(before, digests(FEW))
     asked_for = [key for key in before if "qr_linear/composed" in key and key.endswith(":lam")]
     # Where no backend is asked for, it may be the one that is chosen.
@@ -56,7 +58,9 @@ def test_two_trees_are_compared(tmp_path: Path) -> None:
         (package / core.name).symlink_to(core)
     reference = package / "reference.py"
     text = reference.read_text(encoding="utf-8")
-    planted = text.replace("return (y + addend.to(y.dtype))", "return (addend.to(y.dtype) + 2 * y)")
+    planted = text.replace(
+        "return (y + p.addend.to(y.dtype))", "return (p.addend.to(y.dtype) + 2 * y)"
+    )
     assert planted != text
     reference.write_text(planted, encoding="utf-8")
     only = r"/(reference|composed)/float32/rows/7x33x31x1/1 threads"
