@@ -220,10 +220,10 @@ def last_choice(op: str, step: str | None = None) -> Choice | None:
     step : "fwd" or "bwd", optional
         Without it the last call of either.
     """
-    for name, step_ in reversed(list(_last)):
+    for (name, step_), choice in reversed(list(_last.items())):
         asked = joined(Problem(name, torch.device("cpu"), torch.float32, 0, 0, 0, 0))
         if op in (name, asked.op) and step in (None, step_):
-            return _last[name, step_]
+            return choice
     return None
 
 
