@@ -11,6 +11,8 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 # Processes that share the tests, a file at a time; 0: all of them in one.
 WORKERS ?= 2
+# Threads that wait for each other's cores spin: a worker of the tests has its share of them.
+THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) )); echo $$(( n > 1 ? n : 1 )))
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -31,7 +33,7 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE)
 	touch $@
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-cpus: $(VENV)/.ready
 	bash .ci/test_cpus $(BIN)/python $(CPUS)
