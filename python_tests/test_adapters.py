@@ -188,3 +188,17 @@ def test_a_bad_weight_beside_its_gradient_is_named():
     gradients = dict.fromkeys(weights, linear.weight.grad)
     with pytest.raises(ValueError, match=r"y\.weight must be finite"):
         adapters.LoRAXS.start(weights, options, StartRunner(), gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("adapter", ["QR", "LoRAXS", "OHoRA"])
+def test_what_a_start_gives_is_what_a_call_takes(adapter, dtype):
+    """Trainables came in fp64, or in fp32 over fp64, which no call takes."""
+    kind = getattr(adapters, adapter)
+    weight = torch.randn(N, K, dtype=torch.float64).to(dtype)
+    state = kind.start({"x": weight}, kind.options_type(rank=RANK), StartRunner())["x"]
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    assert {state[name].dtype for name in kind.trainables} == {wide}
+    x = torch.randn(3, K, dtype=torch.float64).to(dtype)
+    y = kind.fused(x, weight, None, state, 1.0)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().mT, rtol=2e-2, atol=5e-2)

@@ -417,3 +417,16 @@ def test_a_source_in_the_place_of_one_that_is_gone():
         assert derived.get("sum", torch.sum, view) == total
         del view
         memory.add_(1)
+
+
+def test_parameters_may_be_swapped_by_a_load(monkeypatch):
+    """PyTorch swaps no tensor that something refers to weakly."""
+    model = qk.adapt(
+        nn.Sequential(nn.Linear(24, 16)), ["0"], "ohora", rank=4, columns="selected", fold=True
+    )
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(3, 24)
+    with torch.no_grad():
+        want = model(x)
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model.load_state_dict(state)
+    assert torch.equal(model(x), want)

@@ -26,7 +26,8 @@ from torch import nn
 import qrlora_kernels as qk
 from qrlora_kernels import backends
 from qrlora_kernels.dispatch import chooser, contest, tuning
-from qrlora_kernels.model.tune import Tuning
+from qrlora_kernels.dispatch.problem import joined, problem_of
+from qrlora_kernels.model.tune import Tuning, tune_problems
 
 # --- the table
 
@@ -381,3 +382,24 @@ def test_a_missing_file_is_an_error(monkeypatch):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"must name a table .*'none.json': FileNotFound"):
             helpers.call("qr_linear", helpers.operands("qr_linear", 16, 24, 36, 4))
+
+
+def test_the_nearest_number_of_tokens_counts_whatever_the_format():
+    both = tuning.entry_for(PROBLEM._replace(m=8), "composed")._replace(step="", layout="")
+    tuning.add([both, tuning.entry_for(PROBLEM._replace(m=16), "reference")])
+    assert tuning.lookup(PROBLEM._replace(m=8)).winner == "composed"
+    assert tuning.lookup(PROBLEM._replace(m=15)).winner == "reference"
+
+
+@pytest.mark.parametrize(
+    "change", [{"gate": "mixed_core", "op": "low_rank"}, {"form": "output"}], ids=str
+)
+def test_problems_that_no_contest_is_held_for_are_refused(change):
+    with pytest.raises(ValueError, match="one gate and the two-sided form, got gate"):
+        tune_problems([PROBLEM._replace(**change)], seconds=0.001, progress=False)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+def test_the_weight_of_a_contest_lies_as_the_problem_says(layout):
+    asked = joined(PROBLEM._replace(layout=layout))
+    assert problem_of(contest._operands(asked)) == asked

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linalg import StartRunner
 from ..linalg.exponents import in_range, times_two_to
+from ..reference import accumulation_dtype
 from .options import Options
 
 State = dict[str, Tensor]  # an adapter's tensors by their names
@@ -45,6 +46,8 @@ class Adapter(Generic[Own]):
     ) -> dict[str, State]:
         """Trainables and factors for each W, computed by ``run`` as one batch.
 
+        Trainables come in fp32 over half precision, else in the weight's dtype.
+
         Parameters
         ----------
         weights : dict of Tensor [N, K]
@@ -64,6 +67,8 @@ class Adapter(Generic[Own]):
         named = {f"{name}.weight": weight for name, weight in weights.items()}
         states = dict(zip(weights, cls._start(named, options, run), strict=True))
         for name, state in states.items():
+            dtype = accumulation_dtype(weights[name].dtype)
+            state |= {t: state[t].to(dtype) for t in cls.trainables}
             if not cls.can_train(state):
                 raise ValueError(
                     f"{name}.weight must give factors that let a gradient through, got ones that "

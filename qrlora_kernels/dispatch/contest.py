@@ -155,7 +155,8 @@ def _runner(recipe: Recipe, step: str, operands: Operands) -> Callable[[], list[
 
     def run() -> list[Tensor]:
         results = chooser.perform(choice, step, operands)
-        return [results] if isinstance(results, Tensor) else list(results)
+        found = [results] if isinstance(results, Tensor) else results
+        return [t for t in found if t is not None]
 
     return run
 
@@ -174,6 +175,8 @@ def _operands(p: Problem) -> Operands:
     weight = draw(n, k, size=k**-0.5)
     if p.layout == "columns":
         weight = weight.mT.contiguous().mT
+    elif p.layout == "strided":
+        weight = weight.repeat_interleave(2, 1)[:, ::2]
     if p.op == "linear_add":
         return LinearAdd(x, weight, bias, draw(m, n))
     if p.op == "kron":

@@ -102,12 +102,12 @@ def lookup(problem: Problem) -> Entry | None:
     if not table or problem.m < 1:
         return None
     asked = entry_for(problem, "")
-    for key in (asked.key, asked._replace(step="", layout="").key):
-        found = table.get(key, {})
-        nearest = min(found, key=lambda m: abs(math.log2(m / problem.m)), default=None)
-        if nearest is not None and abs(math.log2(nearest / problem.m)) <= _OCTAVES:
-            return found[nearest]
-    return None
+    # Of both steps together, then of this one, which counts where both are as near.
+    found = table.get(asked._replace(step="", layout="").key, {}) | table.get(asked.key, {})
+    nearest = min(found, key=lambda m: abs(math.log2(m / problem.m)), default=None)
+    if nearest is None or abs(math.log2(nearest / problem.m)) > _OCTAVES:
+        return None
+    return found[nearest]
 
 
 # --- files --------------------------------------------------------------------------------------

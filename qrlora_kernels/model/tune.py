@@ -122,6 +122,11 @@ def tune_problems(
     for problem in distinct:
         if problem.device.type not in ("cpu", "cuda"):
             raise ValueError(f"model must be on a CPU or CUDA device, got {problem.device}")
+        if problem.gate.startswith("mixed") or problem.form != "two_sided":
+            raise ValueError(
+                "problems must have one gate and the two-sided form, got gate "
+                f"{problem.gate!r} and form {problem.form!r}"
+            )
     if path is not None and Path(path).exists():
         tuning.read(path)  # what it holds is kept
     elif path is not None and os.environ.get("QRLORA_TUNING") == os.fspath(path):

@@ -69,6 +69,7 @@ def loading(
         yield False
         return
     merging.unmerge(layer)
+    layer.derived.drop()  # now: what it holds of the sources forbids PyTorch to swap them
     yield True
     found = {n: state[prefix + n] for n in layer.factors if prefix + n in state}
     for name, tensor in found.items():
@@ -80,7 +81,6 @@ def loading(
         # A whole state: the factors came from the weight that lies beside them, whether it was
         # taken or not (PyTorch loads nothing into a weight that is away).
         layer._start = base_weight.digest_of(state[prefix + "weight"].to(layer.weight.dtype))
-    layer.derived.drop()
 
 
 def _refusal(layer: AdapterLinear, state: Any, prefix: str, saved: Any) -> str:

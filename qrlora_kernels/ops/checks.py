@@ -65,7 +65,8 @@ def check_operand(
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
     if not (or_fp32 and x.dtype in HALF and tensor.dtype == torch.float32):
-        expected = f"{x.dtype} like x" + (" or torch.float32" if or_fp32 else "")
+        wider = " or torch.float32" if or_fp32 and x.dtype in HALF else ""
+        expected = f"{x.dtype} like x{wider}"
         raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
 
 
@@ -85,6 +86,20 @@ def check_memory(**operands: Tensor | None) -> None:
         # What is no tensor is named by the checks, which come after.
         if isinstance(t, Tensor) and not (t.is_meta or pointers.is_wrapper(t)):
             pointers.checked(t, name)
+
+
+def check_range(index: Tensor, adapters: int) -> None:
+    """On the CPU an error that tells the value; on a GPU an assertion on the device, which waits
+    for nothing."""
+    if index.is_meta or not index.numel():
+        return
+    if index.is_cuda:
+        inside = ((index >= 0) & (index < adapters)).all()
+        torch._assert_async(inside, f"index must be from 0 to {adapters - 1}")
+        return
+    for value in (int(index.min()), int(index.max())):
+        if not 0 <= value < adapters:
+            raise ValueError(f"index must be from 0 to {adapters - 1}, got {value}")
 
 
 def check_scaling(scaling: object) -> None:

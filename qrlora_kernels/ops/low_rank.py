@@ -24,6 +24,7 @@ from .checks import (
     check_linear,
     check_memory,
     check_operand,
+    check_range,
     check_scaling,
     check_tensor,
     flatten,
@@ -195,6 +196,8 @@ def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     x, weight, bias, up, down, gate, index, scaling = checked
     trains = (x, bias, gate)
     if reason := autograd_reason((weight, up, down), trains):
+        if index is not None and _has_values(index):
+            check_range(index, gate.shape[0])
         return by_autograd(public.name, reason, backend, low_rank_ref, LowRank(*checked))
     index = None if index is None else index.reshape(-1)
     flat = (flatten(x), weight, bias, up, down, gate, index, float(scaling))
@@ -226,13 +229,16 @@ def _checked(
     check_scaling(scaling)
     named = {public.up: up, public.down: down, public.gate: gate}
     check_memory(x=x, weight=weight, bias=bias, **named)
+    if public.mixed:
+        check_memory(index=index)
     x, weight, bias, up, down = autocast(x, weight, bias, up, down)
     check_linear(x, weight, bias)
     rank = _check_gate(public, gate, x)
     _check_factors(public, up, down, rank, x, weight)
     if public.mixed:
-        index = _checked_index(index, gate.shape[0], x)
-        if gate.shape[0] == 1:  # one adapter: every row's
+        index = _checked_index(index, x)
+        if gate.shape[0] == 1 and _has_values(index):  # one adapter: every row's
+            check_range(index, 1)
             gate, index = gate[0], None
     return x, weight, bias, up, down, gate, index, scaling
 
@@ -268,7 +274,7 @@ def _check_factors(
     check_operand(public.down, down, (width, weight.shape[1]), x)
 
 
-def _checked_index(index: Tensor | None, adapters: int, x: Tensor) -> Tensor:
+def _checked_index(index: Tensor | None, x: Tensor) -> Tensor:
     check_tensor("index", index)
     assert index is not None
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
@@ -281,22 +287,16 @@ def _checked_index(index: Tensor | None, adapters: int, x: Tensor) -> Tensor:
             f"index must have shape {list(lead)} like x, or [{lead.numel()}], got "
             f"{list(index.shape)}"
         )
-    index = index.to(torch.int64).reshape(lead)
-    _check_range(index, adapters)
-    return index
+    return index.to(torch.int64).reshape(lead)
 
 
-def _check_range(index: Tensor, adapters: int) -> None:
-    """On the CPU an error that tells the value; on a GPU an assertion on the device, which waits
-    for nothing; under tracing nothing, since there are no values."""
-    if torch.compiler.is_compiling() or index.is_meta or not index.numel():
-        return
-    if torch._C._get_tracing_state() is not None:
-        return
-    if index.is_cuda:
-        inside = ((index >= 0) & (index < adapters)).all()
-        torch._assert_async(inside, f"index must be from 0 to {adapters - 1}")
-        return
-    for value in (int(index.min()), int(index.max())):
-        if not 0 <= value < adapters:
-            raise ValueError(f"index must be from 0 to {adapters - 1}, got {value}")
+def _has_values(index: Tensor) -> bool:
+    """Whether the numbers may be looked at now; a trace is of any numbers, and of any A."""
+    return not (
+        torch.compiler.is_compiling()
+        or index.is_meta
+        or type(index) is not Tensor
+        or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )

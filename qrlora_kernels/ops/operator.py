@@ -14,6 +14,7 @@ from ..dispatch.chooser import run
 from ..native import pointers
 from ..operands import Operands
 from . import flops
+from .checks import check_range
 
 LIBRARY = library.Library("qrlora", "DEF")
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
@@ -73,6 +74,8 @@ class Operator:
             text.split()[1]: i for i, text in enumerate(arguments) if text.startswith("Tensor")
         }
         self._tensors_of = itemgetter(*self.tensors.values())
+        # The index comes after the gates that it is an index of.
+        self._gates_at = self.tensors["gate"] if "index" in self.tensors else None
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         library.register_fake(
@@ -113,6 +116,9 @@ class Operator:
         if device != "meta" and not pointers.are_plain(*self._tensors_of(operands)):
             operands = self._readable(operands)
         p = self.record(*operands)
+        if self._gates_at is not None and operands[self._gates_at + 1] is not None:
+            # Here, since whatever was traced or compiled comes here with numbers of its own.
+            check_range(operands[self._gates_at + 1], operands[self._gates_at].shape[0])
         if autocast_enabled(device):
             # The operands have their final dtypes; nothing inside may be recast.
             with torch.autocast(device, enabled=False):
