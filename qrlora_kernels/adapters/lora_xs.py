@@ -56,6 +56,7 @@ class LoRAXS(LowRank[LoRAXSOptions]):
     factors = ("a", "b")
     operands = ("a", "b", "core")
     down, up, gate = operands
+    function = staticmethod(functional.lora_xs_linear)
     options_type = LoRAXSOptions
 
     @classmethod
@@ -95,13 +96,6 @@ class LoRAXS(LowRank[LoRAXSOptions]):
     @classmethod
     def rebuildable(cls, options: LoRAXSOptions) -> bool:
         return not cls.needs_gradients(options)
-
-    @classmethod
-    def fused(
-        cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
-    ) -> Tensor:
-        a, b, core = tensors["a"], tensors["b"], tensors["core"]
-        return functional.lora_xs_linear(x, weight, bias, a, b, core, strength)
 
     @classmethod
     def energy(cls, weight: Tensor, tensors: Tensors, options: LoRAXSOptions) -> float | None:

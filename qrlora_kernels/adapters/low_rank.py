@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
@@ -17,6 +18,15 @@ class LowRank(Adapter[Own]):
     up: ClassVar[str]
     down: ClassVar[str]
     gate: ClassVar[str]
+    function: ClassVar[Callable[..., Tensor]]  # of functional, which takes ``operands`` in order
+
+    @classmethod
+    def fused(
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
+    ) -> Tensor:
+        first, second, gate = cls.operands
+        of_three = tensors[first], tensors[second], tensors[gate]
+        return cls.function(x, weight, bias, *of_three, strength)
 
     @classmethod
     def can_train(cls, state: Tensors) -> bool:

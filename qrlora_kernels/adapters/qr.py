@@ -51,6 +51,7 @@ class QR(LowRank[QROptions]):
     factors = ("q", "r", "pivots", "diagonal")
     operands = ("q", "r", "lam")
     up, down, gate = operands
+    function = staticmethod(functional.qr_linear)
     rebuilt_from = ("pivots", "diagonal")
     kept_fp32 = ("diagonal",)
     options_type = QROptions
@@ -85,13 +86,6 @@ class QR(LowRank[QROptions]):
         if not torch.allclose(result.diagonal, stored, rtol=1e-4, atol=rounding):
             raise ValueError("the stored pivots do not give the stored diagonal of R")
         return {name: getattr(result, name) for name in cls.factors}
-
-    @classmethod
-    def fused(
-        cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
-    ) -> Tensor:
-        q, r, lam = tensors["q"], tensors["r"], tensors["lam"]
-        return functional.qr_linear(x, weight, bias, q, r, lam, strength)
 
     @classmethod
     def energy(cls, weight: Tensor, tensors: Tensors, options: QROptions) -> float | None:
