@@ -26,7 +26,7 @@ struct LowRank {
     // or no row.
     const int64_t* index;
     int64_t adapters;  // gates that there are: 1, unless mixed
-    double scaling;  // s
+    double scaling;    // s
     int threads;
 };
 
