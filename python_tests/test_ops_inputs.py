@@ -297,3 +297,17 @@ def test_an_unknown_recipe_is_named(step):
     message = r"backend must be 'composed:addmm' for qr_linear.* here, got 'composed:fastest'"
     with pytest.raises(ValueError, match=message):
         backends.choose(problem, "composed:fastest")
+
+
+@pytest.mark.parametrize("change", [{"op": "nope"}, {"step": "x"}, {"gate": "nope"}], ids=str)
+def test_a_problem_that_there_is_none_of_is_refused(change):
+    """It was answered as if it were another."""
+    problem = Problem("low_rank", torch.device("cpu"), torch.float32, 7, N, K, R)
+    with pytest.raises(ValueError, match="problem must be of a known op, gate and step, got"):
+        backends.choose(problem._replace(**change))
+
+
+@pytest.mark.parametrize("gate", ["mixed_vector", "mixed_core"])
+def test_the_mixed_function_keeps_its_gate(gate):
+    problem = Problem("mixed_low_rank_linear", torch.device("cpu"), torch.float32, 7, N, K, R)
+    assert joined(problem._replace(gate=gate)).gate == gate

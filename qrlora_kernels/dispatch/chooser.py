@@ -84,9 +84,15 @@ def choose(problem: Problem, backend: str | None = None) -> Choice:
     ------
     ValueError
         If a backend was forced (argument, :func:`use_backend`, ``QRLORA_BACKEND``, in this order)
-        and it is unknown or cannot run the problem.
+        and it is unknown or cannot run the problem; or if there is no such problem.
     """
-    return _choose(joined(problem), forced_backend(backend), _threads())
+    asked = joined(problem)
+    if (asked.op, asked.gate) not in PUBLIC_NAMES or asked.step not in ("fwd", "bwd"):
+        raise ValueError(
+            f"problem must be of a known op, gate and step, got {problem.op!r}, "
+            f"{problem.gate!r} and {problem.step!r}"
+        )
+    return _choose(asked, forced_backend(backend), _threads())
 
 
 def choose_freely(problem: Problem) -> Choice:

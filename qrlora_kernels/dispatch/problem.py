@@ -93,6 +93,8 @@ class Choice(NamedTuple):
 def joined(problem: Problem) -> Problem:
     """The same problem in the words of the operations, with nothing left to say."""
     op, gate = OPERATIONS.get(problem.op, (problem.op, problem.gate))
+    if (problem.op, problem.gate) == ("mixed_low_rank_linear", "mixed_core"):
+        gate = problem.gate
     gate = (gate or "vector") if op == "low_rank" else ""
     needs, bias = problem.needs, problem.bias
     if problem.step == "bwd":
