@@ -16,7 +16,7 @@ from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype
-from .adapter import State, Tensors, share_of_energy
+from .adapter import State, Tensors, outlined, share_of_energy
 from .low_rank import LowRank
 from .options import LARGEST, AlphaOptions, one_of
 
@@ -93,6 +93,15 @@ class LoRAXS(LowRank[LoRAXSOptions]):
         rank = len(factors["a"])
         core = torch.randn(rank, rank, device="cpu").to(factors["a"].device)
         return {"core": core * options.init_std}
+
+    @classmethod
+    def outline(cls, weight: Tensor, options: LoRAXSOptions) -> State | None:
+        (rows, columns), rank = weight.shape, options.rank
+        return {
+            "a": outlined(weight.dtype, rank, columns),
+            "b": outlined(weight.dtype, rows, rank),
+            "core": outlined(accumulation_dtype(weight.dtype), rank, rank),
+        }
 
     @classmethod
     def rebuildable(cls, options: LoRAXSOptions) -> bool:

@@ -14,7 +14,7 @@ from ..autocast import autocast_enabled, outside_autocast
 from ..linalg.exponents import rounded
 from ..linalg.kron import Columns, Start
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
-from .adapter import Adapter, State, Tensors
+from .adapter import Adapter, State, Tensors, outlined
 from .options import AlphaOptions, one_of
 
 Product = Literal["kron", "materialised", "lora"]
@@ -83,6 +83,15 @@ class OHoRA(Adapter[OHoRAOptions]):
     def fresh(cls, factors: Tensors, options: OHoRAOptions) -> State:
         """A = A₀ and B = B₀: the layer is its base."""
         return {"a": factors["a0"].clone(), "b": factors["b0"].clone()}
+
+    @classmethod
+    def outline(cls, weight: Tensor, options: OHoRAOptions) -> State | None:
+        rows, columns = weight.shape
+        rank = linalg.high_rank(rows, columns) if options.rank is None else options.rank
+        cut = 1 if options.product == "lora" else rank
+        dtype = accumulation_dtype(weight.dtype)
+        a, b = outlined(dtype, rows // cut, rank), outlined(dtype, columns // cut, rank)
+        return {"a0": a, "b0": b, "a": a, "b": b}
 
     @classmethod
     def can_train(cls, state: Tensors) -> bool:

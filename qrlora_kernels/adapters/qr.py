@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import functional, linalg
 from ..linalg.exponents import rounded
-from .adapter import State, Tensors, share_of_energy
+from ..reference import accumulation_dtype
+from .adapter import State, Tensors, outlined, share_of_energy
 from .low_rank import LowRank
 from .options import Options, one_of
 
@@ -82,6 +83,20 @@ class QR(LowRank[QROptions]):
     def fresh(cls, factors: Tensors, options: QROptions) -> State:
         """λ = 0: the layer is its base."""
         return {"lam": torch.zeros_like(factors["diagonal"])}
+
+    @classmethod
+    def outline(cls, weight: Tensor, options: QROptions) -> State | None:
+        if options.rank is None:
+            return None
+        (rows, columns), rank = weight.shape, options.rank
+        wide = accumulation_dtype(weight.dtype)
+        return {
+            "q": outlined(weight.dtype, rows, rank),
+            "r": outlined(weight.dtype, rank, columns),
+            "pivots": outlined(torch.int64, rank),
+            "diagonal": outlined(wide, rank),
+            "lam": outlined(wide, rank),
+        }
 
     @classmethod
     def rebuild(cls, weight: Tensor, options: QROptions, kept: Tensors) -> State:

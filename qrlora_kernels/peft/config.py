@@ -55,7 +55,8 @@ class AdapterConfig(PeftConfig):
     save_factors : bool
         Whether a file holds the frozen factors. By default they are computed again from the base on
         loading, and compared with a few numbers in the file. Files with factors are large, and give
-        the same bits on another machine.
+        the same bits on another machine. Always on where nothing can be computed again, as with
+        LoRA-XS' ``basis="gradient"``.
     cache : str, optional
         Folder of factorisations, see :func:`qrlora_kernels.adapt`. Not saved, as the next two.
     progress : bool
@@ -120,7 +121,7 @@ class AdapterConfig(PeftConfig):
         for name, alpha in {"alpha": self.alpha, **(self.alpha_pattern or {})}.items():
             if alpha is not None and plain_value(name, "float", alpha) == 0.0:
                 raise ValueError(f"{name} must not be 0, which would never train")
-        self.options_of("")
+        self.save_factors |= not self.adapter.rebuildable(self.options_of(""))
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):
@@ -141,6 +142,11 @@ class AdapterConfig(PeftConfig):
         for name in ("cache", "progress", "distributed"):
             del values[name]
         return values | {"file_format": FORMAT}
+
+    @property
+    def brings_factors(self) -> bool:
+        """Whether this config came from a file that holds the factors."""
+        return self.save_factors and self.file_format is not None
 
     def rank_of(self, name: str) -> int | None:
         """r that is asked for in the layer called ``name``."""

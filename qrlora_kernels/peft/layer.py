@@ -19,7 +19,7 @@ from ..autocast import autocast_enabled
 from ..functional import linear_add
 from ..nn import base_weight
 from ..reference import HALF
-from . import merging, mixed, record
+from . import loading, merging, mixed, record
 from .factors import Factors
 
 UNSUPPORTED = (
@@ -92,7 +92,10 @@ class _Linear(nn.Module, AdaptedLayer):
         self.r, self.scaling, self.dropout, self.options, self.expected = {}, {}, {}, {}, {}
         setattr(self, f"{self.prefix}factors", Factors(self.adapter))
         setattr(self, f"{self.prefix}record", BufferDict(persistent=True))
-        self._seen: dict[str, tuple[Tensor, int]] = {}  # records that were compared
+        for key in self.adapter.factors:
+            setattr(self, f"{self.prefix}{key}_frozen", loading.Awaited())
+        self.place = kwargs.get("place", "this layer")
+        self.seen = loading.Seen()
         self._disable_adapters = False
         self.merged_adapters = []
         self._merge = merging.Merge()
@@ -117,6 +120,7 @@ class _Linear(nn.Module, AdaptedLayer):
         scaling: float,
         state: State,
         inference_mode: bool = False,
+        from_file: bool = False,
     ) -> None:
         """Take up the adapter called ``name``, with the tensors of a start.
 
@@ -127,6 +131,10 @@ class _Linear(nn.Module, AdaptedLayer):
         scaling : float
         state : dict of Tensor
             The adapter's trainables and factors.
+        inference_mode : bool
+            Whether it is not to train.
+        from_file : bool
+            Whether a file is about to bring its factors; until then zeros may stand for them.
         """
         factors = {key: state[key] for key in self.adapter.factors}
         self.take_factors(name, factors)
@@ -137,13 +145,30 @@ class _Linear(nn.Module, AdaptedLayer):
         self.dropout[name] = options.dropout
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        if from_file:
+            for key, factor in self.factors(name).items():
+                self.awaited(key)[name] = torch.empty_like(factor, device="meta")
 
     def take_factors(self, name: str, factors: State) -> None:
+        self.drop_awaited(name)
         self.factors_of.put(name, factors)
         stored = merging.original_stored(self)
         self.expected[name] = record.record_of(self.adapter, stored, factors)
         self.records[name] = self.expected[name].to(stored.device)
-        self._note(name)
+        self.seen.note(name, self.records[name])
+
+    def awaited(self, key: str) -> loading.Awaited:
+        found: loading.Awaited = getattr(self, f"{self.prefix}{key}_frozen")
+        return found
+
+    def awaits(self, name: str) -> bool:
+        """Whether a file is to bring the factors of the adapter called ``name``."""
+        return name in self.awaited(self.adapter.factors[0])
+
+    def drop_awaited(self, name: str) -> None:
+        if self.awaits(name):
+            for key in self.adapter.factors:
+                del self.awaited(key)[name]
 
     def trainables(self, name: str) -> State:
         """What trains in the adapter called ``name``; constants where no gradient is recorded.
@@ -183,7 +208,8 @@ class _Linear(nn.Module, AdaptedLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._seen.pop(adapter_name, None)
+        self.drop_awaited(adapter_name)
+        self.seen.forget(adapter_name)
 
     # --- PEFT moves and casts
 
@@ -316,40 +342,9 @@ class _Linear(nn.Module, AdaptedLayer):
         same = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
         return same or autocast_enabled(weight.device.type)
 
-    # --- what was loaded
-
     def compare(self, name: str) -> None:
-        """Compare the record of an adapter with the base's, once after it was written to.
-
-        PEFT's loading asks us (:meth:`check_record`); transformers' writes tensors one by one.
-        """
-        if torch.compiler.is_compiling():
-            return
-        held: Tensor = self.records[name]
-        seen, writes = self._seen.get(name, (None, -1))
-        if held is not seen or held._version != writes:
-            factors = self.check_record("this layer", name, held)
-            if factors is not None:
-                self.take_factors(name, factors)
-            self._note(name)
-
-    def check_record(
-        self, layer: str, name: str, saved: Tensor, brought: bool = False
-    ) -> State | None:
-        """The factors that ``saved`` asks for in place of those here, or None; see ``record``.
-
-        Of factors that the file brought, only whether they belong to this base.
-        """
-        own, saved = self.expected[name], saved.cpu()
-        if brought:
-            record.check_base(layer, own, saved)
-            return None
-        weight = merging.original_matrix(self)
-        return record.check(self.adapter, layer, own, saved, weight, self.options[name])
-
-    def _note(self, name: str) -> None:
-        held = self.records[name]
-        self._seen[name] = (held, held._version)
+        """Refuse an adapter that was loaded over another base; see ``loading``."""
+        loading.compare(self, name)
 
     def __repr__(self) -> str:
         return f"qrlora_kernels.peft.{super().__repr__()}"

@@ -13,7 +13,7 @@ import torch
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..adapters import Options, State
+from ..adapters import AnyAdapter, Options, State
 from ..linalg import StartRunner
 from ..model.targets import bypassed
 from ..nn import base_weight
@@ -30,6 +30,7 @@ class Made:
     options: Options
     scaling: float
     state: State
+    from_file: bool = False  # whether a file is about to bring the factors
 
 
 def start(
@@ -57,9 +58,13 @@ def start(
         here.enter_context(base_weight.present(*bases.values()))
         weights = {name: _weight(name, targets[name], bases[name]) for name in targets}
         options = _bounded(config, weights)
+        gradients = {name: base_weight.gradient(base) for name, base in bases.items()}
         for name, weight in weights.items():
-            shared = _shared(targets[name], options[name])
-            if shared is None:
+            zeros = _put_off(config, weight, options[name])
+            shared = _shared(targets[name], config.adapter, options[name], gradients[name])
+            if zeros is not None:
+                made[name] = Made(options[name], 1.0, zeros)
+            elif shared is None:
                 by_options[options[name]][name] = weight
             else:
                 state = shared | fresh(config, shared, options[name], weight.dtype)
@@ -67,11 +72,11 @@ def start(
         run = StartRunner(config.progress, config.cache, config.distributed)
         for opts, group in by_options.items():
             run.require_agreement(facts={"adapter": config.kind.value} | opts.to_dict())
-            gradients = {name: base_weight.gradient(bases[name]) for name in group}
             for name, state in config.adapter.start(group, opts, run, gradients).items():
                 made[name] = Made(opts, 1.0, state)
     for name, one in made.items():
         one.scaling = config.scaling_of(name, config.adapter.rank(one.state))
+        one.from_file = config.brings_factors
         if not config.init_weights:
             one.state |= _random(config, one.state)
     return {name: made[name] for name in targets}
@@ -125,11 +130,23 @@ def _bounded(config: AdapterConfig, weights: Mapping[str, Tensor]) -> dict[str, 
 _OF_A_RUN: dict[str, Any] = {"dropout": 0.0, "strength": 1.0}
 
 
-def _shared(target: nn.Module, options: Options) -> State | None:
+def _put_off(config: AdapterConfig, weight: Tensor, options: Options) -> State | None:
+    """Zeros for a layer whose factors a file is about to bring, where their shape is known."""
+    outline = config.adapter.outline(weight, options) if config.brings_factors else None
+    if outline is None:
+        return None
+    return {key: torch.zeros_like(one, device=weight.device) for key, one in outline.items()}
+
+
+def _shared(
+    target: nn.Module, adapter: AnyAdapter, options: Options, gradient: Tensor | None
+) -> State | None:
     """The factors of an adapter of ``target`` that began with the same options."""
+    if adapter.needs_gradients(options) and gradient is not None:
+        return None  # which may be another than the one at that time
     if isinstance(target, _Linear):
         for name, have in target.options.items():
-            if _shaping(have) == _shaping(options):
+            if not target.awaits(name) and _shaping(have) == _shaping(options):
                 return target.factors(name)
     return None
 

@@ -12,7 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from . import combining, mixed
+from . import combining, loading, mixed
 from .config import AdapterConfig
 from .layer import LoraXSLinear, OHoraLinear, QRLoraLinear, _Linear
 from .start import Made, start
@@ -86,8 +86,10 @@ class AdapterModel(BaseTuner):
         made = self._made[current_key]
         kind = self.tuner_layer_cls
         there = target if isinstance(target, kind) else None
-        layer = there or kind(target, **get_quantization_kwargs(self))
-        layer.update_layer(adapter_name, made.options, made.scaling, made.state)
+        layer = there or kind(target, place=current_key, **get_quantization_kwargs(self))
+        layer.update_layer(
+            adapter_name, made.options, made.scaling, made.state, from_file=made.from_file
+        )
         if there is None:
             self._replace_module(parent, target_name, layer, target)
 
@@ -120,6 +122,8 @@ class AdapterModel(BaseTuner):
         )
         if config.save_factors:
             for name, layer in cls._layers(model, adapter_name):
+                if loading.blank(layer, adapter_name):
+                    raise ValueError(loading.missing(layer))
                 for key, factor in layer.factors(adapter_name).items():
                     found[f"{name}.{cls.prefix}{key}_frozen.{adapter_name}"] = factor.contiguous()
         return found
@@ -137,12 +141,12 @@ class AdapterModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         taken = {}
+        frozen = _frozen(found, cls.prefix, adapter_name)
         for name, layer in cls._layers(model, adapter_name):
             record = found.get(f"{name}.{cls.prefix}record.{adapter_name}")
-            brought = _brought(found, f"{name}.{cls.prefix}", layer)
+            brought = _brought(frozen, f"{name}.{cls.prefix}", layer)
             if record is not None:
-                factors = layer.check_record(name, adapter_name, record, brought is not None)
-                factors = brought or factors
+                factors = loading.check(layer, adapter_name, record, brought)
                 if factors is not None:
                     taken[name] = factors
         for name, layer in cls._layers(model, adapter_name):
@@ -212,13 +216,29 @@ def _layers_in(state_dict: dict[str, Tensor], prefix: str) -> set[str]:
     return {key.rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
 
 
-def _brought(found: dict[str, Tensor], start: str, layer: _Linear) -> dict[str, Tensor] | None:
-    """Factors that the file holds, taken out of what PEFT is to load."""
-    keys = {key: f"{start}{key}_frozen" for key in layer.adapter.factors}
-    if not all(key in found for key in keys.values()):
+_OF_PEFT = "base_model.model."  # in front of the names that a PeftModel gives, and files have
+
+
+def _frozen(found: dict[str, Tensor], prefix: str, adapter_name: str) -> dict[str, Tensor]:
+    """Factors that the file holds, taken out of what PEFT is to load, by their names in the base.
+
+    PEFT puts the adapter's name behind those for which the model has a place.
+    """
+    ends = ("_frozen", f"_frozen.{adapter_name}")
+    return {
+        key.removeprefix(_OF_PEFT).removesuffix(f".{adapter_name}"): found.pop(key)
+        for key in list(found)
+        if f".{prefix}" in key and key.endswith(ends)
+    }
+
+
+def _brought(frozen: dict[str, Tensor], start: str, layer: _Linear) -> dict[str, Tensor] | None:
+    """The factors of one layer, if the file holds them."""
+    names = {key: f"{start.removeprefix(_OF_PEFT)}{key}_frozen" for key in layer.adapter.factors}
+    if not all(name in frozen for name in names.values()):
         return None
     device = layer.get_base_layer().weight.device
-    return {key: found.pop(name).to(device) for key, name in keys.items()}
+    return {key: frozen[name].to(device) for key, name in names.items()}
 
 
 class QRLoraModel(AdapterModel):
