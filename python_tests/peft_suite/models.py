@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 _WIDTHS = {
     "vocab_size": 64,
@@ -84,6 +86,7 @@ def write_models(root: Path) -> None:
     for name, (architecture, options) in _MODELS.items():
         torch.manual_seed(0)
         _build(architecture, options).save_pretrained(root / name)
+    _write_tokenizer(root / f"{_TRL}/tiny-random-LlamaForCausalLM")
     adapter = {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], "runtime_config": None}
     (root / _ADAPTER).mkdir(parents=True)
     text = json.dumps(adapter)
@@ -94,3 +97,8 @@ def _build(architecture: str, options: dict[str, Any]) -> PreTrainedModel:
     model_class: type[PreTrainedModel] = getattr(transformers, architecture)
     config_class: type[PretrainedConfig] = model_class.config_class
     return model_class(config_class(**(_WIDTHS | _TOKENS | options)))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    words = Tokenizer(WordLevel({f"word{i}": i for i in range(_WIDTHS["vocab_size"])}, "word0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="word0").save_pretrained(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
@@ -34,6 +34,16 @@ _ALSO_GENERAL = (
     "test_default_target_modules_list_of_str",
     "test_default_target_modules_str",
     "test_save_pretrained_with_target_modules",
+    # Beside trained tokens of an embedding.
+    "test_combined_with_peft_method_usage",
+    "test_combined_with_peft_raises_target_layer_not_found",
+    "test_disable_adapters_with_merging",
+    "test_load_multiple_adapters",
+    "test_modules_to_save_excludes_trainable_tokens",
+    "test_no_embeddings_in_save_with_combined_usage",
+    "test_safe_merge_with_adapter",
+    "test_save_pretrained_auto",
+    "test_weight_tying_noop_when_model_is_untied",
 )
 # Tests on models that skip all classes but LoRA's, or but a few on GPT-2 for its Conv1D.
 _MIXED_ON_MODELS = ("test_mixed_adapter_batches", "test_generate_with_mixed_adapter_batches")
@@ -50,15 +60,15 @@ _LOADS_OVER_ANOTHER_BASE = (
     "test_loading_model_requires_grad_set_correctly",
     "test_loading_model_with_modules_to_save_requires_grad_set_correctly",
 )
-# Fields of LoRA's and VeRA's rows that every config of PEFT has.
-_SHARED = ("task_type", "target_modules", "modules_to_save")
+# Fields of LoRA's and VeRA's rows that are ours as well.
+_SHARED = ("task_type", "target_modules", "modules_to_save", "trainable_token_indices")
 _SHORT_MODEL = "LlamaForCausalLM"
 
 
 class Suite:
     """Gives the general tests the rows of some methods, and takes all other tests out."""
 
-    def __init__(self, methods: list[Method], short: bool) -> None:
+    def __init__(self, methods: Sequence[Method], short: bool) -> None:
         self.methods = methods
         self.short = short
         self.method_of: dict[str, Method] = {}  # of a test, by pytest's name of it
@@ -83,10 +93,10 @@ class Suite:
         names, values = _names(mark.args[0]), list(mark.args[1])
         if names == ("model_id",) and self.short:
             values = [value for value in values if _SHORT_MODEL in value]
-        elif test in _ALSO_GENERAL and any(_holds(_as_tuple(v), LoraConfig) for v in values):
-            values = self._translated(names, values, LoraConfig)
         elif any(_holds(_as_tuple(value), VeraConfig) for value in values):
             values = self._rows(names, values)
+        elif test in _ALSO_GENERAL and any(_holds(_as_tuple(v), LoraConfig) for v in values):
+            values = self._translated(names, values, LoraConfig)
         else:
             return mark
         return pytest.mark.parametrize(mark.args[0], values).mark
@@ -170,13 +180,12 @@ def _translate(value: Any, theirs: type[PeftConfig], method: Method) -> Any:
     if value is theirs:
         return method.config
     if type(value) is theirs:
-        options = {k: v for k in _SHARED if (v := getattr(value, k)) is not None}
-        return method.config(
-            **{**method.always, **method.custom, **options, "init_weights": False}
-        )
+        options = {k: v for k in _SHARED if (v := getattr(value, k, None)) is not None}
+        options["init_weights"] = value.init_lora_weights
+        return method.config(**{**method.custom, **options})
     if isinstance(value, dict):
         options = {k: value[k] for k in _SHARED if k in value}
-        return {**method.always, **method.transformers, **options} if value else {}
+        return {**method.transformers, **options} if value else {}
     return value
 
 

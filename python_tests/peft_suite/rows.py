@@ -8,6 +8,8 @@ from typing import Any
 
 from peft import PeftConfig, VeraConfig
 
+from qrlora_kernels.peft import LoraXSConfig, OHoraConfig, QRLoraConfig
+
 Options = Mapping[str, Any]
 
 
@@ -18,8 +20,6 @@ class Method:
     Attributes
     ----------
     config : type of PeftConfig
-    always : mapping
-        In every row that has options.
     custom, transformers : mapping
         In the rows over the suite's own models, of layers as small as [2, 20], and over random
         transformers.
@@ -29,7 +29,6 @@ class Method:
     """
 
     config: type[PeftConfig]
-    always: Options = field(default_factory=dict)
     custom: Options = field(default_factory=dict)
     transformers: Options = field(default_factory=dict)
     like_lora: bool = True
@@ -39,6 +38,13 @@ class Method:
         return self.config.__name__.removesuffix("Config")
 
 
+METHODS = (
+    Method(QRLoraConfig),
+    Method(LoraXSConfig),
+    # Its start refuses the smallest of the suite's layers, and names these options.
+    Method(OHoraConfig, custom={"start": "kaiming"}, transformers={"columns": "selected"}),
+)
+# A method of PEFT itself: what it fails is no fault of ours, and what it skips is usual.
 YARDSTICK = Method(VeraConfig, like_lora=False)
 
 
@@ -62,8 +68,9 @@ CUSTOM = (
 )
 # Rows whose options VeRA lacks: its share of skips is counted without them.
 CUSTOM_OF_OURS = (
-    CustomRow("rank", "MLP", {"target_modules": ["lin0"], "r": 4}),
-    CustomRow("a pattern of ranks", "MLP2", {"target_modules": "lin.", "rank_pattern": {"lin0": 3}}),
+    # OHoRA's ranks divide both sides of the layer: [20, 10] and [32, 10].
+    CustomRow("rank", "MLP", {"target_modules": ["lin0"], "r": 5}),
+    CustomRow("a pattern of ranks", "MLP2", {"target_modules": "lin.", "rank_pattern": {"lin0": 2}}),
     CustomRow("with LayerNorm", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"]}),
     CustomRow(
         "trainable tokens",
@@ -75,11 +82,6 @@ CUSTOM_OF_OURS = (
 PAIRS = (("Same", ["lin0"], ["lin0"]), ("Different", ["lin0"], ["lin1"]))
 
 
-def methods(yardstick: bool) -> list[Method]:
-    """This package's methods, and with ``yardstick`` VeRA, of PEFT itself."""
-    return [YARDSTICK] if yardstick else []
-
-
 def custom_rows(method: Method, short: bool) -> list[tuple[Any, ...]]:
     """Rows of (title, model, config class, options)."""
     rows = CUSTOM + CUSTOM_OF_OURS if method.like_lora else CUSTOM
@@ -88,7 +90,7 @@ def custom_rows(method: Method, short: bool) -> list[tuple[Any, ...]]:
             f"{row.title}, {method.name}",
             row.model,
             method.config,
-            {**method.always, **method.custom, **row.options},
+            {**method.custom, **row.options},
         )
         for row in rows
         if row.short or not short
@@ -97,7 +99,7 @@ def custom_rows(method: Method, short: bool) -> list[tuple[Any, ...]]:
 
 def pair_rows(method: Method, short: bool) -> list[tuple[Any, ...]]:
     """Rows of (title, tuner, config class, options of one adapter, and of the other)."""
-    common = {**method.always, **method.custom, "init_weights": False}
+    common = {**method.custom, "init_weights": False}
     return [
         (
             f"{title}, {method.name}",
