@@ -87,6 +87,11 @@ class Adapter(Generic[Own]):
         raise NotImplementedError
 
     @classmethod
+    def fresh(cls, factors: Tensors, options: Own) -> State:
+        """What trains, as a start over these ``factors`` gives it."""
+        raise NotImplementedError
+
+    @classmethod
     def can_train(cls, state: Tensors) -> bool:
         """Whether any gradient ever reaches what trains, from the start in ``state``."""
         raise NotImplementedError

@@ -79,19 +79,20 @@ class LoRAXS(LowRank[LoRAXSOptions]):
     @classmethod
     def _start(cls, weights: State, options: LoRAXSOptions, run: linalg.StartRunner) -> list[State]:
         bases = _bases(weights, options, run)
-        rank = options.rank
-        cores = run.drawn(
-            lambda: [
-                torch.randn(rank, rank, device="cpu").to(w.device) * options.init_std
-                for w in weights.values()
-            ]
-        )
-        states = []
-        for (name, w), (a, b), core in zip(weights.items(), bases, cores, strict=True):
+        states: list[State] = []
+        for (name, w), (a, b) in zip(weights.items(), bases, strict=True):
             a = rounded(name, "a", a, w.dtype)
             b = rounded(name, "b", b, w.dtype)
-            states.append({"a": a.contiguous(), "b": b.contiguous(), "core": core})
-        return states
+            states.append({"a": a.contiguous(), "b": b.contiguous()})
+        cores = run.drawn(lambda: [cls.fresh(state, options)["core"] for state in states])
+        return [state | {"core": core} for state, core in zip(states, cores, strict=True)]
+
+    @classmethod
+    def fresh(cls, factors: Tensors, options: LoRAXSOptions) -> State:
+        """C of N(0, init_std²), drawn on the CPU by PyTorch's own generator."""
+        rank = len(factors["a"])
+        core = torch.randn(rank, rank, device="cpu").to(factors["a"].device)
+        return {"core": core * options.init_std}
 
     @classmethod
     def rebuildable(cls, options: LoRAXSOptions) -> bool:

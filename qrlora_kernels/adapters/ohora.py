@@ -75,8 +75,14 @@ class OHoRA(Adapter[OHoRAOptions]):
             dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
             a0 = rounded(name, "a0", a0, dtype)
             b0 = rounded(name, "b0", b0, dtype)
-            states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
+            factors = {"a0": a0, "b0": b0}
+            states.append(factors | cls.fresh(factors, options))
         return states
+
+    @classmethod
+    def fresh(cls, factors: Tensors, options: OHoRAOptions) -> State:
+        """A = A₀ and B = B₀: the layer is its base."""
+        return {"a": factors["a0"].clone(), "b": factors["b0"].clone()}
 
     @classmethod
     def can_train(cls, state: Tensors) -> bool:

@@ -67,16 +67,21 @@ class QR(LowRank[QROptions]):
             rank_rule=options.rank_rule,
             max_rank=options.max_rank,
         )
-        return [
-            {
+        states = []
+        for (name, weight), result in zip(weights.items(), results, strict=True):
+            factors = {
                 "q": result.q.to(weight.dtype),
                 "r": rounded(name, "r", result.r, weight.dtype),
                 "pivots": result.pivots,
                 "diagonal": result.diagonal,
-                "lam": result.diagonal.new_zeros(result.rank),
             }
-            for (name, weight), result in zip(weights.items(), results, strict=True)
-        ]
+            states.append(factors | cls.fresh(factors, options))
+        return states
+
+    @classmethod
+    def fresh(cls, factors: Tensors, options: QROptions) -> State:
+        """λ = 0: the layer is its base."""
+        return {"lam": torch.zeros_like(factors["diagonal"])}
 
     @classmethod
     def rebuild(cls, weight: Tensor, options: QROptions, kept: Tensors) -> State:
