@@ -177,6 +177,8 @@ def _holds(values: tuple[Any, ...], config: type[PeftConfig]) -> bool:
 
 def _translate(value: Any, theirs: type[PeftConfig], method: Method) -> Any:
     """A class, a config or the options of one, and everything else as it is."""
+    if method.config is theirs:
+        return value
     if value is theirs:
         return method.config
     if type(value) is theirs:

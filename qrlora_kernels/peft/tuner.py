@@ -93,6 +93,18 @@ class AdapterModel(BaseTuner):
         if there is None:
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """As PEFT's, but that a layer which is put back keeps its own weight.
+
+        PEFT's sets it to the wrapper's, which is no parameter where tokens were trained.
+        """
+        if isinstance(new_module, self.tuner_layer_cls):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     # --- dtypes
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
