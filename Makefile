@@ -5,6 +5,7 @@
 # make wheel  build a wheel and try it in a clean environment outside the source tree
 # make fuzz           10,000 calls with operands that are not what they seem (make test makes 600)
 # make test-cpus      the numerical tests, the libraries told of lesser processors (CPUS=short: one)
+# make test-peft      the tests that PEFT has for its own methods, for ours (PEFT_ARGS=--short: a part)
 # make test-sanitize  the native core's tests with AddressSanitizer and UBSan (SANITIZE=short: a part)
 PYTHON ?= python3
 # A bare "torch" pulls gigabytes of CUDA libraries on Linux; override for a GPU: make TORCH="torch"
@@ -19,7 +20,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-cpus test-sanitize fuzz demo bench papers lint format wheel clean
+.PHONY: test test-cpus test-peft test-sanitize fuzz demo bench papers lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -37,6 +38,9 @@ test: $(VENV)/.ready
 
 test-cpus: $(VENV)/.ready
 	bash .ci/test_cpus $(BIN)/python $(CPUS)
+
+test-peft: $(VENV)/.ready
+	$(BIN)/python -m python_tests.peft_suite $(PEFT_ARGS)
 
 test-sanitize: $(VENV)/.ready
 	bash .ci/sanitize $(BIN)/python $(SANITIZE)

@@ -53,7 +53,14 @@ def main() -> int:
         os.chdir(folder)
         sys.path.insert(0, name)
         files = [f"tests/test_{file}.py" for file in (SHORT if arguments.short else FULL)]
-        options = ["-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "--disable-warnings"]
+        options = [
+            "-q",
+            "--no-header",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            "--disable-warnings",
+        ]
         status = pytest.main([*options, *arguments.pytest, *files], plugins=[suite, tally])
     print(f"\n{tally}")
     return int(status != pytest.ExitCode.OK)

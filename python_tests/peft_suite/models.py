@@ -10,9 +10,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-_WIDTHS = {
+_WIDTHS: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -101,9 +101,8 @@ def write_models(root: Path) -> None:
 
 
 def _build(architecture: str, options: dict[str, Any]) -> PreTrainedModel:
-    model_class: type[PreTrainedModel] = getattr(transformers, architecture)
-    config_class: type[PretrainedConfig] = model_class.config_class
-    return model_class(config_class(**(_WIDTHS | _TOKENS | options)))
+    model_class = getattr(transformers, architecture)
+    return model_class(model_class.config_class(**(_WIDTHS | _TOKENS | options)))
 
 
 def _write_tokenizer(folder: Path) -> None:

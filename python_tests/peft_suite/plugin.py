@@ -79,7 +79,7 @@ class Suite:
         self._imports.enter_context(stand_ins())
         # Before testing_common takes its own reference: it would tell the libraries that the
         # network is there.
-        utilities = importlib.import_module("tests.testing_utils")
+        utilities: Any = importlib.import_module("tests.testing_utils")
         utilities.hub_online_once = nullcontext
 
     @pytest.hookimpl(tryfirst=True)
@@ -132,7 +132,8 @@ class Suite:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        kept, left = [], []
+        kept: list[pytest.Item] = []
+        left: list[pytest.Item] = []
         for item in items:
             method = self._method(item)
             if method is not None:

@@ -34,16 +34,20 @@ class Tally:
             passed, skipped, failed = (counts[o] for o in ("passed", "skipped", "failed"))
             share = skipped / max(1, counts.total())
             lines.append(f"{name:{width}}  {passed:6}{skipped:6}{failed:6}  {share:.1%}")
-        lines += ["", "skipped by PEFT's tests, and why", "".join(f"{n:>{width + 2}}" for n in names)]
+        lines += [
+            "",
+            "skipped by PEFT's tests, and why",
+            "".join(f"{n:>{width + 2}}" for n in names),
+        ]
         for reason, by_name in sorted(self._reasons.items(), key=lambda r: -r[1].total()):
-            lines.append("".join(f"{by_name[n]:{width + 2}}" for n in names) + f"  {reason}")
+            lines.append("".join(f"{by_name[name]:{width + 2}}" for name in names) + f"  {reason}")
         return "\n".join(lines)
 
 
 def _reason(report: pytest.TestReport) -> str:
     """The reason that a test gave, without the config and the model that it names."""
     assert isinstance(report.longrepr, tuple)
-    reason = report.longrepr[2].removeprefix("Skipped: ")
+    reason = report.longrepr[2].removeprefix("Skipped: ").rstrip(".")
     reason = re.sub(r"<class '[^']*'>", "this config", reason)
     reason = re.sub(r"[\w-]+/tiny-[\w.-]+", "this model", reason)
     return re.sub(r"\b\w+config\b", "this config", reason)
