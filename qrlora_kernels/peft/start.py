@@ -97,14 +97,12 @@ def _weight(name: str, target: nn.Module, base: nn.Module) -> Tensor:
             f"{name}.weight must hold data, got a tensor on the meta device: load the base's "
             "weights before the adapter, which starts from them"
         )
-    if base_weight.plain_base(type(base)) is not None and type(base.weight) is nn.Parameter:
-        base_weight.check_weight(base.weight, f"{name}.weight")
-        return base_weight.matrix(base)
     backend = resolve_quantization_backend(base)
-    if backend is None:
-        base_weight.check_weight(base.weight, f"{name}.weight")
-    weight: Tensor = backend.get_base_weight(base).detach()
-    return weight
+    if backend is not None:
+        weight: Tensor = backend.get_base_weight(base).detach()
+        return weight
+    base_weight.check_weight(base.weight, f"{name}.weight")
+    return base_weight.matrix(base)
 
 
 def _bounded(config: AdapterConfig, weights: Mapping[str, Tensor]) -> dict[str, Options]:
