@@ -333,12 +333,16 @@ class _Linear(nn.Module, AdaptedLayer):
         base = self.base_layer
         if not base_weight.computes_plainly(base):
             return False
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        if base._forward_hooks or base._forward_pre_hooks:
             return False
-        weight = base._parameters.get("weight")
-        if weight is None or base._backward_pre_hooks or type(weight) is not nn.Parameter:
+        if base._backward_hooks or base._backward_pre_hooks:
             return False
-        bias = base._parameters.get("bias")
+        # FSDP takes the parameters out and sets views of its flat one as attributes.
+        flat = type(vars(base).get("weight")) is Tensor
+        held: dict[str, Any] = vars(base) if flat else base._parameters
+        weight, bias = held.get("weight"), held.get("bias")
+        if weight is None or not (flat or type(weight) is nn.Parameter):
+            return False
         same = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
         return same or autocast_enabled(weight.device.type)
 
