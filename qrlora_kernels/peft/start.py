@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import AnyAdapter, Options, State
 from ..linalg import StartRunner
+from ..model.advice import warn_if_large
 from ..model.targets import bypassed
 from ..nn import base_weight
 from ..reference import accumulation_dtype
@@ -79,7 +80,15 @@ def start(
         one.from_file = config.brings_factors
         if not config.init_weights:
             one.state |= _random(config, one.state)
+    _tell_large(weights, made)
     return {name: made[name] for name in targets}
+
+
+def _tell_large(weights: Mapping[str, Tensor], made: Mapping[str, Made]) -> None:
+    ruled = [n for n, one in made.items() if "q" in one.state and one.options.rank is None]  # type: ignore[attr-defined]
+    factors = sum(made[n].state[key].numel() for n in ruled for key in ("q", "r"))
+    ranks = [len(made[n].state["lam"]) for n in ruled]
+    warn_if_large(sum(weights[n].numel() for n in ruled), factors, ranks, "r=, max_rank=")
 
 
 def fresh(config: AdapterConfig, factors: State, options: Options, dtype: torch.dtype) -> State:
