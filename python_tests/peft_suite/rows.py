@@ -63,7 +63,12 @@ CUSTOM = (
     CustomRow("lin0", "MLP", {"target_modules": ["lin0"]}, short=True),
     CustomRow("lin1", "MLP", {"target_modules": ["lin1"]}),
     CustomRow("both", "MLP", {"target_modules": ["lin0", "lin1"]}),
-    CustomRow("lin1 saved", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    CustomRow(
+        "lin1 saved",
+        "MLP",
+        {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+        short=True,
+    ),
     CustomRow("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}, short=True),
 )
 # Rows whose options VeRA lacks: its share of skips is counted without them.
@@ -76,6 +81,7 @@ CUSTOM_OF_OURS = (
         "trainable tokens",
         "EmbConv1D",
         {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}},
+        short=True,
     ),
 )
 # The layers that the first of two adapters targets, and the second.
