@@ -58,6 +58,9 @@ kron_bwd = Operator(
     _bwd_fake,
     flops.kron_bwd,
 )
+# The native calls of both steps, where there is a core.
+_forward = getattr(eager.CORE, "kron_forward_call", None)
+_backward = getattr(eager.CORE, "kron_backward_call", None)
 
 
 class KronFunction(torch.autograd.Function):
@@ -105,11 +108,7 @@ _record = eager.apply_of(KronFunction)
 
 def _gradients(dy: Tensor, operands: tuple[Any, ...], backend: str | None) -> eager.Gradients:
     """dx [..., K], da and db; ``operands`` are those of the backward, but for dy [..., N]."""
-    done = None
-    if eager.is_open(backend):
-        done = eager.CORE.kron_backward_call(dy, *operands)
-        if done is NotImplemented:
-            done = eager.told(eager.CORE.kron_backward_call, KronGradient, (dy, *operands))
+    done = eager.ask(_backward, KronGradient, (dy, *operands), backend)
     if done is None:
         found = kron_bwd(flatten(dy, "dy"), *operands, backend)
         dx, *rest = (t if need else None for t, need in zip(found, operands[-3:], strict=True))
@@ -135,11 +134,7 @@ def at_once(backend: str | None, *operands: Any) -> Tensor | None:
 
     ``operands`` are those of ``Kron``, unchecked, with x [..., K].
     """
-    if not eager.is_open(backend):
-        return None
-    done = eager.CORE.kron_forward_call(*operands)
-    if done is NotImplemented:
-        done = eager.told(eager.CORE.kron_forward_call, Kron, operands)
+    done = eager.ask(_forward, Kron, operands, backend)
     if done is None:
         return None
     y: Tensor

@@ -5,7 +5,6 @@ QR-LoRA and LoRA-XS are this operation with another gate; ``operands.LowRank`` h
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +81,11 @@ low_rank_bwd = Operator(
 )
 
 
+# The native calls of both steps, where there is a core.
+_forward = getattr(eager.CORE, "low_rank_forward_call", None)
+_backward = getattr(eager.CORE, "low_rank_backward_call", None)
+
+
 # --- autograd -----------------------------------------------------------------------------------
 
 
@@ -121,8 +125,9 @@ class LowRankFunction(torch.autograd.Function):
         need_dx, _, need_dbias, _, _, need_dgate, *_ = ctx.needs_input_grad
         dx = dgate = None
         if need_dx or need_dgate:
-            operands = (*ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
-            dx, dgate = _gradients(dy, operands, ctx.backend)
+            operands = (dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
+            done = eager.ask(_backward, LowRankGradient, operands, ctx.backend)
+            dx, dgate = done if type(done) is tuple else _by_step(done, operands, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, None, dbias, None, None, dgate, None, None, None, None
 
@@ -130,24 +135,18 @@ class LowRankFunction(torch.autograd.Function):
 _record = eager.apply_of(LowRankFunction)
 
 
-def _gradients(
-    dy: Tensor, operands: tuple[Any, ...], backend: str | None
+def _by_step(
+    done: list[Any] | None, operands: tuple[Any, ...], backend: str | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx [..., K] and the gate's gradient; ``operands`` are those of the backward, but for dy."""
-    done = None
-    if eager.is_open(backend):
-        done = eager.CORE.low_rank_backward_call(dy, *operands)
-        if done is NotImplemented:
-            call = eager.CORE.low_rank_backward_call
-            done = eager.told(call, LowRankGradient, (dy, *operands))
-    if type(done) is tuple:
-        return done
+    """dx [..., K] and the gate's gradient; ``done``: who makes them of what the native core has
+    checked, or None where the operator does both."""
+    dy, *rest = operands
     rows = flatten(dy, "dy")
     if done is None:
-        dx, dgate = low_rank_bwd(rows, *operands, backend)
+        dx, dgate = low_rank_bwd(rows, *rest, backend)
     else:
-        dx, dgate = perform(done[0], "low_rank_bwd", LowRankGradient(rows, *operands))
-    need_dx, need_dgate = operands[-2:]
+        dx, dgate = perform(done[0], "low_rank_bwd", LowRankGradient(rows, *rest))
+    need_dx, need_dgate = rest[-2:]
     return restore(dx, dy) if need_dx else None, dgate if need_dgate else None
 
 
@@ -159,13 +158,8 @@ def at_once(public: Public, backend: str | None, *operands: Any) -> Tensor | Non
 
     ``operands`` are those of ``LowRank``, unchecked, with x [..., K].
     """
-    if not eager.is_open(backend):
-        return None
     dim = 0 if public.mixed else public.dims[0]  # of a gate without an index
-    done = eager.CORE.low_rank_forward_call(dim, *operands)
-    if done is NotImplemented:
-        call = partial(eager.CORE.low_rank_forward_call, dim)
-        done = eager.told(call, LowRank, operands)
+    done = eager.ask(_forward, LowRank, operands, backend, dim)
     if type(done) is not tuple and type(done) is not list:
         return done  # y, or None
     if public.mixed:  # by row of the flat x, as backends and backwards have it
