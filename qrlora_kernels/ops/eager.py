@@ -57,13 +57,13 @@ AVAILABLE = _connect()
 
 
 def ask(
-    call: Any,
+    call_of: Callable[[Any], Any],
     record: Callable[..., Operands],
     operands: tuple[Any, ...],
     backend: str | None,
     *leading: int,
 ) -> Any:
-    """What the native ``call`` answers of ``leading`` and the unchecked operands of ``record``.
+    """What a native call answers of ``leading`` and the unchecked operands of ``record``.
 
     None where the operation has to go its own way: the core may not be asked, or refuses.
     """
@@ -71,6 +71,7 @@ def ask(
         return None
     if forward_ad._current_level >= 0:
         return None
+    call = call_of(CORE)
     done = call(*leading, *operands)
     if done is NotImplemented:
         _tell(record, operands)

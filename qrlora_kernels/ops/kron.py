@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -58,9 +59,8 @@ kron_bwd = Operator(
     _bwd_fake,
     flops.kron_bwd,
 )
-# The native calls of both steps, where there is a core.
-_forward = getattr(eager.CORE, "kron_forward_call", None)
-_backward = getattr(eager.CORE, "kron_backward_call", None)
+# The native calls, of a core that need not be there.
+_forward, _backward = attrgetter("kron_forward_call"), attrgetter("kron_backward_call")
 
 
 class KronFunction(torch.autograd.Function):

@@ -5,6 +5,7 @@ QR-LoRA and LoRA-XS are this operation with another gate; ``operands.LowRank`` h
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -81,9 +82,8 @@ low_rank_bwd = Operator(
 )
 
 
-# The native calls of both steps, where there is a core.
-_forward = getattr(eager.CORE, "low_rank_forward_call", None)
-_backward = getattr(eager.CORE, "low_rank_backward_call", None)
+# The native calls, of a core that need not be there.
+_forward, _backward = attrgetter("low_rank_forward_call"), attrgetter("low_rank_backward_call")
 
 
 # --- autograd -----------------------------------------------------------------------------------
