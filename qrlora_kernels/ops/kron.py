@@ -149,7 +149,7 @@ def at_once(backend: str | None, *operands: Any) -> Tensor | None:
 
 def call(backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    p = _checked(*operands)
+    p = _checked(Kron(*operands))
     trains = (p.x, p.bias, p.a, p.b)
     if reason := autograd_reason((p.weight, p.a0, p.b0), trains):
         return by_autograd("kron_linear", reason, backend, kron_ref, p)
@@ -162,29 +162,20 @@ def call(backend: str | None, *operands: Any) -> Tensor:
     return restore(y, x)
 
 
-def _checked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-) -> Kron:
+def _checked(p: Kron) -> Kron:
     """The operands in their final dtypes."""
+    x, weight, bias, a, b, a0, b0, scaling = p
     check_scaling(scaling)
     check_memory(x=x, weight=weight, bias=bias, a=a, b=b, a0=a0, b0=b0)
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)
-    _check_factors(x, weight, a, b, a0, b0)
-    return Kron(x, weight, bias, a, b, a0, b0, scaling)
+    p = Kron(x, weight, bias, a, b, a0, b0, scaling)
+    _check_factors(p)
+    return p
 
 
-def _check_factors(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None
-) -> None:
-    n, k = weight.shape
+def _check_factors(p: Kron) -> None:
+    (n, k), a, b, a0, b0 = p.weight.shape, p.a, p.b, p.a0, p.b0
     check_tensor("a", a)
     rank = a.shape[1] if a.dim() == 2 else 0
     if rank == 0 or n % rank or k % rank:
@@ -200,6 +191,6 @@ def _check_factors(
     if a0 is not None and b0 is not None:
         factors["a0"], factors["b0"] = (a0, factors["a"][1]), (b0, factors["b"][1])
     for name, (factor, shape) in factors.items():
-        check_operand(name, factor, shape, x, or_fp32=True)
+        check_operand(name, factor, shape, p.x, or_fp32=True)
         if factor.dtype != a.dtype:
             raise TypeError(f"{name} must have the dtype of a, {a.dtype}, got {factor.dtype}")

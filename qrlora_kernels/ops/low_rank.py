@@ -186,13 +186,13 @@ def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
 
 def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    checked = _checked(public, *operands)
-    x, weight, bias, up, down, gate, index, scaling = checked
+    p = _checked(public, LowRank(*operands))
+    x, weight, bias, up, down, gate, index, scaling = p
     trains = (x, bias, gate)
     if reason := autograd_reason((weight, up, down), trains):
         if index is not None and _has_values(index):
             check_range(index, gate.shape[0])
-        return by_autograd(public.name, reason, backend, low_rank_ref, LowRank(*checked))
+        return by_autograd(public.name, reason, backend, low_rank_ref, p)
     index = None if index is None else index.reshape(-1)
     flat = (flatten(x), weight, bias, up, down, gate, index, float(scaling))
     try:
@@ -208,18 +208,9 @@ def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     return restore(y, x)
 
 
-def _checked(
-    public: Public,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor,
-    index: Tensor | None,
-    scaling: float,
-) -> tuple[Any, ...]:
+def _checked(public: Public, p: LowRank) -> LowRank:
     """The operands in their final dtypes, with an index, if any, of x's leading dimensions."""
+    x, weight, bias, up, down, gate, index, scaling = p
     check_scaling(scaling)
     named = {public.up: up, public.down: down, public.gate: gate}
     check_memory(x=x, weight=weight, bias=bias, **named)
@@ -234,7 +225,7 @@ def _checked(
         if gate.shape[0] == 1 and _has_values(index):  # one adapter: every row's
             check_range(index, 1)
             gate, index = gate[0], None
-    return x, weight, bias, up, down, gate, index, scaling
+    return LowRank(x, weight, bias, up, down, gate, index, scaling)
 
 
 def _check_gate(public: Public, gate: Tensor, x: Tensor) -> int:
