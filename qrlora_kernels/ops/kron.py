@@ -27,11 +27,7 @@ from .checks import (
     restore,
     wants_gradient,
 )
-from .operator import Operator, placeholder
-
-
-def _fwd_fake(p: Kron) -> Tensor:
-    return p.x.new_empty(p.x.shape[0], p.weight.shape[0])
+from .operator import Operator, placeholder, y_without_data
 
 
 def _bwd_fake(p: KronGradient) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +43,7 @@ kron_fwd = Operator(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
     "float scaling, str? backend) -> Tensor",
     Kron,
-    _fwd_fake,
+    y_without_data,
     flops.kron_fwd,
 )
 kron_bwd = Operator(

@@ -31,7 +31,7 @@ from .checks import (
     restore,
     wants_gradient,
 )
-from .operator import Operator, Unanswered, placeholder
+from .operator import Operator, Unanswered, placeholder, y_without_data
 
 
 class Public(NamedTuple):
@@ -54,9 +54,8 @@ MIXED_LOW_RANK_LINEAR = Public("mixed_low_rank_linear", "b", "a", "gates", True,
 
 
 def _fwd_fake(p: LowRank) -> tuple[Tensor, Tensor]:
-    m, r = p.x.shape[0], p.gate.shape[-1]
-    h = p.x.new_empty(m, r, dtype=hidden_dtype(p.x.dtype))
-    return p.x.new_empty(m, p.weight.shape[0]), h
+    h = p.x.new_empty(p.x.shape[0], p.gate.shape[-1], dtype=hidden_dtype(p.x.dtype))
+    return y_without_data(p), h
 
 
 def _bwd_fake(p: LowRankGradient) -> tuple[Tensor, Tensor]:
