@@ -185,7 +185,7 @@ def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
 
 def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    p = _checked(public, LowRank(*operands))
+    p = _checked(public, *operands)
     x, weight, bias, up, down, gate, index, scaling = p
     trains = (x, bias, gate)
     if reason := autograd_reason((weight, up, down), trains):
@@ -207,9 +207,9 @@ def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     return restore(y, x)
 
 
-def _checked(public: Public, p: LowRank) -> LowRank:
+def _checked(public: Public, *operands: Any) -> LowRank:
     """The operands in their final dtypes, with an index, if any, of x's leading dimensions."""
-    x, weight, bias, up, down, gate, index, scaling = p
+    x, weight, bias, up, down, gate, index, scaling = operands
     check_scaling(scaling)
     named = {public.up: up, public.down: down, public.gate: gate}
     check_memory(x=x, weight=weight, bias=bias, **named)
