@@ -145,7 +145,7 @@ def at_once(backend: str | None, *operands: Any) -> Tensor | None:
 
 def call(backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    p = _checked(*operands)
+    p = _checked(Kron(*operands))
     trains = (p.x, p.bias, p.a, p.b)
     if reason := autograd_reason((p.weight, p.a0, p.b0), trains):
         return by_autograd("kron_linear", reason, backend, kron_ref, p)
@@ -158,9 +158,9 @@ def call(backend: str | None, *operands: Any) -> Tensor:
     return restore(y, x)
 
 
-def _checked(*operands: Any) -> Kron:
+def _checked(p: Kron) -> Kron:
     """The operands in their final dtypes."""
-    x, weight, bias, a, b, a0, b0, scaling = operands
+    x, weight, bias, a, b, a0, b0, scaling = p
     check_scaling(scaling)
     check_memory(x=x, weight=weight, bias=bias, a=a, b=b, a0=a0, b0=b0)
     x, weight, bias = autocast(x, weight, bias)

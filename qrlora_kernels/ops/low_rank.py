@@ -185,13 +185,13 @@ def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
 
 def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    p = _checked(public, *operands)
-    x, weight, bias, up, down, gate, index, scaling = p
+    checked = _checked(public, LowRank(*operands))
+    x, weight, bias, up, down, gate, index, scaling = checked
     trains = (x, bias, gate)
     if reason := autograd_reason((weight, up, down), trains):
         if index is not None and _has_values(index):
             check_range(index, gate.shape[0])
-        return by_autograd(public.name, reason, backend, low_rank_ref, p)
+        return by_autograd(public.name, reason, backend, low_rank_ref, LowRank(*checked))
     index = None if index is None else index.reshape(-1)
     flat = (flatten(x), weight, bias, up, down, gate, index, float(scaling))
     try:
@@ -207,9 +207,9 @@ def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     return restore(y, x)
 
 
-def _checked(public: Public, *operands: Any) -> LowRank:
+def _checked(public: Public, p: LowRank) -> tuple[Any, ...]:
     """The operands in their final dtypes, with an index, if any, of x's leading dimensions."""
-    x, weight, bias, up, down, gate, index, scaling = operands
+    x, weight, bias, up, down, gate, index, scaling = p
     check_scaling(scaling)
     named = {public.up: up, public.down: down, public.gate: gate}
     check_memory(x=x, weight=weight, bias=bias, **named)
@@ -224,7 +224,7 @@ def _checked(public: Public, *operands: Any) -> LowRank:
         if gate.shape[0] == 1 and _has_values(index):  # one adapter: every row's
             check_range(index, 1)
             gate, index = gate[0], None
-    return LowRank(x, weight, bias, up, down, gate, index, scaling)
+    return x, weight, bias, up, down, gate, index, scaling
 
 
 def _check_gate(public: Public, gate: Tensor, x: Tensor) -> int:
