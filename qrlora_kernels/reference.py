@@ -150,7 +150,7 @@ def _kron(a: Tensor, b: Tensor) -> Tensor:
     return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
-def kron_apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _kron_apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """(A ⊗ Bᵀ) x per token without the product: X = x as [r, K/r], Y = A (X B) as [N/r, r]."""
     tokens = x.reshape(*x.shape[:-1], a.shape[1], b.shape[0])
     return (a @ (tokens @ b)).reshape(*x.shape[:-1], a.shape[0] * b.shape[1])
@@ -159,9 +159,9 @@ def kron_apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def kron_ref(p: Kron) -> Tensor:
     """y [..., N] = x Wᵀ + b + s (A ⊗ Bᵀ − A₀ ⊗ B₀ᵀ) x. Backward needs x alone."""
     x, a, b = _wide(p.x, p.x, p.a, p.b)
-    update = kron_apply(x, a, b)
+    update = _kron_apply(x, a, b)
     if p.a0 is not None and p.b0 is not None:
-        update = update - kron_apply(x, *_wide(p.x, p.a0, p.b0))
+        update = update - _kron_apply(x, *_wide(p.x, p.a0, p.b0))
     return (_base(p.x, p.weight, p.bias) + p.scaling * update).to(p.x.dtype)
 
 

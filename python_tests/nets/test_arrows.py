@@ -28,6 +28,7 @@ ROOM_OF = {
     "__init__": "top",
     "__main__": "top",
     "model": "model",
+    "peft": "peft",
     "nn": "nn",
     "adapters": "adapters",
     "functional": "public",
@@ -57,6 +58,7 @@ ROOM_OF = {
 # A room may import itself and these. A backend knows no other backend.
 ROOMS: dict[str, set[str]] = {
     "top": {"model", "nn", "names", "dispatch", "public", "linalg", "native", "leaf"},
+    "peft": {"model", "nn", "adapters", "public", "linalg", "reference", "leaf"},
     "model": {"nn", "adapters", "dispatch", "problem", "linalg", "reference", "leaf"},
     "nn": {"adapters", "public", "dispatch", "problem", "linalg", "reference", "leaf"},
     "adapters": {"public", "linalg", "reference", "leaf"},

@@ -87,6 +87,19 @@ class Adapter(Generic[Own]):
         raise NotImplementedError
 
     @classmethod
+    def fresh(cls, factors: Tensors, options: Own) -> State:
+        """What trains, as a start over these ``factors`` gives it."""
+        raise NotImplementedError
+
+    @classmethod
+    def outline(cls, weight: Tensor, options: Own) -> State | None:
+        """What a start over ``weight`` [N, K] gives, in shape and dtype, on the meta device.
+
+        None where the rank follows from the numbers in the weight.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def can_train(cls, state: Tensors) -> bool:
         """Whether any gradient ever reaches what trains, from the start in ``state``."""
         raise NotImplementedError
@@ -156,6 +169,11 @@ class Adapter(Generic[Own]):
 
 
 AnyAdapter = type[Adapter[Any]]
+
+
+def outlined(dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor of an outline: no numbers."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def share_of_energy(part: Tensor, whole: Tensor) -> float | None:

@@ -16,7 +16,7 @@ from ..linalg.checks import check_choice, check_finite, check_rank_fits, largest
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype
-from .adapter import State, Tensors, share_of_energy
+from .adapter import State, Tensors, outlined, share_of_energy
 from .low_rank import LowRank
 from .options import LARGEST, AlphaOptions
 
@@ -79,19 +79,29 @@ class LoRAXS(LowRank[LoRAXSOptions]):
     @classmethod
     def _start(cls, weights: State, options: LoRAXSOptions, run: linalg.StartRunner) -> list[State]:
         bases = _bases(weights, options, run)
-        rank = options.rank
-        cores = run.drawn(
-            lambda: [
-                torch.randn(rank, rank, device="cpu").to(w.device) * options.init_std
-                for w in weights.values()
-            ]
-        )
-        states = []
-        for (name, w), (a, b), core in zip(weights.items(), bases, cores, strict=True):
+        states: list[State] = []
+        for (name, w), (a, b) in zip(weights.items(), bases, strict=True):
             a = rounded(name, "a", a, w.dtype)
             b = rounded(name, "b", b, w.dtype)
-            states.append({"a": a.contiguous(), "b": b.contiguous(), "core": core})
-        return states
+            states.append({"a": a.contiguous(), "b": b.contiguous()})
+        cores = run.drawn(lambda: [cls.fresh(state, options)["core"] for state in states])
+        return [state | {"core": core} for state, core in zip(states, cores, strict=True)]
+
+    @classmethod
+    def fresh(cls, factors: Tensors, options: LoRAXSOptions) -> State:
+        """C of N(0, init_std²), drawn on the CPU by PyTorch's own generator."""
+        rank = len(factors["a"])
+        core = torch.randn(rank, rank, device="cpu").to(factors["a"].device)
+        return {"core": core * options.init_std}
+
+    @classmethod
+    def outline(cls, weight: Tensor, options: LoRAXSOptions) -> State | None:
+        (rows, columns), rank = weight.shape, options.rank
+        return {
+            "a": outlined(weight.dtype, rank, columns),
+            "b": outlined(weight.dtype, rows, rank),
+            "core": outlined(accumulation_dtype(weight.dtype), rank, rank),
+        }
 
     @classmethod
     def rebuildable(cls, options: LoRAXSOptions) -> bool:

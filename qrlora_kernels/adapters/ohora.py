@@ -14,8 +14,8 @@ from ..autocast import autocast_enabled, outside_autocast
 from ..linalg.checks import check_choice
 from ..linalg.exponents import rounded
 from ..linalg.kron import Columns, Start
-from ..reference import HALF, accumulation_dtype, kron_apply, kron_delta_ref
-from .adapter import Adapter, State, Tensors
+from ..reference import HALF, accumulation_dtype, kron_delta_ref
+from .adapter import Adapter, State, Tensors, outlined
 from .options import AlphaOptions
 
 Product = Literal["kron", "materialised", "lora"]
@@ -76,8 +76,23 @@ class OHoRA(Adapter[OHoRAOptions]):
             dtype = accumulation_dtype(weight.dtype)  # fp32 over half precision
             a0 = rounded(name, "a0", a0, dtype)
             b0 = rounded(name, "b0", b0, dtype)
-            states.append({"a0": a0, "b0": b0, "a": a0.clone(), "b": b0.clone()})
+            factors = {"a0": a0, "b0": b0}
+            states.append(factors | cls.fresh(factors, options))
         return states
+
+    @classmethod
+    def fresh(cls, factors: Tensors, options: OHoRAOptions) -> State:
+        """A = A₀ and B = B₀: the layer is its base."""
+        return {"a": factors["a0"].clone(), "b": factors["b0"].clone()}
+
+    @classmethod
+    def outline(cls, weight: Tensor, options: OHoRAOptions) -> State | None:
+        rows, columns = weight.shape
+        rank = linalg.high_rank(rows, columns) if options.rank is None else options.rank
+        cut = 1 if options.product == "lora" else rank
+        dtype = accumulation_dtype(weight.dtype)
+        a, b = outlined(dtype, rows // cut, rank), outlined(dtype, columns // cut, rank)
+        return {"a0": a, "b0": b, "a": a, "b": b}
 
     @classmethod
     def can_train(cls, state: Tensors) -> bool:
@@ -148,4 +163,8 @@ class OHoRA(Adapter[OHoRAOptions]):
 
 
 def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:
-    return x @ b @ a.mT if product == "lora" else kron_apply(x, a, b)
+    """x [..., K] by factors that may have dimensions in front, as x has."""
+    if product == "lora":
+        return x @ b @ a.mT
+    tokens = x.reshape(*x.shape[:-1], a.shape[-1], b.shape[-2])
+    return (a @ (tokens @ b)).flatten(-2)

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import functional, linalg
 from ..linalg.checks import check_choice
 from ..linalg.exponents import rounded
-from .adapter import State, Tensors, share_of_energy
+from ..reference import accumulation_dtype
+from .adapter import State, Tensors, outlined, share_of_energy
 from .low_rank import LowRank
 from .options import Options
 
@@ -68,16 +69,35 @@ class QR(LowRank[QROptions]):
             rank_rule=options.rank_rule,
             max_rank=options.max_rank,
         )
-        return [
-            {
+        states = []
+        for (name, weight), result in zip(weights.items(), results, strict=True):
+            factors = {
                 "q": result.q.to(weight.dtype),
                 "r": rounded(name, "r", result.r, weight.dtype),
                 "pivots": result.pivots,
                 "diagonal": result.diagonal,
-                "lam": result.diagonal.new_zeros(result.rank),
             }
-            for (name, weight), result in zip(weights.items(), results, strict=True)
-        ]
+            states.append(factors | cls.fresh(factors, options))
+        return states
+
+    @classmethod
+    def fresh(cls, factors: Tensors, options: QROptions) -> State:
+        """λ = 0: the layer is its base."""
+        return {"lam": torch.zeros_like(factors["diagonal"])}
+
+    @classmethod
+    def outline(cls, weight: Tensor, options: QROptions) -> State | None:
+        if options.rank is None:
+            return None
+        (rows, columns), rank = weight.shape, options.rank
+        wide = accumulation_dtype(weight.dtype)
+        return {
+            "q": outlined(weight.dtype, rows, rank),
+            "r": outlined(weight.dtype, rank, columns),
+            "pivots": outlined(torch.int64, rank),
+            "diagonal": outlined(wide, rank),
+            "lam": outlined(wide, rank),
+        }
 
     @classmethod
     def rebuild(cls, weight: Tensor, options: QROptions, kept: Tensors) -> State:

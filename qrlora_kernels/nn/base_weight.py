@@ -59,8 +59,7 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
         raise TypeError(
             f"{name} must have a weight, got {full_name(type(linear))} before its first forward"
         )
-    # FSDPModule goes in front of the class: its forward is the layer's own.
-    if type(linear).forward is not kind.forward or not _calls_its_class(linear):  # type: ignore[attr-defined]
+    if not computes_plainly(linear):
         raise TypeError(
             f"{name} must compute a plain linear product, got {full_name(type(linear))} with a "
             "forward of its own (a quantised layer, an adapter, or a wrapper)"
@@ -72,6 +71,14 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
         )
     if not offload.is_away(linear):
         check_weight(linear.weight, f"{name}.weight")
+
+
+def computes_plainly(linear: nn.Module) -> bool:
+    """Whether the forward of ``linear`` is that of the plain layer that it comes from."""
+    kind: Any = plain_base(type(linear))
+    # FSDPModule goes in front of the class: its forward is the layer's own.
+    plain = kind is not None and type(linear).forward is kind.forward
+    return plain and _calls_its_class(linear)
 
 
 def _calls_its_class(linear: nn.Module) -> bool:

@@ -1,0 +1,371 @@
+"""The layer that PEFT puts around a linear one: any number of adapters, some of them active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+
+from .. import adapters
+from ..adapters import AnyAdapter, Options, State
+from ..adapters.low_rank import LowRank
+from ..autocast import autocast_enabled
+from ..functional import linear_add
+from ..nn import base_weight
+from ..reference import HALF
+from . import loading, merging, mixed, record
+from .factors import Factors
+
+UNSUPPORTED = (
+    "is not supported. Currently, only `torch.nn.Linear` (optionally quantized) and "
+    "`transformers.pytorch_utils.Conv1D` are supported."
+)
+
+
+def check_supported(name: str, target: nn.Module) -> nn.Module:
+    """The linear layer in ``target``, which may be wrapped by other adapters.
+
+    Raises
+    ------
+    TypeError
+        If there is none.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    linear_like = base_weight.plain_base(type(base)) is not None
+    if not linear_like and resolve_quantization_backend(base) is None:
+        raise TypeError(f"Target module {name} ({base_weight.full_name(type(base))}) {UNSUPPORTED}")
+    return base
+
+
+class AdaptedLayer(BaseTunerLayer):
+    """What PEFT knows one of our layers by; one class for each adapter is over it."""
+
+    adapter: ClassVar[AnyAdapter]
+    prefix: ClassVar[str]
+    # By adapter: frozen things, which delete_adapter takes off.
+    other_param_names: tuple[str, ...] = (
+        "r", "scaling", "dropout", "options", "factors_of", "records", "expected",
+    )  # fmt: skip
+
+    r: dict[str, int]
+    scaling: dict[str, float]
+    dropout: dict[str, float]
+    options: dict[str, Options]
+    expected: dict[str, Tensor]  # the record of the factors that are here
+    base_layer: nn.Module
+
+    # PEFT's, which mypy does not read.
+    adapter_layer_names: tuple[str, ...]
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    set_adapter: Callable[..., None]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    merged: bool
+    weight: Tensor
+
+
+class _Linear(nn.Module, AdaptedLayer):
+    """y = x (W + Σ ΔW)ᵀ + b over the active adapters; without them, what ``base_layer`` answers.
+
+    Where the base is a plain linear layer that nobody listens to, base product and update are one
+    fused call; else the base answers for itself and the update is added.
+    """
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.r, self.scaling, self.dropout, self.options, self.expected = {}, {}, {}, {}, {}
+        setattr(self, f"{self.prefix}factors", Factors(self.adapter))
+        setattr(self, f"{self.prefix}record", BufferDict(persistent=True))
+        for key in self.adapter.factors:
+            setattr(self, f"{self.prefix}{key}_frozen", loading.Awaited())
+        self.place = kwargs.get("place", "this layer")
+        self.seen = loading.Seen()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._merge = merging.Merge()
+        self._active_adapter: list[str] = []
+
+    # --- the adapters
+
+    @property
+    def factors_of(self) -> Factors:
+        found: Factors = getattr(self, f"{self.prefix}factors")
+        return found
+
+    @property
+    def records(self) -> BufferDict:
+        found: BufferDict = getattr(self, f"{self.prefix}record")
+        return found
+
+    def update_layer(
+        self,
+        name: str,
+        options: Options,
+        scaling: float,
+        state: State,
+        inference_mode: bool = False,
+        from_file: bool = False,
+    ) -> None:
+        """Take up the adapter called ``name``, with the tensors of a start.
+
+        Parameters
+        ----------
+        name : str
+        options : Options
+        scaling : float
+        state : dict of Tensor
+            The adapter's trainables and factors.
+        inference_mode : bool
+            Whether it is not to train.
+        from_file : bool
+            Whether a file is about to bring its factors; until then zeros may stand for them.
+        """
+        factors = {key: state[key] for key in self.adapter.factors}
+        self.take_factors(name, factors)
+        for key, attribute in zip(self.adapter.trainables, self.adapter_layer_names, strict=True):
+            getattr(self, attribute)[name] = nn.Parameter(state[key].clone())
+        self.r[name] = self.adapter.rank(state)
+        self.scaling[name], self.options[name] = scaling, options
+        self.dropout[name] = options.dropout
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        if from_file:
+            for key, factor in self.factors(name).items():
+                self.awaited(key)[name] = torch.empty_like(factor, device="meta")
+
+    def take_factors(self, name: str, factors: State) -> None:
+        self.drop_awaited(name)
+        self.factors_of.put(name, factors)
+        stored = merging.original_stored(self)
+        self.expected[name] = record.record_of(self.adapter, stored, factors)
+        self.records[name] = self.expected[name].to(stored.device)
+        self.seen.note(name, self.records[name])
+
+    def awaited(self, key: str) -> loading.Awaited:
+        found: loading.Awaited = getattr(self, f"{self.prefix}{key}_frozen")
+        return found
+
+    def awaits(self, name: str) -> bool:
+        """Whether a file is to bring the factors of the adapter called ``name``."""
+        return name in self.awaited(self.adapter.factors[0])
+
+    def drop_awaited(self, name: str) -> None:
+        if self.awaits(name):
+            for key in self.adapter.factors:
+                del self.awaited(key)[name]
+
+    def trainables(self, name: str) -> State:
+        """What trains in the adapter called ``name``; constants where no gradient is recorded.
+
+        PyTorch's products take another way for what asks for a gradient, with other last bits: a
+        model that is loaded to be used would differ from the one that was trained.
+        """
+        found = {
+            key: getattr(self, attribute)[name]
+            for key, attribute in zip(
+                self.adapter.trainables, self.adapter_layer_names, strict=True
+            )
+        }
+        return found if torch.is_grad_enabled() else {k: t.detach() for k, t in found.items()}
+
+    def factors(self, name: str) -> State:
+        """The frozen factors of one adapter, of its rank where it shares a larger one's."""
+        found = self.factors_of[name].factors()
+        if not issubclass(self.adapter, LowRank):
+            return found
+        sides = {key: 1 if key == self.adapter.up else 0 for key in found}
+        return {key: found[key].narrow(side, 0, self.r[name]) for key, side in sides.items()}
+
+    def tensors(self, name: str, exact: bool = True) -> State:
+        """The operands of one adapter; the factors may be wider unless ``exact``."""
+        tensors = self.trainables(name)
+        dtype = next(iter(tensors.values())).dtype
+        found = self.factors(name) if exact else self.factors_of[name].factors()
+        for key in self.adapter.operands:
+            if key in found:
+                wide = key in self.adapter.kept_fp32
+                tensors[key] = found[key].to(dtype) if wide else found[key]
+        return tensors
+
+    def has(self, name: str) -> bool:
+        return name in self.r
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.drop_awaited(adapter_name)
+        self.seen.forget(adapter_name)
+
+    # --- PEFT moves and casts
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Without a cast: PEFT would round what trains to the base's dtype."""
+        device = self.get_base_layer().weight.device if device is None else device
+        if device.type == "meta":
+            return
+        for attribute in self.adapter_layer_names:
+            held = getattr(self, attribute)
+            if adapter_name in held and held[adapter_name].device.type != "meta":
+                held[adapter_name].data = held[adapter_name].data.to(device)
+        if self.has(adapter_name):
+            self.factors_of.to(device)
+            self.records.to(device)
+
+    def cast_trainables(self, name: str, dtype: torch.dtype) -> None:
+        for attribute in self.adapter_layer_names:
+            held = getattr(self, attribute)
+            if name in held:
+                held[name].data = held[name].data.to(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._merge.apply(fn)
+        return self
+
+    # --- merge
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW in the layout of the base's weight, in fp32 or wider."""
+        tensors = {key: tensor.detach() for key, tensor in self.tensors(adapter).items()}
+        with torch.no_grad():
+            delta = self.adapter.delta(tensors, self.options[adapter], self.scaling[adapter])
+        return delta.t() if base_weight.is_conv1d(self.get_base_layer()) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the updates into the base's weight; the original is kept for :meth:`unmerge`.
+
+        Parameters
+        ----------
+        safe_merge : bool
+            Refuse a weight that would not be finite, before anything changes.
+        adapter_names : list of str, optional
+            The active adapters if None; those that are not on this layer are passed over.
+        """
+        merging.merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        merging.unmerge(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    # --- forward
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """y [..., N] for x [..., K]; ``adapter_names`` name the adapter of each row."""
+        if adapter_names is not None:
+            mixed.check(self, x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            result = self.base_layer(x, *args, **kwargs)
+        elif adapter_names is not None:
+            result = mixed.forward(self, x, adapter_names, *args, **kwargs)
+        elif self.merged:
+            result = self.base_layer(x, *args, **kwargs)
+        else:
+            names = [name for name in self.active_adapters if self.has(name)]
+            result = self._adapted(x, names, *args, **kwargs)
+        return result
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        for name in names:
+            self.compare(name)
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        fused = not (args or kwargs) and self.is_plain(x)
+        if fused and len(names) == 1 and not self._updates_apart(names[0]):
+            matrix, bias = self._base()
+            of_one = self.tensors(names[0], exact=False)
+            return self.adapter.fused(x, matrix, bias, of_one, self.scaling[names[0]])
+        if fused:
+            return linear_add(x, *self._base(), self._sum_of_updates(x, names, x.dtype))
+        result = self.base_layer(x, *args, **kwargs)
+        return result + self._sum_of_updates(x, names, result.dtype)
+
+    def _updates_apart(self, name: str) -> bool:
+        drops = self.training and self.dropout[name] > 0.0
+        return drops or not self.adapter.fuses(self.options[name])
+
+    def _sum_of_updates(self, x: Tensor, names: list[str], dtype: torch.dtype) -> Tensor:
+        total = self.update(x, names[0])
+        for name in names[1:]:
+            total = total + self.update(x, name)
+        return total.to(dtype)
+
+    def update(self, x: Tensor, name: str) -> Tensor:
+        """x ΔWᵀ [..., N] of one adapter."""
+        tensors = self.tensors(name)
+        dtype = next(iter(tensors.values())).dtype
+        if not (x.dtype in HALF and dtype == torch.float32):  # which updates take as it is
+            x = self._cast_input_dtype(x, dtype)
+        x = F.dropout(x, self.dropout[name], self.training)
+        return self.adapter.update(x, tensors, self.options[name], self.scaling[name])
+
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        """W [N, K] and b of a plain base."""
+        base = self.get_base_layer()
+        weight: Tensor = base.weight
+        return (weight.t() if base_weight.is_conv1d(base) else weight), base.bias
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether the base's forward is the plain product, and nobody listens to it."""
+        base = self.base_layer
+        if not base_weight.computes_plainly(base):
+            return False
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+            return False
+        weight = base._parameters.get("weight")
+        if weight is None or base._backward_pre_hooks or type(weight) is not nn.Parameter:
+            return False
+        bias = base._parameters.get("bias")
+        same = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)
+        return same or autocast_enabled(weight.device.type)
+
+    def compare(self, name: str) -> None:
+        """Refuse an adapter that was loaded over another base; see ``loading``."""
+        loading.compare(self, name)
+
+    def __repr__(self) -> str:
+        return f"qrlora_kernels.peft.{super().__repr__()}"
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class QRLoraLinear(_Linear):
+    adapter = adapters.QR
+    prefix = "qkdiag_"
+    adapter_layer_names = ("qkdiag_lam",)
+
+
+class LoraXSLinear(_Linear):
+    adapter = adapters.LoRAXS
+    prefix = "qkcore_"
+    adapter_layer_names = ("qkcore_core",)
+
+
+class OHoraLinear(_Linear):
+    adapter = adapters.OHoRA
+    prefix = "qkkron_"
+    adapter_layer_names = ("qkkron_a", "qkkron_b")

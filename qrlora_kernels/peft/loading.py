@@ -1,0 +1,130 @@
+"""What a file brings to a layer: compared with the base that is there, and taken up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor
+
+from ..adapters import State, Tensors
+from . import merging, record
+
+if TYPE_CHECKING:
+    from .layer import _Linear
+
+
+class Awaited(BufferDict):
+    """One factor by the names of the adapters that wait for it: on the meta device until it came.
+
+    Persistent, so that whoever loads finds a place in the state dict. Empty but for the time
+    between an adapter's start and its loading.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow the layer with what came: a place alone has no numbers that could move."""
+        self.update({name: fn(factor) for name, factor in self.items() if not factor.is_meta})
+        return self
+
+
+class Seen:
+    """Which record of an adapter was compared last, and in which state."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Tensor, int]] = {}
+
+    def note(self, name: str, held: Tensor) -> None:
+        self._last[name] = held, _writes(held)
+
+    def knows(self, name: str, held: Tensor) -> bool:
+        seen, writes = self._last.get(name, (None, 0))
+        return held is seen and writes == _writes(held)
+
+    def forget(self, name: str) -> None:
+        self._last.pop(name, None)
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # which an inference tensor lacks
+
+
+def check(layer: _Linear, name: str, saved: Tensor, brought: State | None = None) -> State | None:
+    """The factors to take in place of those that are here, or None where those are right.
+
+    Parameters
+    ----------
+    layer : _Linear
+    name : str
+        The adapter's.
+    saved : Tensor
+        The record in the file.
+    brought : dict of Tensor, optional
+        The factors in the file; only whether they belong to this base is asked of them.
+
+    Raises
+    ------
+    OtherBase, ValueError
+        As :func:`record.check` does, and where awaited factors are not in the file.
+    """
+    own, saved = layer.expected[name], saved.cpu()
+    record.check_base(layer.place, own, saved)
+    if saved.shape != own.shape:
+        return None  # another rank: who loads refuses it with both shapes
+    if brought is not None:
+        return brought
+    if blank(layer, name):
+        raise ValueError(missing(layer))
+    weight = merging.original_matrix(layer)
+    return record.check(layer.adapter, layer.place, own, saved, weight, layer.options[name])
+
+
+def compare(layer: _Linear, name: str) -> None:
+    """:func:`check` the record of an adapter, once after it was written to, before a forward.
+
+    PEFT's loading asks the tuner; transformers' writes tensors one by one and asks nobody.
+    """
+    if torch.compiler.is_compiling():
+        if layer.awaits(name):
+            raise ValueError(
+                f"call the model once before torch.compile, so that {layer.place} "
+                "takes up the factors that were loaded"
+            )
+        return
+    held: Tensor = layer.records[name]
+    if layer.seen.knows(name, held) and not layer.awaits(name):
+        return
+    with torch.inference_mode(False):  # the factors outlive this call
+        factors = check(layer, name, held, arrived(layer, name))
+        if factors is not None:
+            layer.take_factors(name, factors)
+        layer.drop_awaited(name)
+    layer.seen.note(name, layer.records[name])
+
+
+def arrived(layer: _Linear, name: str) -> State | None:
+    """The awaited factors of an adapter, if all of them came."""
+    if not layer.awaits(name):
+        return None
+    found = {key: layer.awaited(key)[name] for key in layer.adapter.factors}
+    return None if any(factor.is_meta for factor in found.values()) else found
+
+
+def blank(layer: _Linear, name: str) -> bool:
+    """Whether an adapter has zeros in place of its factors: no start gives those."""
+    return layer.awaits(name) and not any_number(layer.factors(name))
+
+
+def any_number(factors: Tensors) -> bool:
+    return any(bool(factor.any()) for factor in factors.values())
+
+
+def missing(layer: _Linear) -> str:
+    return (
+        f"the factors of {layer.place} must come from the adapter's file, as its config says, and "
+        "have not: load the file; to train anew with this config, set its file_format to None"
+    )

@@ -1,0 +1,101 @@
+"""Updates inside the base's weight, and the weight that comes back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from ..nn import base_weight
+from ..nn.rounding import round_unbiased
+
+if TYPE_CHECKING:
+    from .layer import _Linear
+
+
+@dataclass
+class Merge:
+    """What a layer's weight was before anything was merged: W - ΔW would have other bits."""
+
+    original: Tensor | None = None  # as it is stored
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow the weight to another device or dtype."""
+        if self.original is not None:
+            with torch.no_grad():
+                self.original = fn(self.original)
+
+
+def original_stored(layer: _Linear) -> Tensor:
+    """The base's weight as it is stored, without what was merged."""
+    weight = layer.weight.detach()
+    return weight if layer._merge.original is None else layer._merge.original
+
+
+def original_matrix(layer: _Linear) -> Tensor:
+    """W [N, K] without what was merged, dequantised."""
+    base, original = layer.get_base_layer(), layer._merge.original
+    if original is None:
+        weight = layer.get_base_weight().detach()
+    elif layer.quantization_backend is None:
+        weight = original
+    else:
+        merged = base.weight
+        base.weight = original
+        try:
+            weight = layer.get_base_weight().detach()
+        finally:
+            base.weight = merged
+    return weight.t() if base_weight.is_conv1d(base) else weight
+
+
+@torch.no_grad()
+def merge(layer: _Linear, safe: bool, adapter_names: list[str] | None) -> None:
+    """Merge from the original weight and all updates at once, so that it is rounded once."""
+    names = [n for n in check_adapters_to_merge(layer, adapter_names) or () if layer.has(n)]
+    if not names:
+        return
+    for name in names:
+        layer.compare(name)
+    original = original_matrix(layer)
+    base = layer.get_base_layer()
+    weight = original.t() if base_weight.is_conv1d(base) else original
+    total = layer.get_delta_weight(names[0])
+    for name in (*names[1:], *layer.merged_adapters):
+        total = total + layer.get_delta_weight(name)
+    merged = round_unbiased(weight.to(total.dtype) + total.to(weight.device), weight.dtype)
+    if safe and not bool(torch.isfinite(merged).all()):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken"
+        )
+    if layer._merge.original is None:
+        layer._merge.original = _held(layer)
+    layer.set_base_weight(merged.contiguous())
+    layer.merged_adapters.extend(names)
+
+
+def _held(layer: _Linear) -> Tensor:
+    """What is put back: of a quantised base the parameter itself, with its state."""
+    base = layer.get_base_layer()
+    quantised = layer.quantization_backend is not None
+    return base.weight if quantised else base.weight.data
+
+
+def unmerge(layer: _Linear) -> None:
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        return
+    original = layer._merge.original
+    assert original is not None
+    base = layer.get_base_layer()
+    if layer.quantization_backend is not None:
+        base.weight = original
+    else:
+        base.weight.data = original
+    layer._merge.original = None
+    layer.merged_adapters.clear()

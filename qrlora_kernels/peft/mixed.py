@@ -1,0 +1,190 @@
+"""Batches whose rows have adapters of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from .. import functional
+from ..adapters.low_rank import LowRank
+from ..reference import accumulation_dtype
+
+if TYPE_CHECKING:
+    from .layer import _Linear
+
+BASE = "__base__"  # PEFT's word for no adapter
+
+
+class Rows(list[str]):
+    """The names of a batch's rows, with what all layers need of them."""
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        super().__init__(names)
+        self.distinct = list(dict.fromkeys(names))
+        place = {name: at for at, name in enumerate(self.distinct)}
+        self.places = torch.tensor([place[name] for name in names], device=device)
+
+
+def rows_of(names: Sequence[str], device: torch.device) -> Rows:
+    if isinstance(names, Rows) and names.places.device == device:
+        return names
+    return Rows(names, device)
+
+
+def check(layer: _Linear, x: Tensor, names: Sequence[str]) -> None:
+    """Raise, in PEFT's words, where ``names`` cannot be those of ``x``'s rows."""
+    if len(x) != len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {len(x)} respectively."
+        )
+    if layer.merged:
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call "
+            "`unmerge_adapter` first."
+        )
+
+
+def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+    """y [B, ..., N] where row b has the update of the adapter ``names[b]``."""
+    rows = rows_of(names, x.device)
+    here = [name for name in rows.distinct if layer.has(name)]
+    for name in here:
+        layer.compare(name)
+    if not here:
+        return layer.base_layer(x, *args, **kwargs)
+    fused = not (args or kwargs) and layer.is_plain(x)
+    share = len({layer.factors_of.used[name] for name in here}) == 1
+    low_rank = issubclass(layer.adapter, LowRank)
+    if fused and share and issubclass(layer.adapter, LowRank):
+        return _at_once(layer, layer.adapter, x, rows, here[0])
+    by_row = share and not low_rank and layer.adapter.fuses(layer.options[here[0]])
+    update = _by_row(layer, x, rows, here[0]) if by_row else _by_groups(layer, x, rows, here)
+    if fused:
+        return functional.linear_add(x, *layer._base(), update.to(x.dtype))
+    result = layer.base_layer(x, *args, **kwargs)
+    return result + update.to(result.dtype)
+
+
+def _at_once(
+    layer: _Linear, adapter: type[LowRank[Any]], x: Tensor, rows: Rows, one: str
+) -> Tensor:
+    """One call over the factors of ``one``, which all of them share."""
+    matrix, bias = layer._base()
+    factors = layer.factors_of[one].factors()
+    (gates,) = stacked(layer, rows)
+    gates *= scalings(layer, rows, gates).reshape(-1, *[1] * (gates.dim() - 1))
+    places = rows.places.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+    return functional.mixed_low_rank_linear(
+        x, matrix, bias, factors[adapter.down], factors[adapter.up], gates, places
+    )
+
+
+def _by_row(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
+    """The update [B, ..., N] of a Kronecker product, with the trainables of each row beside it."""
+    tensors = layer.tensors(one)
+    between = [1] * (x.dim() - 2)
+    for key, held in zip(layer.adapter.trainables, stacked(layer, rows), strict=True):
+        tensors[key] = held[rows.places].unflatten(0, (-1, *between))
+    scaling = scalings(layer, rows, x)[rows.places].reshape(-1, *between, 1)
+    wide = x.to(scaling.dtype)
+    return scaling * layer.adapter.update(wide, tensors, layer.options[one], 1.0)
+
+
+def stacked(layer: _Linear, rows: Rows) -> list[Tensor]:
+    """Each trainable of the distinct names, [A, ...].
+
+    Of the largest rank among them, padded with zeros; zeros for the base and for an adapter that is
+    not on this layer.
+    """
+    found = []
+    for attribute in layer.adapter_layer_names:
+        held = getattr(layer, attribute)
+        own = [held[name].detach() if layer.has(name) else None for name in rows.distinct]
+        largest = max((tensor for tensor in own if tensor is not None), key=len)
+        zeros = torch.zeros_like(largest)
+        wide = [zeros if tensor is None else _padded(tensor, largest) for tensor in own]
+        found.append(torch.stack(wide))
+    return found
+
+
+def scalings(layer: _Linear, rows: Rows, like: Tensor) -> Tensor:
+    """s of the distinct names [A], 0 where a row has no update."""
+    found = [layer.scaling.get(name, 0.0) for name in rows.distinct]
+    return torch.tensor(found, dtype=accumulation_dtype(like.dtype), device=like.device)
+
+
+def _padded(gate: Tensor, like: Tensor) -> Tensor:
+    missing = len(like) - len(gate)
+    return pad(gate, (0, missing) * gate.dim()) if missing else gate
+
+
+def _by_groups(layer: _Linear, x: Tensor, rows: Rows, here: list[str]) -> Tensor:
+    """The update of each group of rows with the same adapter, zero for the base, [B, ..., N]."""
+    total = x.new_zeros(*x.shape[:-1], layer.out_features)
+    for at, name in enumerate(rows.distinct):
+        if name in here:
+            mine = (rows.places == at).nonzero().flatten()
+            total[mine] = layer.update(x[mine], name).to(total.dtype)
+    return total
+
+
+# --- the model
+
+
+@contextmanager
+def named_rows(
+    model: nn.Module,
+    layers: type[nn.Module],
+    known: Mapping[str, Any],
+    encoder: nn.Module | None,
+    names: Any,
+    num_beams: Any,
+) -> Iterator[None]:
+    """Inside, every layer of ``model`` is told the adapter of each row.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : type
+        The class of the adapted layers.
+    known : mapping
+        Has a key for each adapter.
+    encoder : nn.Module, optional
+        Of an encoder-decoder model, whose rows beam search does not repeat.
+    names : list of str
+    num_beams : int, optional
+    """
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+    unknown = sorted({name for name in names if name != BASE and name not in known})
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    beams = num_beams if isinstance(num_beams, int) and num_beams > 1 else 1
+    device = next(model.parameters()).device
+    repeated = Rows([name for name in names for _ in range(beams)], device)
+    plain = Rows(names, device) if encoder is not None and beams > 1 else repeated
+    inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
+    told = (layers, AuxiliaryTrainingWrapper)
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, told):
+                rows = plain if id(module) in inside else repeated
+                hook = partial(_tell, adapter_names=rows)
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _tell(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Rows
+) -> tuple[Any, dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}

@@ -1,0 +1,120 @@
+"""What a file knows of the base that an adapter was trained over, in a few integers a layer.
+
+``[dtype, f₀, f₁, …]``: the dtype and fingerprint of the base weight, then what tells the factors
+from others. For QR-LoRA that are its pivots and the diagonal of R, from which the very factors are
+built again; else one sum over each direction, which another sign, order or rotation changes. As
+int64, which no cast changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..adapters import AnyAdapter, Options, State, Tensors
+from ..fingerprint import fingerprint
+from ..reference import HALF
+
+_HEAD = 3
+_DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip  # by their place: more may join at the end
+
+
+class OtherBase(ValueError):
+    """The adapter was trained over another base weight."""
+
+
+def record_of(adapter: AnyAdapter, stored: Tensor, factors: Tensors) -> Tensor:
+    """The record [3 + n] int64 of factors that came from the weight ``stored``, as it is stored."""
+    print_ = bytes.fromhex(fingerprint(stored))
+    words = [int.from_bytes(print_[at : at + 8], "little", signed=True) for at in (0, 8)]
+    head = torch.tensor([_code(stored.dtype), *words])
+    return torch.cat([head, *(_bits(tensor) for tensor in _tell(adapter, factors))])
+
+
+def check(
+    adapter: AnyAdapter, name: str, own: Tensor, saved: Tensor, weight: Tensor, options: Options
+) -> State | None:
+    """Compare what is ``saved`` with the layer's ``own`` record.
+
+    Returns
+    -------
+    dict of Tensor, or None
+        The factors that the file was trained with, where this machine chose other pivots; None
+        where the layer's own are those.
+
+    Raises
+    ------
+    OtherBase
+        The file belongs to another base weight.
+    ValueError
+        The base is the same and gives other factors here.
+    """
+    if saved.shape == own.shape and torch.equal(saved, own):
+        return None
+    check_base(name, own, saved)
+    if adapter.rebuilt_from:
+        half = (len(saved) - _HEAD) // 2
+        pivots, diagonal = saved[_HEAD : _HEAD + half], _floats(saved[_HEAD + half :])
+        kept = {"pivots": pivots.to(weight.device), "diagonal": diagonal.to(weight.device)}
+        if torch.equal(pivots, own[_HEAD : _HEAD + (len(own) - _HEAD) // 2]):
+            return None  # the same factors, but for the last bits of a diagonal
+        return adapter.rebuild(weight, options, kept)
+    here, there = _floats(own[_HEAD:]), _floats(saved[_HEAD:])
+    slack = 1e-2 if weight.dtype in HALF else 1e-3
+    if here.shape != there.shape or not torch.allclose(
+        here, there, rtol=slack, atol=slack * float(here.abs().max())
+    ):
+        raise ValueError(
+            f"the factors of {name} come out otherwise here than where the adapter was trained "
+            "(directions of equal strength, or another release): save it with save_factors=True"
+        )
+    return None
+
+
+def check_base(name: str, own: Tensor, saved: Tensor) -> None:
+    """Raise :class:`OtherBase` where the two records are of different base weights."""
+    if len(saved) < _HEAD or not torch.equal(saved[:_HEAD], own[:_HEAD]):
+        raise OtherBase(_other(name, own, saved))
+
+
+def _other(name: str, own: Tensor, saved: Tensor) -> str:
+    here, there = _dtype(own), _dtype(saved)
+    if here != there:
+        what = f"it had dtype {there}, and here it has {here}: load the base as that, cast later"
+    else:
+        what = "its shape or its numbers were others"
+    return f"the adapter was trained over another base weight in {name}: {what}"
+
+
+def _tell(adapter: AnyAdapter, factors: Tensors) -> list[Tensor]:
+    if adapter.rebuilt_from:
+        return [factors[name] for name in adapter.rebuilt_from]
+    return [_sums(factors[name]) for name in adapter.factors]
+
+
+def _sums(factor: Tensor) -> Tensor:
+    """One weighted sum over the longer side of ``factor`` for each of its directions."""
+    wide = factor.detach().double().cpu()
+    along = wide if wide.shape[0] <= wide.shape[1] else wide.mT
+    return along @ torch.cos(torch.arange(1, along.shape[1] + 1, dtype=torch.float64))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor.long()
+
+
+def _floats(words: Tensor) -> Tensor:
+    return words.contiguous().view(torch.float64)
+
+
+def _code(dtype: torch.dtype) -> int:
+    return _DTYPES.index(dtype) if dtype in _DTYPES else -1
+
+
+def _dtype(record: Tensor) -> str:
+    code = int(record[0]) if len(record) else -1
+    return str(_DTYPES[code]).removeprefix("torch.") if 0 <= code < len(_DTYPES) else "another one"

@@ -1,0 +1,172 @@
+"""The start of an adapter on all layers of a model that its config names, as one batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..adapters import AnyAdapter, Options, State
+from ..linalg import StartRunner
+from ..model.advice import warn_if_large
+from ..model.targets import bypassed
+from ..nn import base_weight
+from ..reference import accumulation_dtype
+from . import merging
+from .config import AdapterConfig, QRLoraConfig
+from .layer import _Linear, check_supported
+
+
+@dataclass
+class Made:
+    """What one layer begins with."""
+
+    options: Options
+    scaling: float
+    state: State
+    from_file: bool = False  # whether a file is about to bring the factors
+
+
+def start(
+    model: nn.Module, targets: Mapping[str, nn.Module], config: AdapterConfig
+) -> dict[str, Made]:
+    """Trainables and factors for each of ``targets``, before anything in ``model`` changes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a layer cannot be adapted or gives no start; the message names it.
+    """
+    modules = dict(model.named_modules())
+    bases = {name: check_supported(name, target) for name, target in targets.items()}
+    for name in targets:
+        parent = bypassed(name, modules)
+        if parent:
+            raise ValueError(
+                f"{name} belongs to an {parent}, which reads its weight and never calls it: an "
+                "adapter there would have no effect; name it in exclude_modules"
+            )
+    made: dict[str, Made] = {}
+    by_options: dict[Options, dict[str, Tensor]] = defaultdict(dict)
+    with ExitStack() as here:
+        here.enter_context(base_weight.present(*bases.values()))
+        weights = {name: _weight(name, targets[name], bases[name]) for name in targets}
+        options = _bounded(config, weights)
+        gradients = {name: base_weight.gradient(base) for name, base in bases.items()}
+        for name, weight in weights.items():
+            zeros = _put_off(config, weight, options[name])
+            shared = _shared(targets[name], config.adapter, options[name], gradients[name])
+            if zeros is not None:
+                made[name] = Made(options[name], 1.0, zeros)
+            elif shared is None:
+                by_options[options[name]][name] = weight
+            else:
+                state = shared | fresh(config, shared, options[name], weight.dtype)
+                made[name] = Made(options[name], 1.0, state)
+        run = StartRunner(config.progress, config.cache, config.distributed)
+        for opts, group in by_options.items():
+            run.require_agreement(facts={"adapter": config.kind.value} | opts.to_dict())
+            for name, state in config.adapter.start(group, opts, run, gradients).items():
+                made[name] = Made(opts, 1.0, state)
+    for name, one in made.items():
+        one.scaling = config.scaling_of(name, config.adapter.rank(one.state))
+        one.from_file = config.brings_factors
+        if not config.init_weights:
+            one.state |= _random(config, one.state)
+    _tell_large(weights, made)
+    return {name: made[name] for name in targets}
+
+
+def _tell_large(weights: Mapping[str, Tensor], made: Mapping[str, Made]) -> None:
+    ruled = [n for n, one in made.items() if "q" in one.state and one.options.rank is None]  # type: ignore[attr-defined]
+    factors = sum(made[n].state[key].numel() for n in ruled for key in ("q", "r"))
+    ranks = [len(made[n].state["lam"]) for n in ruled]
+    warn_if_large(sum(weights[n].numel() for n in ruled), factors, ranks, "r=, max_rank=")
+
+
+def fresh(config: AdapterConfig, factors: State, options: Options, dtype: torch.dtype) -> State:
+    """What trains over factors that are there, in fp32 or wider."""
+    found = config.adapter.fresh(factors, options)
+    return {key: tensor.to(accumulation_dtype(dtype)) for key, tensor in found.items()}
+
+
+def _weight(name: str, target: nn.Module, base: nn.Module) -> Tensor:
+    """W [N, K] as it was before merges."""
+    if isinstance(target, _Linear):
+        return merging.original_matrix(target)
+    if getattr(base.weight, "is_meta", False):
+        raise ValueError(
+            f"{name}.weight must hold data, got a tensor on the meta device: load the base's "
+            "weights before the adapter, which starts from them"
+        )
+    backend = resolve_quantization_backend(base)
+    if backend is not None:
+        weight: Tensor = backend.get_base_weight(base).detach()
+        return weight
+    base_weight.check_weight(base.weight, f"{name}.weight")
+    return base_weight.matrix(base)
+
+
+def _bounded(config: AdapterConfig, weights: Mapping[str, Tensor]) -> dict[str, Options]:
+    """Options of each layer, with a rank that the layer is too small for brought down to its size.
+
+    A Kronecker product's rank divides both sides, so there it is left to the start to refuse.
+    """
+    found, small = {}, []
+    for name, weight in weights.items():
+        rank, most = config.rank_of(name), min(weight.shape)
+        divides = config.adapter.kind == "ohora"
+        if rank is not None and rank > most and not divides:
+            small.append(f"{name} ({most})")
+            rank = most
+        found[name] = config.options_of(name, rank)
+    if small:
+        warnings.warn(
+            f"r is bounded by the smaller side of these layers: {', '.join(small)}", stacklevel=2
+        )
+    return found
+
+
+_OF_A_RUN: dict[str, Any] = {"dropout": 0.0, "strength": 1.0}
+
+
+def _put_off(config: AdapterConfig, weight: Tensor, options: Options) -> State | None:
+    """Zeros for a layer whose factors a file is about to bring, where their shape is known."""
+    outline = config.adapter.outline(weight, options) if config.brings_factors else None
+    if outline is None:
+        return None
+    return {key: torch.zeros_like(one, device=weight.device) for key, one in outline.items()}
+
+
+def _shared(
+    target: nn.Module, adapter: AnyAdapter, options: Options, gradient: Tensor | None
+) -> State | None:
+    """The factors of an adapter of ``target`` that began with the same options."""
+    if adapter.needs_gradients(options) and gradient is not None:
+        return None  # which may be another than the one at that time
+    if isinstance(target, _Linear):
+        for name, have in target.options.items():
+            if not target.awaits(name) and _shaping(have) == _shaping(options):
+                return target.factors(name)
+    return None
+
+
+def _shaping(options: Options) -> Options:
+    """Without what does not shape the factors."""
+    own = {"init_std": 0.0} if hasattr(options, "init_std") else {}
+    return replace(options, **_OF_A_RUN, **own)
+
+
+def _random(config: AdapterConfig, state: State) -> State:
+    """Numbers that make a difference, where ``init_weights`` is off."""
+    spread = 0.02 if isinstance(config, QRLoraConfig) else 0.1
+    return {
+        key: state[key] + spread * torch.randn_like(state[key]) for key in config.adapter.trainables
+    }
