@@ -61,7 +61,10 @@ def check(
         kept = {"pivots": pivots.to(weight.device), "diagonal": diagonal.to(weight.device)}
         if torch.equal(pivots, own[_HEAD : _HEAD + (len(own) - _HEAD) // 2]):
             return None  # the same factors, but for the last bits of a diagonal
-        return adapter.rebuild(weight, options, kept)
+        try:
+            return adapter.rebuild(weight, options, kept)
+        except ValueError as error:
+            raise ValueError(f"the factors of {name} cannot be built again: {error}") from None
     here, there = _floats(own[_HEAD:]), _floats(saved[_HEAD:])
     slack = 1e-2 if weight.dtype in HALF else 1e-3
     if here.shape != there.shape or not torch.allclose(
