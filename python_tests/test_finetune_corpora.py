@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from finetuning import corpora
+from finetuning.archives import cache_folder, digest
 from finetuning.corpora import MEMBER, load_task
 from finetuning.data import Data, same_text
 from tiny_archive import write_archive
@@ -133,7 +134,7 @@ Calls = list[list[str]]
 def pip(tmp_path, monkeypatch, archive) -> tuple[Calls, Callable[[int, str], None]]:
     """A pip that writes the archive, or fails with a message; the calls it got."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpora, "SHA256", corpora._digest(archive.read_bytes()))
+    monkeypatch.setattr(corpora, "SHA256", digest(archive.read_bytes()))
     calls: Calls = []
     outcome: dict[str, Any] = {"code": 0, "said": ""}
 
@@ -164,7 +165,7 @@ def test_a_damaged_archive_in_the_cache_is_downloaded_again(pip):
     calls, _ = pip
     path = corpora.download()
     path.write_bytes(path.read_bytes()[:-1])
-    assert corpora._digest(corpora.download().read_bytes()) == corpora.SHA256
+    assert digest(corpora.download().read_bytes()) == corpora.SHA256
     assert len(calls) == 2
 
 
@@ -180,16 +181,16 @@ def test_without_the_network_one_sentence_says_what_to_do(pip, code, said, reaso
         corpora.download()
     assert "name a table of your own with --data" in str(error.value)
     assert "\n" not in str(error.value)
-    assert not list(corpora.cache_folder().iterdir())
+    assert not list(cache_folder().iterdir())
 
 
 def _real() -> Path:
-    return corpora.cache_folder() / corpora.ARCHIVE
+    return cache_folder() / corpora.ARCHIVE
 
 
 @pytest.mark.skipif(not _real().is_file(), reason=f"not downloaded yet: {_real()}")
 def test_the_real_archive_holds_what_the_tasks_ask_for():
-    assert corpora._digest(_real().read_bytes()) == corpora.SHA256
+    assert digest(_real().read_bytes()) == corpora.SHA256
     for name, rows in (
         ("movies", 3000),
         ("movie-ratings", 3000),

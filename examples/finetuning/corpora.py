@@ -10,19 +10,15 @@ runs any code of it. Nothing is unpacked to disk.
 
 from __future__ import annotations
 
-import hashlib
 import html
 import io
-import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from .archives import SourceArchive, digest
 from .data import Data, Split, same_text
 
 REQUIREMENT = "vaderSentiment==0.5"
@@ -101,7 +97,7 @@ def _in_order(rows: list[Rated], clear: float) -> list[Rated]:
     """Each text once and clear enough, whole documents in a fixed order that looks random."""
     first = {same_text([row.text]): row for row in reversed(rows)}
     kept = [row for row in first.values() if abs(row.rating) >= clear]
-    return sorted(kept, key=lambda row: (_digest(row.document.encode()), row.text))
+    return sorted(kept, key=lambda row: (digest(row.document.encode()), row.text))
 
 
 def _split(rows: list[Rated], task: Task) -> Split:
@@ -135,40 +131,12 @@ def _rated(line: str) -> Rated:
     return Rated(name.partition("_")[0], float(rating), html.unescape(text))
 
 
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/qrlora_kernels``, by default in ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qrlora_kernels"
-
-
 def download() -> Path:
     """The archive in the cache folder, through pip where it is not there yet."""
-    path = cache_folder() / ARCHIVE
-    if path.is_file() and _digest(path.read_bytes()) == SHA256:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"downloading {REQUIREMENT} (2.4 MB of rated sentences) to {path.parent}", flush=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        wanted = Path(folder, "requirements.txt")
-        wanted.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n", encoding="utf-8")
-        _pip_download(wanted, Path(folder), path)
-        os.replace(Path(folder, ARCHIVE), path)
-    return path
-
-
-def _pip_download(requirements: Path, folder: Path, path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--retries", "1", "--no-deps", "--no-binary", ":all:"]
-    command += ["--dest", str(folder), "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not (folder / ARCHIVE).is_file():
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise ValueError(
-            f"the rated sentences are not at {path} and pip could not download them "
-            f"({said[-1].removeprefix('ERROR: ')}): connect to the network once, put the file "
-            "there, or name a table of your own with --data"
-        )
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return SourceArchive(
+        requirement=REQUIREMENT,
+        file=ARCHIVE,
+        about="the rated sentences",
+        otherwise=", name a table of your own with --data",
+        sha256=SHA256,
+    ).download()

@@ -162,7 +162,8 @@ class OHoRA(Adapter[OHoRAOptions]):
 
 
 def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:
+    """x [..., K] by factors that may have dimensions in front, as x has."""
     if product == "lora":
         return x @ b @ a.mT
-    tokens = x.reshape(*x.shape[:-1], a.shape[1], b.shape[0])
+    tokens = x.reshape(*x.shape[:-1], a.shape[-1], b.shape[-2])
     return (a @ (tokens @ b)).flatten(-2)

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from .. import functional
 from ..adapters.low_rank import LowRank
+from ..reference import accumulation_dtype
 
 if TYPE_CHECKING:
     from .layer import _Linear
@@ -60,10 +61,12 @@ def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwarg
     if not here:
         return layer.base_layer(x, *args, **kwargs)
     fused = not (args or kwargs) and layer.is_plain(x)
-    starts = {layer.factors_of.used[name] for name in here}
-    if fused and len(starts) == 1 and issubclass(layer.adapter, LowRank):
-        return _at_once(layer, layer.adapter, x, rows, here)
-    update = _by_groups(layer, x, rows, here)
+    share = len({layer.factors_of.used[name] for name in here}) == 1
+    low_rank = issubclass(layer.adapter, LowRank)
+    if fused and share and issubclass(layer.adapter, LowRank):
+        return _at_once(layer, layer.adapter, x, rows, here[0])
+    by_row = share and not low_rank and layer.adapter.fuses(layer.options[here[0]])
+    update = _by_row(layer, x, rows, here[0]) if by_row else _by_groups(layer, x, rows, here)
     if fused:
         return functional.linear_add(x, *layer._base(), update.to(x.dtype))
     result = layer.base_layer(x, *args, **kwargs)
@@ -71,39 +74,55 @@ def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwarg
 
 
 def _at_once(
-    layer: _Linear, adapter: type[LowRank[Any]], x: Tensor, rows: Rows, here: list[str]
+    layer: _Linear, adapter: type[LowRank[Any]], x: Tensor, rows: Rows, one: str
 ) -> Tensor:
-    """One call over the factors that all of them share."""
+    """One call over the factors of ``one``, which all of them share."""
     matrix, bias = layer._base()
-    factors = layer.factors_of[here[0]].factors()
-    index = rows.places.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+    factors = layer.factors_of[one].factors()
+    (gates,) = stacked(layer, rows)
+    gates *= scalings(layer, rows, gates).reshape(-1, *[1] * (gates.dim() - 1))
+    places = rows.places.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
     return functional.mixed_low_rank_linear(
-        x, matrix, bias, factors[adapter.down], factors[adapter.up], gates(layer, rows), index
+        x, matrix, bias, factors[adapter.down], factors[adapter.up], gates, places
     )
 
 
-def gates(layer: _Linear, rows: Rows) -> Tensor:
-    """The gates of the distinct names, each times its scaling, [A, r] or [A, r, r].
+def _by_row(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
+    """The update [B, ..., N] of a Kronecker product, with the trainables of each row beside it."""
+    tensors = layer.tensors(one)
+    between = [1] * (x.dim() - 2)
+    for key, held in zip(layer.adapter.trainables, stacked(layer, rows), strict=True):
+        tensors[key] = held[rows.places].unflatten(0, (-1, *between))
+    scaling = scalings(layer, rows, x)[rows.places].reshape(-1, *between, 1)
+    wide = x.to(scaling.dtype)
+    return scaling * layer.adapter.update(wide, tensors, layer.options[one], 1.0)
+
+
+def stacked(layer: _Linear, rows: Rows) -> list[Tensor]:
+    """Each trainable of the distinct names, [A, ...].
 
     Of the largest rank among them, padded with zeros; zeros for the base and for an adapter that is
     not on this layer.
     """
-    (own,) = layer.adapter_layer_names
-    held = getattr(layer, own)
-    found = [held[name].detach() if layer.has(name) else None for name in rows.distinct]
-    largest = max((gate for gate in found if gate is not None), key=len)
-    zeros = torch.zeros_like(largest)
-    wide = [zeros if gate is None else _padded(gate, len(largest)) for gate in found]
-    scaling = [layer.scaling.get(name, 0.0) for name in rows.distinct]
-    stacked = torch.stack(wide)
-    if set(scaling) - {0.0, 1.0}:
-        factor = torch.tensor(scaling, dtype=stacked.dtype, device=stacked.device)
-        stacked *= factor.reshape(-1, *[1] * largest.dim())
-    return stacked
+    found = []
+    for attribute in layer.adapter_layer_names:
+        held = getattr(layer, attribute)
+        own = [held[name].detach() if layer.has(name) else None for name in rows.distinct]
+        largest = max((tensor for tensor in own if tensor is not None), key=len)
+        zeros = torch.zeros_like(largest)
+        wide = [zeros if tensor is None else _padded(tensor, largest) for tensor in own]
+        found.append(torch.stack(wide))
+    return found
 
 
-def _padded(gate: Tensor, rank: int) -> Tensor:
-    missing = rank - len(gate)
+def scalings(layer: _Linear, rows: Rows, like: Tensor) -> Tensor:
+    """s of the distinct names [A], 0 where a row has no update."""
+    found = [layer.scaling.get(name, 0.0) for name in rows.distinct]
+    return torch.tensor(found, dtype=accumulation_dtype(like.dtype), device=like.device)
+
+
+def _padded(gate: Tensor, like: Tensor) -> Tensor:
+    missing = len(like) - len(gate)
     return pad(gate, (0, missing) * gate.dim()) if missing else gate
 
 

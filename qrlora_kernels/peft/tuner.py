@@ -169,6 +169,8 @@ class AdapterModel(BaseTuner):
             yield
             return
         encoder = getattr(self.model, "get_encoder", lambda: None)()
+        if encoder is self.model:  # what transformers says of a model that has none
+            encoder = None
         with mixed.named_rows(
             self, self.tuner_layer_cls, self.peft_config, encoder, names, kwargs.get("num_beams")
         ):
