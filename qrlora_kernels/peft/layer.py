@@ -97,6 +97,7 @@ class _Linear(nn.Module, AdaptedLayer):
         self.place = kwargs.get("place", "this layer")
         self.seen = loading.Seen()
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
         self.merged_adapters = []
         self._merge = merging.Merge()
         self._active_adapter: list[str] = []
