@@ -1,5 +1,8 @@
 """Fused kernels and modules for QR-LoRA, LoRA-XS and OHoRA over frozen linear layers."""
 
+from importlib import import_module
+from typing import Any
+
 from . import backends, functional, kernels, linalg, nn
 from .model import (
     adapt,
@@ -45,3 +48,10 @@ __all__ = [
     "unload",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``qrlora_kernels.peft``, which needs PEFT, when it is first asked for."""
+    if name == "peft":
+        return import_module(f"{__name__}.peft")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

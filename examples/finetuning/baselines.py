@@ -1,4 +1,4 @@
-"""The adapters of the library PEFT that the package's own are compared with."""
+"""The adapters of the library PEFT, and the package's own as PEFT's users have them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+# The package's configs for PEFT
+OURS = {"qr_peft": "QRLoraConfig", "lora_xs_peft": "LoraXSConfig", "ohora_peft": "OHoraConfig"}
 # PEFT's init_lora_weights
 STARTS: dict[str, Literal["pissa", "olora"]] = {"pissa": "pissa", "olora": "olora"}
 
@@ -28,6 +30,11 @@ def attach(
 def _config(method: str, names: list[str], options: dict[str, Any]) -> Any:
     from peft import LoraConfig, VeraConfig
 
+    if method in OURS:
+        import qrlora_kernels.peft
+
+        named = {"r" if name == "rank" else name: value for name, value in options.items()}
+        return getattr(qrlora_kernels.peft, OURS[method])(target_modules=names, **named)
     rank, dropout = options["rank"], options.get("dropout", 0.0)
     if method == "vera":
         start = {"d_initial": options["d_initial"]} if "d_initial" in options else {}

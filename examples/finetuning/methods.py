@@ -28,6 +28,7 @@ QR = ("rank", "tau", "rank_rule", "max_rank", "scaling", "dropout")
 LORA_XS = ("rank", "alpha", "vectors", "sigma", "basis", "init_std", "seed", "dropout")
 OHORA = ("rank", "alpha", "columns", "start", "product", "fold", "seed", "dropout")
 LORA = ("rank", "alpha", "dropout")
+IN_PEFT = LORA  # what our configs for PEFT share
 
 # A rate suits what is trained: λ scales factors of the weight's own size, LoRA's product of two
 # matrices starts at zero, full fine-tuning moves the weights themselves.
@@ -42,6 +43,9 @@ METHODS: dict[str, Method] = {
     "olora": Method("OLoRA (PEFT)", "peft", 1e-3, LORA, {"rank": 8}),
     "svd_lora": Method("SVD-LoRA (PEFT)", "peft", 4e-3, (*LORA, "directions"), {"rank": 2}),
     "vera": Method("VeRA (PEFT)", "peft", 2e-2, ("rank", "dropout", "d_initial"), {"rank": 256}),
+    "qr_peft": Method("QR-LoRA through PEFT", "peft", 1e-1, IN_PEFT + QR[1:4]),
+    "lora_xs_peft": Method("LoRA-XS through PEFT", "peft", 2e-2, IN_PEFT + LORA_XS[2:7]),
+    "ohora_peft": Method("OHoRA through PEFT", "peft", 2e-2, (*IN_PEFT, *OHORA[2:5], "seed")),
     "full": Method("full fine-tuning", "", 1e-4),
 }
 DEMO = ("none", "qr", "lora_xs", "ohora", "lora")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -12,10 +12,10 @@ from ..nn import QRLinear
 LARGE = 1 / 3  # of the weight: more than this in factors is worth a word
 
 # Adapter -> (query and value, all linear layers): rates of AdamW, the best mean of three in the
-# tables "The rank rule" and "Learning rates" of docs/papers.md; the second has one seed so far.
+# tables "The rank rule" and "Learning rates" of docs/papers.md.
 RATES: Mapping[str, tuple[float, float]] = {
     "qr": (1e-1, 3e-2),
-    "lora_xs": (2e-2, 5e-3),
+    "lora_xs": (2e-2, 1e-2),
     "ohora": (2e-2, 1e-2),
 }
 
@@ -38,12 +38,17 @@ def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:
     ]
     weights = sum(layer.weight.numel() for layer in ruled)
     factors = sum(layer.q.numel() + layer.r.numel() for layer in ruled)
+    warn_if_large(weights, factors, [layer.rank for layer in ruled], "rank=, max_rank=")
+
+
+def warn_if_large(weights: int, factors: int, ranks: Sequence[int], ways: str) -> None:
+    """Warn where ``factors`` elements are more than a third of ``weights``, with ``ways`` out."""
     if factors > LARGE * weights:
-        ranks = sorted(layer.rank for layer in ruled)
-        kept = f"{ranks[0]} to {ranks[-1]}" if ranks[0] < ranks[-1] else f"{ranks[0]}"
+        low, high = min(ranks), max(ranks)
+        kept = f"{low} to {high}" if low < high else f"{low}"
         warnings.warn(
             f"the rank rule keeps {kept} directions of each layer, whose "
-            f"factors take {factors / weights:.0%} of the memory of the adapted weights: rank=, "
-            "max_rank= or another tau makes them smaller",
-            stacklevel=3,
+            f"factors take {factors / weights:.0%} of the memory of the adapted weights: {ways} or "
+            "another tau makes them smaller",
+            stacklevel=4,
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters import AnyAdapter, Options, State
 from ..linalg import StartRunner
+from ..model.advice import warn_if_large
 from ..model.targets import bypassed
 from ..nn import base_weight
 from ..reference import accumulation_dtype
@@ -79,7 +80,15 @@ def start(
         one.from_file = config.brings_factors
         if not config.init_weights:
             one.state |= _random(config, one.state)
+    _tell_large(weights, made)
     return {name: made[name] for name in targets}
+
+
+def _tell_large(weights: Mapping[str, Tensor], made: Mapping[str, Made]) -> None:
+    ruled = [n for n, one in made.items() if "q" in one.state and one.options.rank is None]  # type: ignore[attr-defined]
+    factors = sum(made[n].state[key].numel() for n in ruled for key in ("q", "r"))
+    ranks = [len(made[n].state["lam"]) for n in ruled]
+    warn_if_large(sum(weights[n].numel() for n in ruled), factors, ranks, "r=, max_rank=")
 
 
 def fresh(config: AdapterConfig, factors: State, options: Options, dtype: torch.dtype) -> State:
@@ -97,14 +106,12 @@ def _weight(name: str, target: nn.Module, base: nn.Module) -> Tensor:
             f"{name}.weight must hold data, got a tensor on the meta device: load the base's "
             "weights before the adapter, which starts from them"
         )
-    if base_weight.plain_base(type(base)) is not None and type(base.weight) is nn.Parameter:
-        base_weight.check_weight(base.weight, f"{name}.weight")
-        return base_weight.matrix(base)
     backend = resolve_quantization_backend(base)
-    if backend is None:
-        base_weight.check_weight(base.weight, f"{name}.weight")
-    weight: Tensor = backend.get_base_weight(base).detach()
-    return weight
+    if backend is not None:
+        weight: Tensor = backend.get_base_weight(base).detach()
+        return weight
+    base_weight.check_weight(base.weight, f"{name}.weight")
+    return base_weight.matrix(base)
 
 
 def _bounded(config: AdapterConfig, weights: Mapping[str, Tensor]) -> dict[str, Options]:
