@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import PeftModel, get_peft_model
-from peft_models import CONFIGS, adapted, bert, config, layers, predictions, refusal
+from peft_models import CONFIGS, adapted, bert, config, layers, predictions, refusal, tokens
 from torch import Tensor
 
 from qrlora_kernels.linalg import cache
@@ -38,8 +38,25 @@ def _rank(rank: int, folder: str) -> None:
     differ = refusal(lambda: adapted("qr", r=3 + rank))
     alone = _start("qr", distributed=False)
     loaded = PeftModel.from_pretrained(bert(), f"{folder}/saved")
-    torch.save((found, differ, alone, predictions(loaded)), f"{folder}/{rank}.pt")
+    trained = _trained_together(rank)
+    torch.save((found, differ, alone, predictions(loaded), trained), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _trained_together(rank: int) -> Tensor:
+    """What a model predicts after two steps on rows of its own."""
+    model = get_peft_model(bert(), config("lora_xs")).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    together = torch.nn.parallel.DistributedDataParallel(model)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        rows = tokens()[2 * rank : 2 * rank + 2]
+        together(input_ids=rows, labels=torch.tensor([0, 2])).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return predictions(model)
 
 
 def test_two_ranks_share_the_start_and_load_the_same(tmp_path: Path) -> None:
@@ -53,7 +70,9 @@ def test_two_ranks_share_the_start_and_load_the_same(tmp_path: Path) -> None:
         if "init_std" not in options:
             own = _start(adapter)
             assert [name for name in own if not torch.equal(own[name], here[name])] == []
-    for _, differ, alone, loaded in (left, right):
+    assert torch.equal(left[4], right[4])
+    assert not torch.allclose(left[4], predictions(bert()))
+    for _, differ, alone, loaded, _ in (left, right):
         assert "must be the same on all ranks" in differ
         assert [n for n, t in _start("qr").items() if not torch.equal(t, alone[n])] == []
         assert torch.equal(loaded, predictions(model))

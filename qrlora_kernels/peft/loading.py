@@ -10,6 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from ..adapters import State, Tensors
+from ..nn import base_weight
 from . import merging, record
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ def check(layer: _Linear, name: str, saved: Tensor, brought: State | None = None
         return brought
     if blank(layer, name):
         raise ValueError(missing(layer))
-    weight = merging.original_matrix(layer)
-    return record.check(layer.adapter, layer.place, own, saved, weight, layer.options[name])
+    with base_weight.present(layer.get_base_layer()):
+        weight = merging.original_matrix(layer)
+        return record.check(layer.adapter, layer.place, own, saved, weight, layer.options[name])
 
 
 def compare(layer: _Linear, name: str) -> None:
