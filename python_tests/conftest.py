@@ -17,7 +17,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):
         import qrlora_kernels.backends.triton.kron
-        import qrlora_kernels.backends.triton.low_rank  # noqa: F401
+        import qrlora_kernels.backends.triton.skinny
+        import qrlora_kernels.backends.triton.two_phase  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
 
 

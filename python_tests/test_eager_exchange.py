@@ -98,9 +98,17 @@ def test_without_the_exchange_everything_works(op, monkeypatch):
 def test_a_backend_forced_meanwhile_is_not_remembered(op, monkeypatch):
     """Another thread may force one between this call's look at it and its choice."""
     operands = helpers.operands(op, 7, 30, 35, 5, torch.float64)
-    monkeypatch.setattr(eager, "is_open", lambda _: True)
-    with backends.use_backend("reference"):
+    tell, meanwhile = eager._tell, contextlib.ExitStack()
+
+    def forced_first(*given: Any) -> None:
+        meanwhile.enter_context(backends.use_backend("reference"))
+        tell(*given)
+
+    monkeypatch.setattr(eager, "_tell", forced_first)
+    chooser.forget()
+    with meanwhile:
         helpers.call(op, operands)
+        assert chooser.forced_backend() == "reference"
     assert backends.last_choice(op).name == "cpu"
     monkeypatch.undo()
     helpers.call(op, operands)

@@ -87,6 +87,11 @@ class LinearAdd(NamedTuple):
 Either = TypeVar("Either", LowRank, LowRankGradient)
 
 
+def is_core(p: LowRank | LowRankGradient) -> bool:
+    """Whether the gate is a core or cores: [A, r] and [r, r] do not tell by themselves."""
+    return p.gate.ndim == (2 if p.index is None else 3)
+
+
 def as_wide_as_the_gate(p: Either) -> Either:
     """The same operands without the parts of the factors that do not count."""
     r = p.gate.shape[-1]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from .operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient, is_core
 from .segments import products_by_adapter, sum_by_adapter
 
 HALF = (torch.float16, torch.bfloat16)
@@ -97,7 +97,7 @@ def low_rank_bwd_ref(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:
     g = dy @ up
     dx = dgate = None
     if p.need_dx:
-        back = p.scaling * _through_gate(g, gate.mT if _is_core(p) else gate, p.index)
+        back = p.scaling * _through_gate(g, gate.mT if is_core(p) else gate, p.index)
         if p.down is None:
             dx = (dy + back @ up.mT) @ weight
         else:
@@ -106,10 +106,6 @@ def low_rank_bwd_ref(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:
     if p.need_dgate:
         dgate = _gate_gradient(p, h, g).to(p.gate.dtype)
     return dx, dgate
-
-
-def _is_core(p: LowRank | LowRankGradient) -> bool:
-    return p.gate.dim() == (2 if p.index is None else 3)
 
 
 def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None) -> Tensor:
@@ -123,8 +119,8 @@ def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None) -> Tensor:
 
 def _gate_gradient(p: LowRankGradient, h: Tensor, g: Tensor) -> Tensor:
     if p.index is None:
-        return p.scaling * h.mT @ g if _is_core(p) else p.scaling * (h * g).sum(0)
-    if _is_core(p):
+        return p.scaling * h.mT @ g if is_core(p) else p.scaling * (h * g).sum(0)
+    if is_core(p):
         return p.scaling * products_by_adapter(h, g, p.index, p.gate.shape[0])
     return p.scaling * sum_by_adapter(h * g, p.index, p.gate.shape[0])
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import functional, linalg
-from ..linalg.checks import check_finite, check_rank_fits, largest_magnitude
+from ..linalg.checks import check_choice, check_finite, check_rank_fits, largest_magnitude
 from ..linalg.exponents import in_range, rounded, times_two_to
 from ..linalg.svd import Which
 from ..reference import accumulation_dtype
 from .adapter import State, Tensors, outlined, share_of_energy
 from .low_rank import LowRank
-from .options import LARGEST, AlphaOptions, one_of
+from .options import LARGEST, AlphaOptions
 
 MAX_STD = LARGEST / 100  # no draw leaves fp32's range
 Sigma = Literal["in", "out", "split", "none"]
@@ -38,9 +38,9 @@ class LoRAXSOptions(AlphaOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("vectors", self.vectors, get_args(Which))
-        one_of("sigma", self.sigma, get_args(Sigma))
-        one_of("basis", self.basis, get_args(Basis))
+        check_choice("vectors", self.vectors, get_args(Which))
+        check_choice("sigma", self.sigma, get_args(Sigma))
+        check_choice("basis", self.basis, get_args(Basis))
         if not 0.0 <= self.init_std <= MAX_STD:
             raise ValueError(
                 f"init_std must be at least 0 and at most {MAX_STD:.3g}, got {self.init_std}"

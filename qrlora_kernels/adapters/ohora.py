@@ -11,11 +11,12 @@ from torch.nn.functional import linear
 
 from .. import functional, linalg
 from ..autocast import autocast_enabled, outside_autocast
+from ..linalg.checks import check_choice
 from ..linalg.exponents import rounded
 from ..linalg.kron import Columns, Start
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
 from .adapter import Adapter, State, Tensors, outlined
-from .options import AlphaOptions, one_of
+from .options import AlphaOptions
 
 Product = Literal["kron", "materialised", "lora"]
 
@@ -33,9 +34,9 @@ class OHoRAOptions(AlphaOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("columns", self.columns, get_args(Columns))
-        one_of("start", self.start, get_args(Start))
-        one_of("product", self.product, get_args(Product))
+        check_choice("columns", self.columns, get_args(Columns))
+        check_choice("start", self.start, get_args(Start))
+        check_choice("product", self.product, get_args(Product))
         if self.fold and self.product != "kron":
             raise ValueError(f"fold needs product='kron', got {self.product!r}")
         if self.product == "lora" and self.start not in ("qr", "svd"):

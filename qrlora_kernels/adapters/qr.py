@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import functional, linalg
+from ..linalg.checks import check_choice
 from ..linalg.exponents import rounded
 from ..reference import accumulation_dtype
 from .adapter import State, Tensors, outlined, share_of_energy
 from .low_rank import LowRank
-from .options import Options, one_of
+from .options import Options
 
 DEFAULT_TAU = 0.5  # what the paper's main experiments ran
 
@@ -30,7 +31,7 @@ class QROptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("rank_rule", self.rank_rule, linalg.RANK_RULES)
+        check_choice("rank_rule", self.rank_rule, linalg.RANK_RULES)
         if self.rank is not None and self.tau is not None:
             raise ValueError(
                 f"rank and tau exclude each other, got rank={self.rank} and tau={self.tau}"

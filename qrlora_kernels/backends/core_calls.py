@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..native import DTYPES, pointers
-from ..operands import Kron, KronGradient, LowRank, LowRankGradient
+from ..operands import Kron, KronGradient, LowRank, LowRankGradient, is_core
 from ..reference import accumulation_dtype
 
 _UPDATE_ALONE = 16  # added to the code of a column: the base product is the caller's
@@ -69,8 +69,7 @@ def _low_rank_shape(p: LowRank | LowRankGradient, rows: Tensor) -> tuple[int, ..
 
 
 def _gate(p: LowRank | LowRankGradient, at: int) -> tuple[int | float | bool, ...]:
-    core = p.gate.ndim == (2 if p.index is None else 3)
-    return at, DTYPES[p.gate.dtype], core, p.scaling
+    return at, DTYPES[p.gate.dtype], is_core(p), p.scaling
 
 
 def _adapters(p: LowRank | LowRankGradient) -> int:

@@ -22,7 +22,7 @@ import torch
 from .. import native
 from ..operands import Operands
 from . import tuning
-from .problem import PUBLIC_NAMES, Choice, Problem, Recipe, joined, problem_of
+from .problem import OPERATIONS, PUBLIC_NAMES, Choice, Problem, Recipe, joined, problem_of
 from .rules import passed_over
 
 # In order of preference. Modules are imported on first use, so importing the package is cheap.
@@ -227,8 +227,8 @@ def last_choice(op: str, step: str | None = None) -> Choice | None:
         Without it the last call of either.
     """
     for (name, step_), choice in reversed(list(_last.items())):
-        asked = joined(Problem(name, torch.device("cpu"), torch.float32, 0, 0, 0, 0))
-        if op in (name, asked.op) and step in (None, step_):
+        operation, _ = OPERATIONS.get(name, (name, ""))
+        if op in (name, operation) and step in (None, step_):
             return choice
     return None
 

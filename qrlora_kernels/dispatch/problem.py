@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient, Operands
+from ..operands import (
+    Kron,
+    KronGradient,
+    LinearAdd,
+    LowRank,
+    LowRankGradient,
+    Operands,
+    is_core,
+)
 
 GATES = ("vector", "core", "mixed_vector", "mixed_core")
 # What the public functions are called, by operation and gate.
@@ -111,52 +118,30 @@ def layout_of(weight: Tensor) -> str:
 
 def problem_of(p: Operands) -> Problem:
     """What the chooser is asked for these operands."""
-    weight = p.weight
+    rows, weight = p[0], p.weight
+    n, k = weight.shape
     layout = "rows" if weight.stride(1) == 1 else layout_of(weight)
-    return _PROBLEMS[type(p)](p, layout)
-
-
-def _of_low_rank(p: LowRank, layout: str) -> Problem:
-    (n, k), x = p.weight.shape, p.x
-    which = ("fwd", *_gate_and_form(p), layout, p.bias is not None)
-    return Problem("low_rank", x.device, x.dtype, x.shape[0], n, k, p.gate.shape[-1], *which)
-
-
-def _of_low_rank_gradient(p: LowRankGradient, layout: str) -> Problem:
-    (n, k), dy = p.weight.shape, p.dy
-    which = ("bwd", *_gate_and_form(p), layout, False, (p.need_dx, p.need_dgate))
-    return Problem("low_rank", dy.device, dy.dtype, dy.shape[0], n, k, p.gate.shape[-1], *which)
-
-
-def _gate_and_form(p: LowRank | LowRankGradient) -> tuple[str, str]:
-    """[A, r] and [r, r] do not tell by themselves which kind of gate they are."""
-    mixed = p.index is not None
-    core = p.gate.ndim - mixed == 2
-    return GATES[2 * mixed + core], "output" if p.down is None else "two_sided"
-
-
-def _of_kron(p: Kron, layout: str) -> Problem:
-    (n, k), x = p.weight.shape, p.x
-    which = ("fwd", "", "two_sided", layout, p.bias is not None)
-    return Problem("kron", x.device, x.dtype, x.shape[0], n, k, p.a.shape[1], *which)
-
-
-def _of_kron_gradient(p: KronGradient, layout: str) -> Problem:
-    (n, k), x = p.weight.shape, p.x
-    which = ("bwd", "", "two_sided", layout, False, (p.need_dx, p.need_da, p.need_db))
-    return Problem("kron", x.device, x.dtype, x.shape[0], n, k, p.a.shape[1], *which)
-
-
-def _of_linear_add(p: LinearAdd, layout: str) -> Problem:
-    (n, k), x = p.weight.shape, p.x
-    which = ("fwd", "", "two_sided", layout, p.bias is not None)
-    return Problem("linear_add", x.device, x.dtype, x.shape[0], n, k, n, *which)
-
-
-_PROBLEMS: dict[type, Callable[[Any, str], Problem]] = {
-    LowRank: _of_low_rank,
-    LowRankGradient: _of_low_rank_gradient,
-    Kron: _of_kron,
-    KronGradient: _of_kron_gradient,
-    LinearAdd: _of_linear_add,
-}
+    form, gate = "two_sided", ""
+    match p:
+        case LowRank() | LowRankGradient():
+            op, r = "low_rank", p.gate.shape[-1]
+            gate = GATES[2 * (p.index is not None) + is_core(p)]
+            if p.down is None:
+                form = "output"
+        case Kron() | KronGradient():
+            op, r = "kron", p.a.shape[1]
+        case LinearAdd():
+            op, r = "linear_add", n
+    step, bias = "bwd", False
+    needs: tuple[bool, ...] = ()
+    match p:
+        case LowRankGradient():
+            needs = p.need_dx, p.need_dgate
+        case KronGradient():
+            needs = p.need_dx, p.need_da, p.need_db
+        case _:
+            step, bias = "fwd", p.bias is not None
+    return Problem(
+        op, rows.device, rows.dtype, rows.shape[0], n, k, r,
+        step, gate, form, layout, bias, needs,
+    )  # fmt: skip

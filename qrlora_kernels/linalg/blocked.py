@@ -67,20 +67,14 @@ class _State:
         return self.q[:, : self.filled]
 
 
-def greedy_pivots(
-    weight: Tensor,
-    limit: int,
-    *,
-    tau: float | None = None,
-    stop: StopTest | None = None,
-) -> Pivots:
+def greedy_pivots(weight: Tensor, limit: int, tau: float | None, stop: StopTest | None) -> Pivots:
     """First ``limit`` greedy pivots of ``weight`` [N, K].
 
     Parameters
     ----------
-    tau : float, optional
+    tau : float or None
         Stop before the first pivot whose norm is not above ``tau`` times the first one's.
-    stop : callable, optional
+    stop : callable or None
         Called after each block with the norms [k] of the pivots and the bounds [K]; True ends.
     """
     start2 = column_norms2(weight)

@@ -78,11 +78,8 @@ class StartRunner:
         if not self._shares():
             return draw()
         ranks = Ranks()
-        sent = [
-            ranks.send(({"tensor": tensor}, {}), 0, tensor.device)
-            for tensor in ranks.together(draw)
-        ]
-        return [tensors["tensor"] for tensors, _ in sent]
+        own = ranks.together(draw)
+        return [ranks.send(({"drawn": t}, {}), 0, t.device)[0]["drawn"] for t in own]
 
     def _shares(self) -> bool:
         return self.distributed and several_ranks()

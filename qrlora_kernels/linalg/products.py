@@ -32,12 +32,8 @@ def panel_width(weight: Tensor, dtype: torch.dtype) -> int:
 
 def column_norms2(weight: Tensor) -> Tensor:
     """Squared column norms [K] in fp64; NaN or Inf where a column holds one."""
-    norms = torch.empty(weight.shape[1], dtype=torch.float64, device=weight.device)
-    width = panel_width(weight, torch.float64)
-    for start in range(0, len(norms), width):
-        part = weight[:, start : start + width].double()
-        norms[start : start + width] = (part * part).sum(0)
-    return norms
+    panels = weight.split(panel_width(weight, torch.float64), dim=1)
+    return torch.cat([panel.double().square().sum(0) for panel in panels])
 
 
 def project(q: Tensor, weight: Tensor) -> Tensor:

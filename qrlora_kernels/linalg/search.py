@@ -113,7 +113,7 @@ def _search_torch(job: Job, options: RankOptions) -> Pivots:
             return high is not None or low >= options.cap(job.weight)
 
     tau = options.tau if rule == "magnitude" else None
-    return greedy_pivots(job.weight, job.limit, tau=tau, stop=stop)
+    return greedy_pivots(job.weight, job.limit, tau, stop)
 
 
 def _cut(found: Pivots, weight: Tensor, options: RankOptions, factors: Factors | None) -> Chosen:

@@ -12,7 +12,6 @@ be a copy, and what the kernel is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,13 +102,6 @@ def checked(t: Tensor, name: str = "an operand", device: torch.device | None = N
     if device is not None and t.device != device:
         raise TypeError(f"{name} must be on {device}, got a tensor on {t.device}")
     return t
-
-
-def all_checked(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """:func:`checked` of each, whatever its device."""
-    if are_plain(*tensors):
-        return tensors
-    return [None if t is None else checked(t, name) for name, t in zip(names, tensors, strict=True)]
 
 
 def is_wrapper(t: Tensor) -> bool:

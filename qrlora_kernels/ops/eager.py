@@ -56,25 +56,35 @@ CORE: Any = native.CORE
 AVAILABLE = _connect()
 
 
-def is_open(backend: str | None) -> bool:
-    """Whether the native core may be asked at all; what is left it finds out itself."""
-    return (
-        AVAILABLE
-        and not (backend or chooser._forced or torch.compiler.is_compiling())
-        and forward_ad._current_level < 0
-    )
-
-
-def told(
-    call: Callable[..., Any], record: Callable[..., Operands], operands: tuple[Any, ...]
+def ask(
+    call_of: Callable[[Any], Any],
+    record: Callable[..., Operands],
+    operands: tuple[Any, ...],
+    backend: str | None,
+    *leading: int,
 ) -> Any:
-    """Tell the core who runs the step on these operands, which fit each other, and call again."""
+    """What a native call answers of ``leading`` and the unchecked operands of ``record``.
+
+    None where the operation has to go its own way: the core may not be asked, or refuses.
+    """
+    if not AVAILABLE or backend or chooser._forced or torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level >= 0:
+        return None
+    call = call_of(CORE)
+    done = call(*leading, *operands)
+    if done is NotImplemented:
+        _tell(record, operands)
+        done = call(*leading, *operands)
+    return None if done is NotImplemented else done  # another thread had it forgotten
+
+
+def _tell(record: Callable[..., Operands], operands: tuple[Any, ...]) -> None:
+    """Tell the core who runs the step on these operands, which fit each other."""
     rows, *rest = operands
     problem = problem_of(record(flatten(rows), *rest))
     choice = chooser.choose_freely(problem)
     CORE.tell(_key(problem), _code(problem, choice), (problem.public_name, problem.step), choice)
-    done = call(*operands)
-    return None if done is NotImplemented else done  # another thread had it forgotten
 
 
 def _code(problem: Problem, choice: Choice) -> int:

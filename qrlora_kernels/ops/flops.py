@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient, is_core
 
 _formulas: dict[Any, Callable[..., int]] = {}
 
@@ -65,7 +65,7 @@ def low_rank_bwd(p: LowRankGradient) -> int:
 def _core(p: LowRank | LowRankGradient) -> int:
     """r² for a core; a vector is no product."""
     r = p.gate.shape[-1]
-    return r * r if p.gate.dim() == (2 if p.index is None else 3) else 0
+    return r * r if is_core(p) else 0
 
 
 def kron_fwd(p: Kron) -> int:

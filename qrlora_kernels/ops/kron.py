@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,11 +27,7 @@ from .checks import (
     restore,
     wants_gradient,
 )
-from .operator import Operator, placeholder
-
-
-def _fwd_fake(p: Kron) -> Tensor:
-    return p.x.new_empty(p.x.shape[0], p.weight.shape[0])
+from .operator import Operator, placeholder, y_without_data
 
 
 def _bwd_fake(p: KronGradient) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +43,7 @@ kron_fwd = Operator(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? a0, Tensor? b0, "
     "float scaling, str? backend) -> Tensor",
     Kron,
-    _fwd_fake,
+    y_without_data,
     flops.kron_fwd,
 )
 kron_bwd = Operator(
@@ -58,6 +55,8 @@ kron_bwd = Operator(
     _bwd_fake,
     flops.kron_bwd,
 )
+# The native calls, of a core that need not be there.
+_forward, _backward = attrgetter("kron_forward_call"), attrgetter("kron_backward_call")
 
 
 class KronFunction(torch.autograd.Function):
@@ -105,11 +104,7 @@ _record = eager.apply_of(KronFunction)
 
 def _gradients(dy: Tensor, operands: tuple[Any, ...], backend: str | None) -> eager.Gradients:
     """dx [..., K], da and db; ``operands`` are those of the backward, but for dy [..., N]."""
-    done = None
-    if eager.is_open(backend):
-        done = eager.CORE.kron_backward_call(dy, *operands)
-        if done is NotImplemented:
-            done = eager.told(eager.CORE.kron_backward_call, KronGradient, (dy, *operands))
+    done = eager.ask(_backward, KronGradient, (dy, *operands), backend)
     if done is None:
         found = kron_bwd(flatten(dy, "dy"), *operands, backend)
         dx, *rest = (t if need else None for t, need in zip(found, operands[-3:], strict=True))
@@ -135,11 +130,7 @@ def at_once(backend: str | None, *operands: Any) -> Tensor | None:
 
     ``operands`` are those of ``Kron``, unchecked, with x [..., K].
     """
-    if not eager.is_open(backend):
-        return None
-    done = eager.CORE.kron_forward_call(*operands)
-    if done is NotImplemented:
-        done = eager.told(eager.CORE.kron_forward_call, Kron, operands)
+    done = eager.ask(_forward, Kron, operands, backend)
     if done is None:
         return None
     y: Tensor
@@ -154,7 +145,7 @@ def at_once(backend: str | None, *operands: Any) -> Tensor | None:
 
 def call(backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    p = _checked(*operands)
+    p = _checked(Kron(*operands))
     trains = (p.x, p.bias, p.a, p.b)
     if reason := autograd_reason((p.weight, p.a0, p.b0), trains):
         return by_autograd("kron_linear", reason, backend, kron_ref, p)
@@ -167,29 +158,20 @@ def call(backend: str | None, *operands: Any) -> Tensor:
     return restore(y, x)
 
 
-def _checked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    a0: Tensor | None,
-    b0: Tensor | None,
-    scaling: float,
-) -> Kron:
+def _checked(p: Kron) -> Kron:
     """The operands in their final dtypes."""
+    x, weight, bias, a, b, a0, b0, scaling = p
     check_scaling(scaling)
     check_memory(x=x, weight=weight, bias=bias, a=a, b=b, a0=a0, b0=b0)
     x, weight, bias = autocast(x, weight, bias)
     check_linear(x, weight, bias)
-    _check_factors(x, weight, a, b, a0, b0)
-    return Kron(x, weight, bias, a, b, a0, b0, scaling)
+    p = Kron(x, weight, bias, a, b, a0, b0, scaling)
+    _check_factors(p)
+    return p
 
 
-def _check_factors(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None
-) -> None:
-    n, k = weight.shape
+def _check_factors(p: Kron) -> None:
+    (n, k), a, b, a0, b0 = p.weight.shape, p.a, p.b, p.a0, p.b0
     check_tensor("a", a)
     rank = a.shape[1] if a.dim() == 2 else 0
     if rank == 0 or n % rank or k % rank:
@@ -205,6 +187,6 @@ def _check_factors(
     if a0 is not None and b0 is not None:
         factors["a0"], factors["b0"] = (a0, factors["a"][1]), (b0, factors["b"][1])
     for name, (factor, shape) in factors.items():
-        check_operand(name, factor, shape, x, or_fp32=True)
+        check_operand(name, factor, shape, p.x, or_fp32=True)
         if factor.dtype != a.dtype:
             raise TypeError(f"{name} must have the dtype of a, {a.dtype}, got {factor.dtype}")

@@ -5,7 +5,7 @@ QR-LoRA and LoRA-XS are this operation with another gate; ``operands.LowRank`` h
 
 from __future__ import annotations
 
-from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from .checks import (
     restore,
     wants_gradient,
 )
-from .operator import Operator, Unanswered, placeholder
+from .operator import Operator, Unanswered, placeholder, y_without_data
 
 
 class Public(NamedTuple):
@@ -54,9 +54,8 @@ MIXED_LOW_RANK_LINEAR = Public("mixed_low_rank_linear", "b", "a", "gates", True,
 
 
 def _fwd_fake(p: LowRank) -> tuple[Tensor, Tensor]:
-    m, r = p.x.shape[0], p.gate.shape[-1]
-    h = p.x.new_empty(m, r, dtype=hidden_dtype(p.x.dtype))
-    return p.x.new_empty(m, p.weight.shape[0]), h
+    h = p.x.new_empty(p.x.shape[0], p.gate.shape[-1], dtype=hidden_dtype(p.x.dtype))
+    return y_without_data(p), h
 
 
 def _bwd_fake(p: LowRankGradient) -> tuple[Tensor, Tensor]:
@@ -80,6 +79,10 @@ low_rank_bwd = Operator(
     _bwd_fake,
     flops.low_rank_bwd,
 )
+
+
+# The native calls, of a core that need not be there.
+_forward, _backward = attrgetter("low_rank_forward_call"), attrgetter("low_rank_backward_call")
 
 
 # --- autograd -----------------------------------------------------------------------------------
@@ -121,8 +124,9 @@ class LowRankFunction(torch.autograd.Function):
         need_dx, _, need_dbias, _, _, need_dgate, *_ = ctx.needs_input_grad
         dx = dgate = None
         if need_dx or need_dgate:
-            operands = (*ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
-            dx, dgate = _gradients(dy, operands, ctx.backend)
+            operands = (dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
+            done = eager.ask(_backward, LowRankGradient, operands, ctx.backend)
+            dx, dgate = done if type(done) is tuple else _by_step(done, operands, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, None, dbias, None, None, dgate, None, None, None, None
 
@@ -130,24 +134,18 @@ class LowRankFunction(torch.autograd.Function):
 _record = eager.apply_of(LowRankFunction)
 
 
-def _gradients(
-    dy: Tensor, operands: tuple[Any, ...], backend: str | None
+def _by_step(
+    done: list[Any] | None, operands: tuple[Any, ...], backend: str | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx [..., K] and the gate's gradient; ``operands`` are those of the backward, but for dy."""
-    done = None
-    if eager.is_open(backend):
-        done = eager.CORE.low_rank_backward_call(dy, *operands)
-        if done is NotImplemented:
-            call = eager.CORE.low_rank_backward_call
-            done = eager.told(call, LowRankGradient, (dy, *operands))
-    if type(done) is tuple:
-        return done
+    """dx [..., K] and the gate's gradient; ``done``: who makes them of what the native core has
+    checked, or None where the operator does both."""
+    dy, *rest = operands
     rows = flatten(dy, "dy")
     if done is None:
-        dx, dgate = low_rank_bwd(rows, *operands, backend)
+        dx, dgate = low_rank_bwd(rows, *rest, backend)
     else:
-        dx, dgate = perform(done[0], "low_rank_bwd", LowRankGradient(rows, *operands))
-    need_dx, need_dgate = operands[-2:]
+        dx, dgate = perform(done[0], "low_rank_bwd", LowRankGradient(rows, *rest))
+    need_dx, need_dgate = rest[-2:]
     return restore(dx, dy) if need_dx else None, dgate if need_dgate else None
 
 
@@ -159,13 +157,8 @@ def at_once(public: Public, backend: str | None, *operands: Any) -> Tensor | Non
 
     ``operands`` are those of ``LowRank``, unchecked, with x [..., K].
     """
-    if not eager.is_open(backend):
-        return None
     dim = 0 if public.mixed else public.dims[0]  # of a gate without an index
-    done = eager.CORE.low_rank_forward_call(dim, *operands)
-    if done is NotImplemented:
-        call = partial(eager.CORE.low_rank_forward_call, dim)
-        done = eager.told(call, LowRank, operands)
+    done = eager.ask(_forward, LowRank, operands, backend, dim)
     if type(done) is not tuple and type(done) is not list:
         return done  # y, or None
     if public.mixed:  # by row of the flat x, as backends and backwards have it
@@ -192,7 +185,7 @@ def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
 
 def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     """y with the checks and their messages; ``operands`` as :func:`at_once` takes them."""
-    checked = _checked(public, *operands)
+    checked = _checked(public, LowRank(*operands))
     x, weight, bias, up, down, gate, index, scaling = checked
     trains = (x, bias, gate)
     if reason := autograd_reason((weight, up, down), trains):
@@ -214,18 +207,9 @@ def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
     return restore(y, x)
 
 
-def _checked(
-    public: Public,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor,
-    index: Tensor | None,
-    scaling: float,
-) -> tuple[Any, ...]:
+def _checked(public: Public, p: LowRank) -> tuple[Any, ...]:
     """The operands in their final dtypes, with an index, if any, of x's leading dimensions."""
+    x, weight, bias, up, down, gate, index, scaling = p
     check_scaling(scaling)
     named = {public.up: up, public.down: down, public.gate: gate}
     check_memory(x=x, weight=weight, bias=bias, **named)

@@ -12,7 +12,7 @@ from torch import Tensor, library
 from ..autocast import autocast_enabled
 from ..dispatch.chooser import run
 from ..native import pointers
-from ..operands import Operands
+from ..operands import Kron, LinearAdd, LowRank, Operands
 from . import flops
 from .checks import check_range
 
@@ -136,6 +136,11 @@ class Operator:
             if readable[at] is not None:
                 readable[at] = pointers.checked(readable[at], name)
         return readable
+
+
+def y_without_data(p: LowRank | Kron | LinearAdd) -> Tensor:
+    """What stands for y [M, N] in a trace."""
+    return p.x.new_empty(p.x.shape[0], p.weight.shape[0])
 
 
 def placeholder(like: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from ...dispatch.problem import Problem, Recipe
 from ...native import pointers
-from ...operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from ...operands import (
+    Kron,
+    KronGradient,
+    LinearAdd,
+    LowRank,
+    LowRankGradient,
+    as_wide_as_the_gate,
+)
 from .. import products
 from .tables import MAX_CORE_RANK, MAX_RANK, max_factor, padded
 
@@ -96,17 +103,28 @@ def _kron_recipes(problem: Problem, largest: int) -> list[Recipe] | str:
 
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
-    """y [M, N] and h [M, r]."""
-    from .low_rank import forward
+    """y [M, N] = x Wᵀ + b + s·(h∘λ or h C) upᵀ and h [M, r] = x downᵀ."""
+    from .skinny import low_rank_in
+    from .two_phase import two_phase
 
-    return forward(p)
+    p = as_wide_as_the_gate(readable(p))
+    h, scaled = low_rank_in(p)
+    return two_phase((p.x, p.weight), (scaled, p.up), p.bias), h
 
 
 def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
-    """dx [M, K] and the gate's gradient."""
-    from .low_rank import backward
+    """dx = dy W + s·(g∘λ or g Cᵀ) down and the gate's gradient, g = dy up."""
+    from .skinny import low_rank_back
+    from .two_phase import two_phase
 
-    return backward(p)
+    if not (p.need_dx or p.need_dgate):
+        return None, None
+    p = as_wide_as_the_gate(readable(p))
+    assert p.down is not None
+    scaled, dgate = low_rank_back(p)
+    if scaled is None:
+        return None, dgate
+    return two_phase((p.dy, p.weight.t()), (scaled, p.down.t())), dgate
 
 
 def kron_fwd(p: Kron, recipe: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -11,7 +13,7 @@ from ...operands import Kron, KronGradient
 from . import common
 from .kron_kernels import _kron_bwd_kernel, _kron_fwd_kernel
 from .sums import sum_parts
-from .tables import Chip, fits_one_pass, kron_tile
+from .tables import Chip, KronTile, fits_one_pass, kron_tile
 
 # Older compilers spill where dA and dB of large factors share a kernel.
 _GRADIENTS_TOGETHER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
@@ -45,16 +47,8 @@ def kron_update(p: Kron) -> Tensor:
         r,
         x.stride(0),
         out.stride(0),
-        BLOCK_T=tile.tokens,
-        BLOCK_R=tile.block_r,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
         ONE_CHUNK=tile.block_n >= na,
-        TMA=tma,
-        DTYPE=common.tl_dtype(x.dtype),
-        PRECISION=common.precision_of(x.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **_meta(tile, x.dtype, tma),
     )
     return out.to(x.dtype)
 
@@ -119,21 +113,28 @@ def _backward_pass(p: KronGradient, dx: Tensor | None) -> tuple[Tensor | None, T
         dy.stride(0),
         x.stride(0),
         0 if dx is None else dx.stride(0),
-        BLOCK_T=tile.tokens,
-        BLOCK_R=tile.block_r,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        TMA=tma,
-        DTYPE=common.tl_dtype(x.dtype),
-        PRECISION=common.precision_of(x.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **_meta(tile, x.dtype, tma),
     )
     da, db = (
         None if part is None else sum_parts(part, p.scaling, tuple(factor.shape), factor.dtype)
         for part, factor in zip(parts, (a, b), strict=True)
     )
     return da, db
+
+
+def _meta(tile: KronTile, dtype: torch.dtype, tma: bool) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        "BLOCK_T": tile.tokens,
+        "BLOCK_R": tile.block_r,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "TMA": tma,
+        "DTYPE": common.tl_dtype(dtype),
+        "PRECISION": common.precision_of(dtype),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def _tma_ready(chip: Chip, *grids: tuple[Tensor | None, tuple[int, ...]]) -> bool:

@@ -37,26 +37,24 @@ def _turn(s, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
     return tl.reshape(s, (BLOCK_T * BLOCK_R, BLOCK_R))
 
 
+# A token's values form a matrix. The X side holds it as rows [R, C], the Y side turned over, as the
+# columns of [C, R]; TURNED says which. A descriptor sees [M, R, C] or [M, C, R] in memory.
+
+
 @triton.jit
-def _row_offsets(step, stride_m, M, R, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Rows (token, index) of a step: the token's offset, the index, and which rows exist."""
+def _places(
+    step, stride_m, M, R, first, C,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Of rows (token, index of R) and columns from ``first`` on: where their token begins, where
+    they are within it, and which exist."""
     rows = tl.arange(0, BLOCK_T * BLOCK_R)
     token = tl.cast(step, tl.int64) * BLOCK_T + rows // BLOCK_R
     index = rows % BLOCK_R
-    return token * stride_m, index, (token < M) & (index < R)
-
-
-@triton.jit
-def _within_token(index, c, R, C, TURNED: tl.constexpr):
-    """Offsets [rows, columns] of a step's values from the start of their token."""
-    if TURNED:
-        return c[None, :] * R + index[:, None]
-    else:
-        return index[:, None] * C + c[None, :]
-
-
-# A token's values form a matrix. The X side holds it as rows [R, C], the Y side turned over, as the
-# columns of [C, R]; TURNED says which. A descriptor sees [M, R, C] or [M, C, R] in memory.
+    c = first + tl.arange(0, BLOCK_C)
+    within = c[None, :] * R + index[:, None] if TURNED else index[:, None] * C + c[None, :]
+    exists = (token < M) & (index < R)
+    return (token * stride_m)[:, None], within, exists[:, None] & (c < C)[None, :]
 
 
 @triton.jit
@@ -76,11 +74,10 @@ def _load_tokens(
                 tile = tl.permute(tile, (0, 2, 1))
             tile = tl.reshape(tile, (BLOCK_T * BLOCK_R, BLOCK_C))
     else:
-        base, index, exists = _row_offsets(step, stride_m, M, R, BLOCK_T, BLOCK_R)
-        c = tl.arange(0, BLOCK_C)
-        inner = _within_token(index, c, R, C, TURNED)
-        mask = exists[:, None] & (c < C)[None, :]
-        tile = tl.load(src + base[:, None] + inner, mask=mask, other=0.0)
+        base, within, exists = _places(
+            step, stride_m, M, R, 0, C, BLOCK_T, BLOCK_R, BLOCK_C, TURNED
+        )
+        tile = tl.load(src + base + within, mask=exists, other=0.0)
     return tile
 
 
@@ -98,11 +95,10 @@ def _store_tokens(
         else:
             dst.store([step * BLOCK_T, 0, first], tile)
     else:
-        base, index, exists = _row_offsets(step, stride_m, M, R, BLOCK_T, BLOCK_R)
-        c = first + tl.arange(0, BLOCK_C)
-        inner = _within_token(index, c, R, C, TURNED)
-        mask = exists[:, None] & (c < C)[None, :]
-        tl.store(dst + base[:, None] + inner, tile.to(dst.dtype.element_ty), mask=mask)
+        base, within, exists = _places(
+            step, stride_m, M, R, first, C, BLOCK_T, BLOCK_R, BLOCK_C, TURNED
+        )
+        tl.store(dst + base + within, tile.to(dst.dtype.element_ty), mask=exists)
 
 
 @triton.jit

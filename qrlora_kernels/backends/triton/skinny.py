@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...operands import LowRankGradient
+from ...operands import LowRank, LowRankGradient
 from ...reference import hidden_dtype
 from . import common
 from .skinny_kernels import _finish_kernel, _project_kernel
@@ -20,16 +20,15 @@ from .tables import DECODE_TOKENS, Chip, ProjectTile, project_tile, rank_widths
 _DECODE_SPLIT_FROM = 8192
 
 
-def low_rank_in(x: Tensor, proj: Tensor, gate: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """h [M, r] = x [M, K] proj [r, K]ᵀ, and the operand s·h∘λ or s·h C [M, r] in x's dtype.
-
-    ``gate`` is λ [r] or C [r, r].
-    """
-    m, r = x.shape[0], proj.shape[0]
+def low_rank_in(p: LowRank) -> tuple[Tensor, Tensor]:
+    """h [M, r] = x downᵀ, and the operand s·h∘λ or s·h C [M, r] in x's dtype."""
+    assert p.down is not None
+    x, gate = p.x, p.gate.contiguous()
+    m, r = x.shape[0], gate.shape[-1]
     hidden = hidden_dtype(x.dtype)
     h = common.empty((m, r), hidden, x.device)
     scaled = common.empty_rows(m, r, x.dtype, x.device)
-    _run(Skinny(x, proj, gate, scaling, h, scaled, need_grad=False, backward=False))
+    _run(Skinny(x, p.down, gate, p.scaling, h, scaled, need_grad=False, backward=False))
     return h.to(hidden), _narrow(scaled, x.dtype)
 
 
@@ -116,6 +115,7 @@ def _run(p: Skinny) -> Tensor | None:
     sources = [
         common.tile_source(memory, block if out_rows else block[::-1], tma_b) for block in blocks
     ]
+    shared = partial, saved, scaled, gate, grad, scaling, m
     span = triton.cdiv(triton.cdiv(k, tile.block_k), splits) * tile.block_k
     scaled_stride = 0 if scaled is None else scaled.stride(0)
     common.launch(
@@ -124,13 +124,7 @@ def _run(p: Skinny) -> Tensor | None:
         x.device,
         common.tile_source(x, (tile.block_m, tile.block_k), tma_x),
         *sources,
-        partial,
-        saved,
-        scaled,
-        gate,
-        grad,
-        scaling,
-        m,
+        *shared,
         k,
         r,
         span,
@@ -156,13 +150,7 @@ def _run(p: Skinny) -> Tensor | None:
             _finish_kernel,
             finish_tiles * triton.cdiv(r, sum(widths)),
             x.device,
-            partial,
-            saved,
-            scaled,
-            gate,
-            grad,
-            scaling,
-            m,
+            *shared,
             r,
             splits,
             saved.stride(0),

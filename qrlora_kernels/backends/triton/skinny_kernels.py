@@ -143,17 +143,14 @@ def _finish(
                         acc1, saved, own, row, BLOCK_R0, M, R, stride_hm,
                         BLOCK_M, BLOCK_R1, BLOCK_J, PRECISION,
                     )  # fmt: skip
-            if scaled is not None:
-                _core_product(
-                    acc0, acc1, scaled, gate, scaling, row, M, R, stride_um, 1, R,
-                    BLOCK_M, BLOCK_R0, BLOCK_R1, BLOCK_J, PRECISION,
-                )  # fmt: skip
         else:
             store_tile(saved, acc0, row, 0, M, R, stride_hm, 1, BLOCK_M, BLOCK_R0, False)
             if BLOCK_R1 > 0:
                 store_tile(saved, acc1, row, BLOCK_R0, M, R, stride_hm, 1, BLOCK_M, BLOCK_R1, False)
+        if scaled is not None:
             _core_product(
-                acc0, acc1, scaled, gate, scaling, row, M, R, stride_um, R, 1,
+                acc0, acc1, scaled, gate, scaling, row, M, R, stride_um,
+                1 if BACKWARD else R, R if BACKWARD else 1,
                 BLOCK_M, BLOCK_R0, BLOCK_R1, BLOCK_J, PRECISION,
             )  # fmt: skip
     else:
