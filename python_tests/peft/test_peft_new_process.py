@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft_models import CONFIGS, DTYPES, TARGETS, bert, gpt2, llama, saved
 
+pytestmark = pytest.mark.slow
 BASES = {"bert": bert, "llama": llama, "gpt2": gpt2}
 FILES = [("bert", adapter, dtype) for adapter in CONFIGS for dtype in DTYPES]
 FILES += [

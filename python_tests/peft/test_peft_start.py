@@ -59,6 +59,7 @@ def _trained_together(rank: int) -> Tensor:
     return predictions(model)
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_start_and_load_the_same(tmp_path: Path) -> None:
     model = adapted("qr")
     model.save_pretrained(tmp_path / "saved")
