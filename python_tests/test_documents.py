@@ -45,6 +45,14 @@ def tiny_classifier(folder: Path) -> str:
     return str(folder)
 
 
+def tiny_encoder() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.BertModel(
+        transformers.BertConfig(vocab_size=9, intermediate_size=64, **sizes)
+    )
+
+
 def names(folder: Path) -> dict[str, Any]:
     """What the blocks take for given."""
     torch.manual_seed(0)
@@ -77,6 +85,8 @@ def names(folder: Path) -> dict[str, Any]:
         "scaling": 1.0,
         "net": net,
         "checkpoint": model.state_dict(),
+        "base": tiny_encoder(),
+        "batch": {"input_ids": torch.arange(1, 9).repeat(4, 1)},
         "model": qk.adapt(model, ["0", "1"], rank=4, progress=False),
     }
 
@@ -91,7 +101,7 @@ def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(block, "block", "exec"), space)
-    if "save_pretrained" in block:
+    if "out/merged" in block:
         assert_written_merged(space["model"], tmp_path / "out" / "merged")
 
 
