@@ -207,3 +207,23 @@ def test_what_a_start_gives_is_what_a_call_takes(adapter, dtype):
     x = torch.randn(3, K, dtype=torch.float64).to(dtype)
     y = kind.fused(x, weight, None, state, 1.0)
     torch.testing.assert_close(y.double(), x.double() @ weight.double().mT, rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@each
+def test_the_outline_has_the_shapes_and_dtypes_of_the_start(case, dtype):
+    kind, values = CASES[case]
+    adapter = adapters.ADAPTERS[kind]
+    options = adapter.options_type(**values)
+    weight = torch.randn(N, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state = adapter.start({"x": weight.to(dtype)}, options, StartRunner())["x"]
+    outline = adapter.outline(weight.to(dtype), options)
+    assert {name: (t.shape, t.dtype) for name, t in outline.items()} == {
+        name: (t.shape, t.dtype) for name, t in state.items()
+    }
+    assert all(tensor.is_meta for tensor in outline.values())
+
+
+def test_a_rank_by_tau_has_no_outline():
+    options = adapters.QR.options_type(tau=0.5)
+    assert adapters.QR.outline(torch.randn(N, K), options) is None

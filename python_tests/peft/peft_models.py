@@ -21,11 +21,11 @@ import qrlora_kernels.peft as qkp
 
 TARGETS = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
 # Each adapter as a test of files wants it: alpha and ranks that differ from layer to layer.
-CONFIGS: dict[str, tuple[type[qkp.QRLoraConfig], dict[str, Any]]] = {  # type: ignore[assignment]
+CONFIGS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "qr_tau": (qkp.QRLoraConfig, {"tau": 0.6}),
     "qr": (qkp.QRLoraConfig, {"r": 4, "alpha": 8.0}),
-    "lora_xs": (qkp.LoraXSConfig, {"r": 4, "alpha": 8.0}),  # type: ignore[dict-item]
-    "ohora": (qkp.OHoraConfig, {"columns": "selected"}),  # type: ignore[dict-item]
+    "lora_xs": (qkp.LoraXSConfig, {"r": 4, "alpha": 8.0}),
+    "ohora": (qkp.OHoraConfig, {"columns": "selected"}),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -90,13 +90,12 @@ class QR(LowRank[QROptions]):
         if options.rank is None:
             return None
         (rows, columns), rank = weight.shape, options.rank
-        wide = accumulation_dtype(weight.dtype)
         return {
             "q": outlined(weight.dtype, rows, rank),
             "r": outlined(weight.dtype, rank, columns),
             "pivots": outlined(torch.int64, rank),
-            "diagonal": outlined(wide, rank),
-            "lam": outlined(wide, rank),
+            "diagonal": outlined(torch.float64, rank),
+            "lam": outlined(accumulation_dtype(weight.dtype), rank),
         }
 
     @classmethod

@@ -97,9 +97,12 @@ class AdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.kind
-        if self.file_format is not None and self.file_format > FORMAT:
+        form = plain_value("file_format", "int | None", self.file_format)
+        if form is not None and form < 1:
+            raise ValueError(f"file_format must be a positive integer, got {form}")
+        if form is not None and form > FORMAT:
             raise ValueError(
-                f"this adapter has file format {self.file_format}, and this release of "
+                f"this adapter has file format {form}, and this release of "
                 f"qrlora_kernels reads up to {FORMAT}: install a newer release"
             )
         if isinstance(self.target_modules, list):

@@ -17,7 +17,7 @@ from ..adapters import AnyAdapter, Options, State
 from ..adapters.low_rank import LowRank
 from ..autocast import autocast_enabled
 from ..functional import linear_add
-from ..nn import base_weight
+from ..nn import base_weight, offload
 from ..reference import HALF
 from . import loading, merging, mixed, record
 from .factors import Factors
@@ -97,6 +97,7 @@ class _Linear(nn.Module, AdaptedLayer):
         self.place = kwargs.get("place", "this layer")
         self.seen = loading.Seen()
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
         self.merged_adapters = []
         self._merge = merging.Merge()
         self._active_adapter: list[str] = []
@@ -152,9 +153,10 @@ class _Linear(nn.Module, AdaptedLayer):
     def take_factors(self, name: str, factors: State) -> None:
         self.drop_awaited(name)
         self.factors_of.put(name, factors)
-        stored = merging.original_stored(self)
-        self.expected[name] = record.record_of(self.adapter, stored, factors)
-        self.records[name] = self.expected[name].to(stored.device)
+        with base_weight.present(self.get_base_layer()):
+            stored = merging.original_stored(self)
+            self.expected[name] = record.record_of(self.adapter, stored, factors)
+            self.records[name] = self.expected[name].to(stored.device)
         self.seen.note(name, self.records[name])
 
     def awaited(self, key: str) -> loading.Awaited:
@@ -331,7 +333,7 @@ class _Linear(nn.Module, AdaptedLayer):
     def is_plain(self, x: Tensor) -> bool:
         """Whether the base's forward is the plain product, and nobody listens to it."""
         base = self.base_layer
-        if not base_weight.computes_plainly(base):
+        if not base_weight.computes_plainly(base) or offload.offloads(base):
             return False
         if base._forward_hooks or base._forward_pre_hooks:
             return False

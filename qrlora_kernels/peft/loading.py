@@ -9,7 +9,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
-from ..adapters import State, Tensors
+from ..adapters import State
+from ..nn import base_weight
 from . import merging, record
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ def check(layer: _Linear, name: str, saved: Tensor, brought: State | None = None
 
     Raises
     ------
-    OtherBase, ValueError
+    OtherBase
+        The file belongs to another base weight.
+    ValueError
         As :func:`record.check` does, and where awaited factors are not in the file.
     """
     own, saved = layer.expected[name], saved.cpu()
@@ -79,8 +82,11 @@ def check(layer: _Linear, name: str, saved: Tensor, brought: State | None = None
         return brought
     if blank(layer, name):
         raise ValueError(missing(layer))
-    weight = merging.original_matrix(layer)
-    return record.check(layer.adapter, layer.place, own, saved, weight, layer.options[name])
+    if torch.equal(saved, own):
+        return None
+    with base_weight.present(layer.get_base_layer()):
+        weight = merging.original_matrix(layer)
+        return record.check(layer.adapter, layer.place, own, saved, weight, layer.options[name])
 
 
 def compare(layer: _Linear, name: str) -> None:
@@ -116,11 +122,7 @@ def arrived(layer: _Linear, name: str) -> State | None:
 
 def blank(layer: _Linear, name: str) -> bool:
     """Whether an adapter has zeros in place of its factors: no start gives those."""
-    return layer.awaits(name) and not any_number(layer.factors(name))
-
-
-def any_number(factors: Tensors) -> bool:
-    return any(bool(factor.any()) for factor in factors.values())
+    return layer.awaits(name) and not any(bool(one.any()) for one in layer.factors(name).values())
 
 
 def missing(layer: _Linear) -> str:

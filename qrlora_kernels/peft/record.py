@@ -37,7 +37,7 @@ def record_of(adapter: AnyAdapter, stored: Tensor, factors: Tensors) -> Tensor:
 def check(
     adapter: AnyAdapter, name: str, own: Tensor, saved: Tensor, weight: Tensor, options: Options
 ) -> State | None:
-    """Compare what is ``saved`` with the layer's ``own`` record.
+    """Compare what is ``saved`` with the layer's ``own`` record, of one base and rank.
 
     Returns
     -------
@@ -47,26 +47,22 @@ def check(
 
     Raises
     ------
-    OtherBase
-        The file belongs to another base weight.
     ValueError
-        The base is the same and gives other factors here.
+        The base gives other factors here.
     """
-    if saved.shape == own.shape and torch.equal(saved, own):
-        return None
-    check_base(name, own, saved)
+    own, saved = own[_HEAD:], saved[_HEAD:]
     if adapter.rebuilt_from:
-        half = (len(saved) - _HEAD) // 2
-        pivots, diagonal = saved[_HEAD : _HEAD + half], _floats(saved[_HEAD + half :])
-        kept = {"pivots": pivots.to(weight.device), "diagonal": diagonal.to(weight.device)}
-        if torch.equal(pivots, own[_HEAD : _HEAD + (len(own) - _HEAD) // 2]):
+        (pivots, diagonal), (chosen, _) = saved.chunk(2), own.chunk(2)
+        if torch.equal(pivots, chosen):
             return None  # the same factors, but for the last bits of a diagonal
-        return adapter.rebuild(weight, options, kept)
-    here, there = _floats(own[_HEAD:]), _floats(saved[_HEAD:])
+        kept = {"pivots": pivots.to(weight.device), "diagonal": _floats(diagonal).to(weight.device)}
+        try:
+            return adapter.rebuild(weight, options, kept)
+        except ValueError as error:
+            raise ValueError(f"the factors of {name} cannot be built again: {error}") from None
+    here, there = _floats(own), _floats(saved)
     slack = 1e-2 if weight.dtype in HALF else 1e-3
-    if here.shape != there.shape or not torch.allclose(
-        here, there, rtol=slack, atol=slack * float(here.abs().max())
-    ):
+    if not torch.allclose(here, there, rtol=slack, atol=slack * float(here.abs().max())):
         raise ValueError(
             f"the factors of {name} come out otherwise here than where the adapter was trained "
             "(directions of equal strength, or another release): save it with save_factors=True"

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..adapters import AnyAdapter
 from . import combining, loading, mixed
 from .config import AdapterConfig
 from .layer import LoraXSLinear, OHoraLinear, QRLoraLinear, _Linear
@@ -96,14 +98,12 @@ class AdapterModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """As PEFT's, but that a layer which is put back keeps its own weight.
+        """Put it there, and no more: PEFT's goes on to move it and to give it a weight.
 
-        PEFT's sets it to the wrapper's, which is no parameter where tokens were trained.
+        While a weight is offloaded its device is "meta", and where tokens were trained the
+        wrapper's weight is no parameter, which the plain layer has.
         """
-        if isinstance(new_module, self.tuner_layer_cls):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        setattr(parent, child_name, new_module)
 
     # --- dtypes
 
@@ -156,7 +156,8 @@ class AdapterModel(BaseTuner):
         frozen = _frozen(found, cls.prefix, adapter_name)
         for name, layer in cls._layers(model, adapter_name):
             record = found.get(f"{name}.{cls.prefix}record.{adapter_name}")
-            brought = _brought(frozen, f"{name}.{cls.prefix}", layer)
+            device = layer.records[adapter_name].device  # the weight's may be meta, as offloaded
+            brought = _brought(frozen, f"{name}.{cls.prefix}", layer.adapter, device)
             if record is not None:
                 factors = loading.check(layer, adapter_name, record, brought)
                 if factors is not None:
@@ -244,12 +245,13 @@ def _frozen(found: dict[str, Tensor], prefix: str, adapter_name: str) -> dict[st
     }
 
 
-def _brought(frozen: dict[str, Tensor], start: str, layer: _Linear) -> dict[str, Tensor] | None:
+def _brought(
+    frozen: dict[str, Tensor], start: str, adapter: AnyAdapter, device: torch.device
+) -> dict[str, Tensor] | None:
     """The factors of one layer, if the file holds them."""
-    names = {key: f"{start.removeprefix(_OF_PEFT)}{key}_frozen" for key in layer.adapter.factors}
+    names = {key: f"{start.removeprefix(_OF_PEFT)}{key}_frozen" for key in adapter.factors}
     if not all(name in frozen for name in names.values()):
         return None
-    device = layer.get_base_layer().weight.device
     return {key: frozen[name].to(device) for key, name in names.items()}
 
 
