@@ -63,3 +63,16 @@ def test_a_second_start_of_the_same_options_computes_nothing(
     with pytest.raises(ZeroDivisionError):
         model.add_adapter("2", config("qr", r=5))
     assert "2" not in model.peft_config
+
+
+@pytest.mark.parametrize("adapter", ["qr", "lora_xs", "ohora"])
+def test_over_a_base_that_changed_meanwhile_a_second_start_is_another(adapter: str) -> None:
+    model = adapters_of(config(adapter))
+    for layer in layers(model).values():
+        with torch.no_grad():
+            layer.base_layer.weight.mul_(2).add_(torch.eye(32))
+    model.add_adapter("1", config(adapter))
+    assert starts(model) == {2}
+    for layer in layers(model).values():
+        records = layer.records
+        assert not torch.equal(records["0"][:3], records["1"][:3])

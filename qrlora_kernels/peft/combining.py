@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 
 from ..adapters.low_rank import LowRank
 from ..adapters.options import plain_value
+from . import record
 from .config import AdapterConfig
+from .held import Made
 from .layer import _Linear
-from .start import Made
 
 if TYPE_CHECKING:
     from .tuner import AdapterModel
@@ -96,7 +97,7 @@ def _sum(name: str, layer: _Linear, parts: Sequence[tuple[str, float]]) -> Made:
         total += weight * layer.scaling[n] * _padded(held[n].detach(), layer.r[largest])
     (trainable,) = layer.adapter.trainables
     state = layer.factors(largest) | {trainable: total}
-    return Made(layer.options[largest], 1.0, state)
+    return Made(layer.options[largest], 1.0, state, record.head(layer.expected[largest]))
 
 
 def _padded(gate: Tensor, rank: int) -> Tensor:

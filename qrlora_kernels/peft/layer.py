@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +12,13 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from .. import adapters
-from ..adapters import AnyAdapter, Options, State
-from ..adapters.low_rank import LowRank
 from ..autocast import autocast_enabled
 from ..functional import linear_add
 from ..nn import base_weight, offload
 from ..reference import HALF
-from . import loading, merging, mixed, record
+from . import loading, merging, mixed
 from .factors import Factors
+from .held import AdaptedLayer
 
 UNSUPPORTED = (
     "is not supported. Currently, only `torch.nn.Linear` (optionally quantized) and "
@@ -43,36 +41,6 @@ def check_supported(name: str, target: nn.Module) -> nn.Module:
     return base
 
 
-class AdaptedLayer(BaseTunerLayer):
-    """What PEFT knows one of our layers by; one class for each adapter is over it."""
-
-    adapter: ClassVar[AnyAdapter]
-    prefix: ClassVar[str]
-    # By adapter: frozen things, which delete_adapter takes off.
-    other_param_names: tuple[str, ...] = (
-        "r", "scaling", "dropout", "options", "factors_of", "records", "expected",
-    )  # fmt: skip
-
-    r: dict[str, int]
-    scaling: dict[str, float]
-    dropout: dict[str, float]
-    options: dict[str, Options]
-    expected: dict[str, Tensor]  # the record of the factors that are here
-    base_layer: nn.Module
-
-    # PEFT's, which mypy does not read.
-    adapter_layer_names: tuple[str, ...]
-    get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
-    set_base_weight: Callable[[Tensor], None]
-    set_adapter: Callable[..., None]
-    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    merged: bool
-    weight: Tensor
-
-
 class _Linear(nn.Module, AdaptedLayer):
     """y = x (W + Σ ΔW)ᵀ + b over the active adapters; without them, what ``base_layer`` answers.
 
@@ -92,8 +60,6 @@ class _Linear(nn.Module, AdaptedLayer):
         self.r, self.scaling, self.dropout, self.options, self.expected = {}, {}, {}, {}, {}
         setattr(self, f"{self.prefix}factors", Factors(self.adapter))
         setattr(self, f"{self.prefix}record", BufferDict(persistent=True))
-        for key in self.adapter.factors:
-            setattr(self, f"{self.prefix}{key}_frozen", loading.Awaited())
         self.place = kwargs.get("place", "this layer")
         self.seen = loading.Seen()
         self._disable_adapters = False
@@ -101,140 +67,6 @@ class _Linear(nn.Module, AdaptedLayer):
         self.merged_adapters = []
         self._merge = merging.Merge()
         self._active_adapter: list[str] = []
-
-    # --- the adapters
-
-    @property
-    def factors_of(self) -> Factors:
-        found: Factors = getattr(self, f"{self.prefix}factors")
-        return found
-
-    @property
-    def records(self) -> BufferDict:
-        found: BufferDict = getattr(self, f"{self.prefix}record")
-        return found
-
-    def update_layer(
-        self,
-        name: str,
-        options: Options,
-        scaling: float,
-        state: State,
-        inference_mode: bool = False,
-        from_file: bool = False,
-    ) -> None:
-        """Take up the adapter called ``name``, with the tensors of a start.
-
-        Parameters
-        ----------
-        name : str
-        options : Options
-        scaling : float
-        state : dict of Tensor
-            The adapter's trainables and factors.
-        inference_mode : bool
-            Whether it is not to train.
-        from_file : bool
-            Whether a file is about to bring its factors; until then zeros may stand for them.
-        """
-        factors = {key: state[key] for key in self.adapter.factors}
-        self.take_factors(name, factors)
-        for key, attribute in zip(self.adapter.trainables, self.adapter_layer_names, strict=True):
-            getattr(self, attribute)[name] = nn.Parameter(state[key].clone())
-        self.r[name] = self.adapter.rank(state)
-        self.scaling[name], self.options[name] = scaling, options
-        self.dropout[name] = options.dropout
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        if from_file:
-            for key, factor in self.factors(name).items():
-                self.awaited(key)[name] = torch.empty_like(factor, device="meta")
-
-    def take_factors(self, name: str, factors: State) -> None:
-        self.drop_awaited(name)
-        self.factors_of.put(name, factors)
-        with base_weight.present(self.get_base_layer()):
-            stored = merging.original_stored(self)
-            self.expected[name] = record.record_of(self.adapter, stored, factors)
-            self.records[name] = self.expected[name].to(stored.device)
-        self.seen.note(name, self.records[name])
-
-    def awaited(self, key: str) -> loading.Awaited:
-        found: loading.Awaited = getattr(self, f"{self.prefix}{key}_frozen")
-        return found
-
-    def awaits(self, name: str) -> bool:
-        """Whether a file is to bring the factors of the adapter called ``name``."""
-        return name in self.awaited(self.adapter.factors[0])
-
-    def drop_awaited(self, name: str) -> None:
-        if self.awaits(name):
-            for key in self.adapter.factors:
-                del self.awaited(key)[name]
-
-    def trainables(self, name: str) -> State:
-        """What trains in the adapter called ``name``; constants where no gradient is recorded.
-
-        PyTorch's products take another way for what asks for a gradient, with other last bits: a
-        model that is loaded to be used would differ from the one that was trained.
-        """
-        found = {
-            key: getattr(self, attribute)[name]
-            for key, attribute in zip(
-                self.adapter.trainables, self.adapter_layer_names, strict=True
-            )
-        }
-        return found if torch.is_grad_enabled() else {k: t.detach() for k, t in found.items()}
-
-    def factors(self, name: str) -> State:
-        """The frozen factors of one adapter, of its rank where it shares a larger one's."""
-        found = self.factors_of[name].factors()
-        if not issubclass(self.adapter, LowRank):
-            return found
-        sides = {key: 1 if key == self.adapter.up else 0 for key in found}
-        return {key: found[key].narrow(side, 0, self.r[name]) for key, side in sides.items()}
-
-    def tensors(self, name: str, exact: bool = True) -> State:
-        """The operands of one adapter; the factors may be wider unless ``exact``."""
-        tensors = self.trainables(name)
-        dtype = next(iter(tensors.values())).dtype
-        found = self.factors(name) if exact else self.factors_of[name].factors()
-        for key in self.adapter.operands:
-            if key in found:
-                wide = key in self.adapter.kept_fp32
-                tensors[key] = found[key].to(dtype) if wide else found[key]
-        return tensors
-
-    def has(self, name: str) -> bool:
-        return name in self.r
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.drop_awaited(adapter_name)
-        self.seen.forget(adapter_name)
-
-    # --- PEFT moves and casts
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """Without a cast: PEFT would round what trains to the base's dtype."""
-        device = self.get_base_layer().weight.device if device is None else device
-        if device.type == "meta":
-            return
-        for attribute in self.adapter_layer_names:
-            held = getattr(self, attribute)
-            if adapter_name in held and held[adapter_name].device.type != "meta":
-                held[adapter_name].data = held[adapter_name].data.to(device)
-        if self.has(adapter_name):
-            self.factors_of.to(device)
-            self.records.to(device)
-
-    def cast_trainables(self, name: str, dtype: torch.dtype) -> None:
-        for attribute in self.adapter_layer_names:
-            held = getattr(self, attribute)
-            if name in held:
-                held[name].data = held[name].data.to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

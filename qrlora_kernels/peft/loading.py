@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Awaited(BufferDict):
-    """One factor by the names of the adapters that wait for it: on the meta device until it came.
+    """One factor of the adapter ``name`` that a file is to bring: on the meta device until then.
 
-    Persistent, so that whoever loads finds a place in the state dict. Empty but for the time
-    between an adapter's start and its loading.
+    Persistent, so that whoever loads finds a place in the state dict. There between an adapter's
+    start and its loading alone.
     """
 
-    def __init__(self) -> None:
-        super().__init__(persistent=True)
+    def __init__(self, name: str, place: Tensor) -> None:
+        super().__init__({name: place}, persistent=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow the layer with what came: a place alone has no numbers that could move."""
@@ -95,14 +95,14 @@ def compare(layer: _Linear, name: str) -> None:
     PEFT's loading asks the tuner; transformers' writes tensors one by one and asks nobody.
     """
     if torch.compiler.is_compiling():
-        if layer.awaits(name):
+        if layer.awaited(name) is not None:
             raise ValueError(
                 f"call the model once before torch.compile, so that {layer.place} "
                 "takes up the factors that were loaded"
             )
         return
     held: Tensor = layer.records[name]
-    if layer.seen.knows(name, held) and not layer.awaits(name):
+    if layer.seen.knows(name, held) and layer.awaited(name) is None:
         return
     with torch.inference_mode(False):  # the factors outlive this call
         factors = check(layer, name, held, arrived(layer, name))
@@ -114,15 +114,15 @@ def compare(layer: _Linear, name: str) -> None:
 
 def arrived(layer: _Linear, name: str) -> State | None:
     """The awaited factors of an adapter, if all of them came."""
-    if not layer.awaits(name):
-        return None
-    found = {key: layer.awaited(key)[name] for key in layer.adapter.factors}
-    return None if any(factor.is_meta for factor in found.values()) else found
+    found = layer.awaited(name)
+    return None if found is None or any(one.is_meta for one in found.values()) else found
 
 
 def blank(layer: _Linear, name: str) -> bool:
     """Whether an adapter has zeros in place of its factors: no start gives those."""
-    return layer.awaits(name) and not any(bool(one.any()) for one in layer.factors(name).values())
+    if layer.awaited(name) is None:
+        return False
+    return not any(bool(one.any()) for one in layer.factors(name).values())
 
 
 def missing(layer: _Linear) -> str:

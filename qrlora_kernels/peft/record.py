@@ -26,12 +26,21 @@ class OtherBase(ValueError):
     """The adapter was trained over another base weight."""
 
 
-def record_of(adapter: AnyAdapter, stored: Tensor, factors: Tensors) -> Tensor:
-    """The record [3 + n] int64 of factors that came from the weight ``stored``, as it is stored."""
+def head_of(stored: Tensor) -> Tensor:
+    """What tells the weight ``stored``, as it is stored, from others [3]."""
     print_ = bytes.fromhex(fingerprint(stored))
     words = [int.from_bytes(print_[at : at + 8], "little", signed=True) for at in (0, 8)]
-    head = torch.tensor([_code(stored.dtype), *words])
-    return torch.cat([head, *(_bits(tensor) for tensor in _tell(adapter, factors))])
+    return torch.tensor([_code(stored.dtype), *words])
+
+
+def head(record: Tensor) -> Tensor:
+    """The part of a record that is of the base weight."""
+    return record[:_HEAD]
+
+
+def record_of(adapter: AnyAdapter, base: Tensor, factors: Tensors) -> Tensor:
+    """The record [3 + n] of factors that came from the weight with the head ``base``."""
+    return torch.cat([base, *(_bits(tensor) for tensor in _tell(adapter, factors))])
 
 
 def check(
@@ -72,7 +81,7 @@ def check(
 
 def check_base(name: str, own: Tensor, saved: Tensor) -> None:
     """Raise :class:`OtherBase` where the two records are of different base weights."""
-    if len(saved) < _HEAD or not torch.equal(saved[:_HEAD], own[:_HEAD]):
+    if len(saved) < _HEAD or not torch.equal(head(saved), head(own)):
         raise OtherBase(_other(name, own, saved))
 
 

@@ -6,32 +6,25 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..adapters import AnyAdapter, Options, State
+from ..adapters import Options, State
 from ..linalg import StartRunner
+from ..linalg.parallel import in_threads
 from ..model.advice import warn_if_large
 from ..model.targets import bypassed
 from ..nn import base_weight
 from ..reference import accumulation_dtype
-from . import merging
+from . import merging, record
 from .config import AdapterConfig, QRLoraConfig
+from .held import AdaptedLayer, Made
 from .layer import _Linear, check_supported
-
-
-@dataclass
-class Made:
-    """What one layer begins with."""
-
-    options: Options
-    scaling: float
-    state: State
-    from_file: bool = False  # whether a file is about to bring the factors
 
 
 def start(
@@ -59,22 +52,23 @@ def start(
         here.enter_context(base_weight.present(*bases.values()))
         weights = {name: _weight(name, targets[name], bases[name]) for name in targets}
         options = _bounded(config, weights)
+        heads = dict(zip(targets, in_threads(_head, targets.values()), strict=True))
         gradients = {name: base_weight.gradient(base) for name, base in bases.items()}
         for name, weight in weights.items():
             zeros = _put_off(config, weight, options[name])
-            shared = _shared(targets[name], config.adapter, options[name], gradients[name])
+            shared = _shared(targets[name], heads[name], options[name], gradients[name])
             if zeros is not None:
-                made[name] = Made(options[name], 1.0, zeros)
+                made[name] = Made(options[name], 1.0, zeros, heads[name])
             elif shared is None:
                 by_options[options[name]][name] = weight
             else:
                 state = shared | fresh(config, shared, options[name], weight.dtype)
-                made[name] = Made(options[name], 1.0, state)
+                made[name] = Made(options[name], 1.0, state, heads[name])
         run = StartRunner(config.progress, config.cache, config.distributed)
         for opts, group in by_options.items():
             run.require_agreement(facts={"adapter": config.kind.value} | opts.to_dict())
             for name, state in config.adapter.start(group, opts, run, gradients).items():
-                made[name] = Made(opts, 1.0, state)
+                made[name] = Made(opts, 1.0, state, heads[name])
     for name, one in made.items():
         one.scaling = config.scaling_of(name, config.adapter.rank(one.state))
         one.from_file = config.brings_factors
@@ -95,6 +89,13 @@ def fresh(config: AdapterConfig, factors: State, options: Options, dtype: torch.
     """What trains over factors that are there, in fp32 or wider."""
     found = config.adapter.fresh(factors, options)
     return {key: tensor.to(accumulation_dtype(dtype)) for key, tensor in found.items()}
+
+
+def _head(target: nn.Module) -> Tensor:
+    if isinstance(target, _Linear):
+        return record.head_of(merging.original_stored(target))
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return record.head_of(cast(Tensor, base.weight).detach())
 
 
 def _weight(name: str, target: nn.Module, base: nn.Module) -> Tensor:
@@ -146,15 +147,17 @@ def _put_off(config: AdapterConfig, weight: Tensor, options: Options) -> State |
 
 
 def _shared(
-    target: nn.Module, adapter: AnyAdapter, options: Options, gradient: Tensor | None
+    target: nn.Module, base: Tensor, options: Options, gradient: Tensor | None
 ) -> State | None:
-    """The factors of an adapter of ``target`` that began with the same options."""
-    if adapter.needs_gradients(options) and gradient is not None:
+    """The factors of an adapter of ``target`` that began with the same options from ``base``."""
+    if not isinstance(target, AdaptedLayer):
+        return None
+    if target.adapter.needs_gradients(options) and gradient is not None:
         return None  # which may be another than the one at that time
-    if isinstance(target, _Linear):
-        for name, have in target.options.items():
-            if not target.awaits(name) and _shaping(have) == _shaping(options):
-                return target.factors(name)
+    for name, have in target.options.items():
+        same = torch.equal(record.head(target.expected[name]), base)
+        if same and target.awaited(name) is None and _shaping(have) == _shaping(options):
+            return target.factors(name)
     return None
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..adapters import AnyAdapter
 from . import combining, loading, mixed
 from .config import AdapterConfig
+from .held import Made
 from .layer import LoraXSLinear, OHoraLinear, QRLoraLinear, _Linear
-from .start import Made, start
+from .start import start
 
 
 class AdapterModel(BaseTuner):
@@ -89,9 +90,7 @@ class AdapterModel(BaseTuner):
         kind = self.tuner_layer_cls
         there = target if isinstance(target, kind) else None
         layer = there or kind(target, place=current_key, **get_quantization_kwargs(self))
-        layer.update_layer(
-            adapter_name, made.options, made.scaling, made.state, from_file=made.from_file
-        )
+        layer.update_layer(adapter_name, made)
         if there is None:
             self._replace_module(parent, target_name, layer, target)
 
@@ -155,11 +154,11 @@ class AdapterModel(BaseTuner):
         taken = {}
         frozen = _frozen(found, cls.prefix, adapter_name)
         for name, layer in cls._layers(model, adapter_name):
-            record = found.get(f"{name}.{cls.prefix}record.{adapter_name}")
+            saved = found.get(f"{name}.{cls.prefix}record.{adapter_name}")
             device = layer.records[adapter_name].device  # the weight's may be meta, as offloaded
             brought = _brought(frozen, f"{name}.{cls.prefix}", layer.adapter, device)
-            if record is not None:
-                factors = loading.check(layer, adapter_name, record, brought)
+            if saved is not None:
+                factors = loading.check(layer, adapter_name, saved, brought)
                 if factors is not None:
                     taken[name] = factors
         for name, layer in cls._layers(model, adapter_name):
