@@ -55,7 +55,8 @@ def test_a_run_trains_saves_and_reloads_the_same_predictions(settings, adapter, 
     assert len(result["losses"]) == 2 * 7
     assert len(result["scores"]) == len(result["seconds_an_epoch"]) == 2
     whole = sum(p.numel() for p in load_model(settings.model, 2, 0).encoder.parameters())
-    assert result["trained"] == (whole if adapter == "full" else TRAINED[adapter])
+    own = adapter.removesuffix("_peft")  # which trains as many numbers through PEFT
+    assert result["trained"] == (whole if adapter == "full" else TRAINED[own])
     assert result["head"] == 2 * 33
     assert result["reload_difference"] == 0.0
     assert "24 predictions agree bit for bit" in capsys.readouterr().out

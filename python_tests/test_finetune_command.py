@@ -89,7 +89,7 @@ def test_a_wrong_command_line_is_a_plain_error(tmp_path, capsys):
         (f"--data {table}", "got no rows"),
         (f"--data {table} --task rte", "exclude each other"),
         (f"--eval-data {table}", "--eval-data needs --data"),
-        ("--adapter lora none --tau 0.5", "tau is an option of qr, got ['lora', 'none']"),
+        ("--adapter lora none --tau 0.5", "tau is an option of qr, qr_peft, got ['lora', 'none']"),
         ("--layers first", "layers must be 'all' or as 'last:4', got 'first'"),
     ):
         (tmp_path / "good.tsv").write_text("text\tscore\na\t0.5\nb\t1\nc\t2\n")
