@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import qrlora_kernels as qk
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/sts-captions"
-CURVE = 2e-5  # fp32 rounding over twenty steps: 2e-7 where it was measured
+CURVE = 2e-5  # fp32 rounding over ten steps: 2e-7 where it was measured
 
 pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason=f"the caption pairs are not at {DATA}"),
@@ -51,7 +51,7 @@ def _short_form(folder: Path, rows: int) -> Settings:
 
 @pytest.fixture
 def settings(tmp_path) -> Settings:
-    return _short_form(tmp_path, 320)
+    return _short_form(tmp_path, 160)
 
 
 class PlainQR(nn.Module):
@@ -130,7 +130,7 @@ def _losses(settings: Settings, plain: Callable[..., nn.Module] | None = None) -
 def test_the_loss_curve_is_the_plain_layers(settings, adapter):
     settings = replace(settings, adapter=adapter)
     own, plain = _losses(settings), _losses(settings, PLAIN[adapter])
-    assert len(own) == 20
+    assert len(own) == 10
     torch.testing.assert_close(own, plain, rtol=CURVE, atol=CURVE)
 
 
