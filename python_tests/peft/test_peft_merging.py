@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from peft_models import CONFIGS, adapted, bert, config, gpt2, layers, move, predictions
+from torch import nn
 
 from qrlora_kernels.nn.rounding import round_unbiased
 
@@ -118,3 +119,30 @@ def test_disabling_a_merged_model_unmerges_it() -> None:
     model.merge_adapter()
     with model.disable_adapter():
         assert torch.equal(predictions(model), plain)
+
+
+class Tied(nn.Module):
+    """Two layers over one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize("adapter", ["qr", "lora_xs", "ohora"])
+def test_layers_over_one_weight_are_not_merged(adapter: str) -> None:
+    """Each would get the other's update, and what is put back last would hold the first's."""
+    model = get_peft_model(Tied(), config(adapter, target_modules=["one", "two"])).eval()
+    move(model)
+    before = model(torch.ones(2, 32))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="got one that one and two share"):
+            merge()
+    assert torch.equal(model(torch.ones(2, 32)), before)
+    alone = get_peft_model(Tied(), config(adapter, target_modules=["one"]))
+    alone.merge_adapter()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nn import base_weight
 from ..nn.rounding import round_unbiased
@@ -54,14 +54,27 @@ def original_matrix(layer: _Linear) -> Tensor:
     return weight.t() if base_weight.is_conv1d(base) else weight
 
 
+def check_apart(layers: Iterable[tuple[str, _Linear]]) -> None:
+    """Raise ValueError where two layers have one weight: each would get the other's update too."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in layers:
+        weight = layer.get_base_layer()._parameters.get("weight")
+        if weight is None:
+            continue
+        other = owners.setdefault(weight, name)
+        if other != name:
+            raise ValueError(
+                f"merging needs a weight of its own in each adapted layer, got one that {other} "
+                f"and {name} share: give one of them a copy, or leave the adapters unmerged"
+            )
+
+
 @torch.no_grad()
 def merge(layer: _Linear, safe: bool, adapter_names: list[str] | None) -> None:
     """Merge from the original weight and all updates at once, so that it is rounded once."""
     names = [n for n in check_adapters_to_merge(layer, adapter_names) or () if layer.has(n)]
     if not names:
         return
-    for name in names:
-        layer.compare(name)
     original = original_matrix(layer)
     base = layer.get_base_layer()
     weight = original.t() if base_weight.is_conv1d(base) else original
