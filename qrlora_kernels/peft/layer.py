@@ -69,8 +69,8 @@ class _Linear(nn.Module, AdaptedLayer):
         self._active_adapter: list[str] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._merge.apply(fn)
+        with self._merge.following(self, fn):
+            super()._apply(fn, recurse)
         return self
 
     # --- merge
@@ -96,7 +96,11 @@ class _Linear(nn.Module, AdaptedLayer):
         merging.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
+        """Put the original weight back, bit for bit.
+
+        Where others changed it meanwhile, such as adapters around this one that are merged as well,
+        the updates are subtracted.
+        """
         merging.unmerge(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
