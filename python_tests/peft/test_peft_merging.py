@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -183,3 +184,13 @@ def test_what_others_do_to_a_merged_weight_stays(adapter: str) -> None:
     torch.testing.assert_close(layer.weight.detach(), first + 1.0 + both, rtol=1e-5, atol=1e-5)
     model.unmerge_adapter()
     torch.testing.assert_close(layer.weight.detach(), first + 1.0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_original_that_is_loaded_into_a_merged_model_is_not_reduced(adapter: str) -> None:
+    model = adapted(adapter)
+    before, whole = predictions(model), copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    model.load_state_dict(whole)
+    model.unmerge_adapter()
+    assert torch.equal(predictions(model), before)

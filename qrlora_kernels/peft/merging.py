@@ -32,10 +32,11 @@ class Merge:
         self.merged = None if weight.is_meta else record.head_of(weight.detach())
 
     def stands(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is what the merge left, and nobody merged or trained since."""
-        if self.merged is None or weight.is_meta:
+        """Whether ``weight`` is what the merge left, or the original that a state dict brought."""
+        if self.original is None or self.merged is None or weight.is_meta:
             return True
-        return torch.equal(record.head_of(weight.detach()), self.merged)
+        here = record.head_of(weight.detach())
+        return torch.equal(here, self.merged) or torch.equal(here, record.head_of(self.original))
 
     @contextmanager
     def following(self, layer: _Linear, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
