@@ -42,7 +42,11 @@ def test_a_newer_format_is_refused(kind: Any, tmp_path: Path) -> None:
     ("kind", "options", "says"),
     [
         (qkp.QRLoraConfig, {"r": 4, "tau": 0.5}, "r and tau exclude each other"),
-        (qkp.QRLoraConfig, {"tau": 0.5, "rank_pattern": {"x": 0}}, "x must be a positive integer"),
+        (
+            qkp.QRLoraConfig,
+            {"tau": 0.5, "rank_pattern": {"x": 0}},
+            "x'] must be a positive integer",
+        ),
         (qkp.QRLoraConfig, {"rank_rule": "best"}, "rank_rule must be one of"),
         (qkp.LoraXSConfig, {"r": 0}, "r must be a positive integer, got 0"),
         (qkp.LoraXSConfig, {"basis": "pca"}, "basis must be one of"),
@@ -50,7 +54,8 @@ def test_a_newer_format_is_refused(kind: Any, tmp_path: Path) -> None:
         (qkp.OHoraConfig, {"columns": "all"}, "columns must be one of"),
         (qkp.OHoraConfig, {"product": "lora", "start": "kaiming"}, "product='lora' needs start"),
         (qkp.OHoraConfig, {"alpha": 0.0}, "alpha must not be 0"),
-        (qkp.OHoraConfig, {"alpha_pattern": {"x": float("inf")}}, "x must be finite"),
+        (qkp.OHoraConfig, {"alpha_pattern": {"x": float("inf")}}, "x'] must be finite"),
+        (qkp.OHoraConfig, {"rank_pattern": {"(": 4}}, "rank_pattern must have regular expressions"),
         (qkp.QRLoraConfig, {"dropout": 1.0}, "dropout must be in"),
         (qkp.QRLoraConfig, {"bias": "some"}, "bias must be 'none', 'all' or '…_only'"),
         (
@@ -73,7 +78,13 @@ def test_a_wrong_option_is_refused_when_it_is_given(kind: Any, options: Any, say
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"r": "8"}, "r must be an int"), ({"save_factors": 1}, "save_factors must be a bool")],
+    [
+        ({"r": "8"}, "r must be an int"),
+        ({"save_factors": 1}, "save_factors must be a bool"),
+        ({"rank_pattern": ["q"]}, "rank_pattern must be a dict"),
+        ({"alpha_pattern": 8.0}, "alpha_pattern must be a dict"),
+        ({"rank_pattern": {"q": "8"}}, r"rank_pattern\['q'\] must be an int, got str"),
+    ],
     ids=str,
 )
 def test_a_value_of_another_type_is_refused(options: Any, says: str) -> None:

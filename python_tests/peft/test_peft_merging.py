@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft_models import CONFIGS, adapted, bert, config, gpt2, layers, move, predictions
+from torch import nn
 
 from qrlora_kernels.nn.rounding import round_unbiased
+
+ADAPTERS = ["qr", "lora_xs", "ohora"]
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -118,3 +122,75 @@ def test_disabling_a_merged_model_unmerges_it() -> None:
     model.merge_adapter()
     with model.disable_adapter():
         assert torch.equal(predictions(model), plain)
+
+
+class Tied(nn.Module):
+    """Two layers over one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_layers_over_one_weight_are_not_merged(adapter: str) -> None:
+    """Each would get the other's update, and what is put back last would hold the first's."""
+    model = get_peft_model(Tied(), config(adapter, target_modules=["one", "two"])).eval()
+    move(model)
+    before = model(torch.ones(2, 32))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="got one that one and two share"):
+            merge()
+    assert torch.equal(model(torch.ones(2, 32)), before)
+    alone = get_peft_model(Tied(), config(adapter, target_modules=["one"]))
+    alone.merge_adapter()
+
+
+# Of one kind they stand beside each other in one layer.
+AROUND = [(one, other) for one in ADAPTERS for other in ("lora", *ADAPTERS) if one != other]
+
+
+@pytest.mark.parametrize(("adapter", "outer"), AROUND)
+def test_adapters_around_adapters_are_merged_and_unmerged(adapter: str, outer: str) -> None:
+    """PEFT takes out the outer ones first, whose updates the inner ones must not put back."""
+    lora = LoraConfig(target_modules=["query", "value"], r=2)
+    model = get_peft_model(adapted(adapter), lora if outer == "lora" else config(outer), "second")
+    move(model, seed=4)
+    before = predictions(model)
+    for _ in range(2):
+        model.merge_adapter()
+        torch.testing.assert_close(predictions(model), before, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(predictions(model), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_others_do_to_a_merged_weight_stays(adapter: str) -> None:
+    model = adapted(adapter)
+    model.add_adapter("other", config(adapter))
+    model.base_model.set_adapter(["default", "other"])
+    move(model, seed=3)
+    layer, held = next(iter(layers(model).values())), weights(model)
+    first = next(iter(held.values()))
+    model.merge_adapter(["default"])
+    layer.base_layer.weight.data += 1.0
+    model.merge_adapter(["other"])
+    both = layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    torch.testing.assert_close(layer.weight.detach(), first + 1.0 + both, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.weight.detach(), first + 1.0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_original_that_is_loaded_into_a_merged_model_is_not_reduced(adapter: str) -> None:
+    model = adapted(adapter)
+    before, whole = predictions(model), copy.deepcopy(model.state_dict())
+    model.merge_adapter()
+    model.load_state_dict(whole)
+    model.unmerge_adapter()
+    assert torch.equal(predictions(model), before)

@@ -155,6 +155,9 @@ def test_names_are_checked_in_pefts_words_and_hooks_come_off() -> None:
         logits(model, adapter_names=["one", "two", "one"])
     with pytest.raises(TypeError, match="expected a list of str"):
         logits(model, adapter_names="one")
+    for wrong in (1, None, ["one"]):
+        with pytest.raises(TypeError, match="must be a list of str"):
+            logits(model, adapter_names=["one", wrong, "one", "two"])
     with pytest.raises(ValueError, match="training mode"):
         logits(model.train(), adapter_names=NAMES)
     assert torch.equal(logits(model.eval()), want)

@@ -150,3 +150,18 @@ def test_every_option_survives_its_file(
     assert torch.equal(predictions(loaded), want)
     again = get_peft_model(bert(), config(adapter, **options))
     assert layers(loaded).keys() == layers(again).keys()
+
+
+@each_adapter
+def test_the_default_device_concerns_no_tensor_of_ours(adapter: str, tmp_path: Path) -> None:
+    """A default of "cuda" over a base elsewhere; here meta, whose numbers cannot be read at all."""
+    bases = bert(), bert()
+    with torch.device("meta"):
+        model = get_peft_model(bases[0], config(adapter))
+    move(model)
+    want = predictions(model)
+    with torch.device("meta"):
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(bases[1], tmp_path)
+    assert torch.equal(predictions(loaded), want)
+    assert torch.equal(predictions(adapted(adapter)), want)

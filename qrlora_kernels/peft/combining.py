@@ -83,6 +83,8 @@ def _checked(
 
 
 def _sum(name: str, layer: _Linear, parts: Sequence[tuple[str, float]]) -> Made:
+    for n, _ in parts:
+        layer.compare(n)
     starts = {layer.factors_of.used[n] for n, _ in parts}
     if len(starts) > 1:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Literal
@@ -118,13 +119,28 @@ class AdapterConfig(PeftConfig):
 
     def _check_numbers(self) -> None:
         """Refuse here, and not when the model is there."""
-        for name, rank in {"r": self.rank_of(""), **(self.rank_pattern or {})}.items():
+        ranks = self._by_pattern("rank_pattern")
+        for name, rank in {"r": self.rank_of(""), **ranks}.items():
             if rank is not None and plain_value(name, "int", rank) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {rank}")
-        for name, alpha in {"alpha": self.alpha, **(self.alpha_pattern or {})}.items():
+        for name, alpha in {"alpha": self.alpha, **self._by_pattern("alpha_pattern")}.items():
             if alpha is not None and plain_value(name, "float", alpha) == 0.0:
                 raise ValueError(f"{name} must not be 0, which would never train")
         self.save_factors |= not self.adapter.rebuildable(self.options_of(""))
+
+    def _by_pattern(self, name: str) -> dict[str, Any]:
+        """Values of the field called ``name`` by what errors call them."""
+        values = getattr(self, name)
+        if not isinstance(values, dict | None):
+            raise TypeError(f"{name} must be a dict by regular expressions, got {values!r}")
+        try:
+            for key in values or {}:
+                re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{name} must have regular expressions as keys, got {key!r}: {error}"
+            ) from None
+        return {f"{name}[{key!r}]": value for key, value in (values or {}).items()}
 
     def _check_layers(self) -> None:
         if isinstance(self.target_modules, str):

@@ -94,7 +94,9 @@ class AdaptedLayer(BaseTunerLayer):
         base = record.head(self.expected[name]) if base is None else base
         self.factors_of.put(name, factors)
         self.expected[name] = record.record_of(self.adapter, base, factors)
-        self.records[name] = self.expected[name].to(next(iter(factors.values())).device)
+        # A copy: whoever loads writes into it, and what is expected must not follow.
+        device = next(iter(factors.values())).device
+        self.records[name] = self.expected[name].to(device, copy=True)
         self.seen.note(name, self.records[name])
 
     # --- factors that a file is about to bring

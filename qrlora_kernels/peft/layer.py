@@ -69,14 +69,15 @@ class _Linear(nn.Module, AdaptedLayer):
         self._active_adapter: list[str] = []
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._merge.apply(fn)
+        with self._merge.following(self, fn):
+            super()._apply(fn, recurse)
         return self
 
     # --- merge
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the layout of the base's weight, in fp32 or wider."""
+        self.compare(adapter)
         tensors = {key: tensor.detach() for key, tensor in self.tensors(adapter).items()}
         with torch.no_grad():
             delta = self.adapter.delta(tensors, self.options[adapter], self.scaling[adapter])
@@ -95,7 +96,11 @@ class _Linear(nn.Module, AdaptedLayer):
         merging.merge(self, safe_merge, adapter_names)
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
+        """Put the original weight back, bit for bit.
+
+        Where others changed it meanwhile, such as adapters around this one that are merged as well,
+        the updates are subtracted.
+        """
         merging.unmerge(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor
 
 from ..adapters import State
+from ..linalg import StartRunner
 from ..nn import base_weight
 from . import merging, record
 
@@ -75,7 +77,9 @@ def check(layer: _Linear, name: str, saved: Tensor, brought: State | None = None
         As :func:`record.check` does, and where awaited factors are not in the file.
     """
     own, saved = layer.expected[name], saved.cpu()
-    record.check_base(layer.place, own, saved)
+    replaced = _came_with_its_base(layer, own, saved)
+    if not replaced:
+        record.check_base(layer.place, own, saved)
     if saved.shape != own.shape:
         return None  # another rank: who loads refuses it with both shapes
     if brought is not None:
@@ -86,7 +90,35 @@ def check(layer: _Linear, name: str, saved: Tensor, brought: State | None = None
         return None
     with base_weight.present(layer.get_base_layer()):
         weight = merging.original_matrix(layer)
-        return record.check(layer.adapter, layer.place, own, saved, weight, layer.options[name])
+        anew = _anew(layer, name, weight) if replaced else None
+        if anew is not None:
+            own = record.record_of(layer.adapter, record.head(saved), anew)
+        options = layer.options[name]
+        rebuilt = record.check(layer.adapter, layer.place, own, saved, weight, options)
+    return anew if rebuilt is None else rebuilt
+
+
+def _came_with_its_base(layer: _Linear, own: Tensor, saved: Tensor) -> bool:
+    """Whether the base's weight was replaced since the start by the one that ``saved`` is of.
+
+    As by the state dict of a whole model, which holds both.
+    """
+    if torch.equal(record.head(own), record.head(saved)):
+        return False
+    with base_weight.present(layer.get_base_layer()):
+        here = record.head_of(merging.original_stored(layer))
+    return torch.equal(here, record.head(saved))
+
+
+def _anew(layer: _Linear, name: str, weight: Tensor) -> State:
+    """The factors that the adapter called ``name`` would begin with from ``weight``."""
+    fixed: dict[str, Any] = {"rank": layer.r[name]}
+    if hasattr(layer.options[name], "tau"):
+        fixed["tau"] = None
+    options = replace(layer.options[name], **fixed)
+    gradients = {layer.place: base_weight.gradient(layer.get_base_layer())}
+    made = layer.adapter.start({layer.place: weight}, options, StartRunner(), gradients)
+    return {key: made[layer.place][key] for key in layer.adapter.factors}
 
 
 def compare(layer: _Linear, name: str) -> None:
@@ -107,7 +139,7 @@ def compare(layer: _Linear, name: str) -> None:
     with torch.inference_mode(False):  # the factors outlive this call
         factors = check(layer, name, held, arrived(layer, name))
         if factors is not None:
-            layer.take_factors(name, factors)
+            layer.take_factors(name, factors, record.head(held.cpu()))
         layer.drop_awaited(name)
     layer.seen.note(name, layer.records[name])
 

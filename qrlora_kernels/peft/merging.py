@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nn import base_weight
 from ..nn.rounding import round_unbiased
+from . import record
 
 if TYPE_CHECKING:
     from .layer import _Linear
@@ -23,12 +25,31 @@ class Merge:
     """What a layer's weight was before anything was merged: W - ΔW would have other bits."""
 
     original: Tensor | None = None  # as it is stored
+    merged: Tensor | None = None  # the head of the weight that holds the updates
 
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow the weight to another device or dtype."""
-        if self.original is not None:
-            with torch.no_grad():
-                self.original = fn(self.original)
+    def left(self, weight: Tensor) -> None:
+        """Note ``weight`` as what the merge left."""
+        self.merged = None if weight.is_meta else record.head_of(weight.detach())
+
+    def stands(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is what the merge left, or the original that a state dict brought."""
+        if self.original is None or self.merged is None or weight.is_meta:
+            return True
+        here = record.head_of(weight.detach())
+        return torch.equal(here, self.merged) or torch.equal(here, record.head_of(self.original))
+
+    @contextmanager
+    def following(self, layer: _Linear, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Follow the weight, which moves to another device or dtype inside."""
+        if self.original is None:
+            yield
+            return
+        stood = self.stands(layer.weight)
+        yield
+        with torch.no_grad():
+            self.original = fn(self.original)
+        if stood:
+            self.left(layer.weight)
 
 
 def original_stored(layer: _Linear) -> Tensor:
@@ -54,19 +75,38 @@ def original_matrix(layer: _Linear) -> Tensor:
     return weight.t() if base_weight.is_conv1d(base) else weight
 
 
+def check_apart(layers: Iterable[tuple[str, _Linear]]) -> None:
+    """Raise ValueError where two layers have one weight: each would get the other's update too."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in layers:
+        weight = layer.get_base_layer()._parameters.get("weight")
+        if weight is None:
+            continue
+        other = owners.setdefault(weight, name)
+        if other != name:
+            raise ValueError(
+                f"merging needs a weight of its own in each adapted layer, got one that {other} "
+                f"and {name} share: give one of them a copy, or leave the adapters unmerged"
+            )
+
+
 @torch.no_grad()
 def merge(layer: _Linear, safe: bool, adapter_names: list[str] | None) -> None:
-    """Merge from the original weight and all updates at once, so that it is rounded once."""
+    """Merge from the original weight and all updates at once, so that it is rounded once.
+
+    Where others changed the weight since it was merged, from what they left.
+    """
     names = [n for n in check_adapters_to_merge(layer, adapter_names) or () if layer.has(n)]
     if not names:
         return
-    for name in names:
-        layer.compare(name)
-    original = original_matrix(layer)
-    base = layer.get_base_layer()
-    weight = original.t() if base_weight.is_conv1d(base) else original
+    base, stands = layer.get_base_layer(), layer._merge.stands(layer.weight)
+    if stands:
+        original = original_matrix(layer)
+        weight = original.t() if base_weight.is_conv1d(base) else original
+    else:
+        weight = layer.get_base_weight().detach()
     total = layer.get_delta_weight(names[0])
-    for name in (*names[1:], *layer.merged_adapters):
+    for name in (*names[1:], *(layer.merged_adapters if stands else ())):
         total = total + layer.get_delta_weight(name)
     merged = round_unbiased(weight.to(total.dtype) + total.to(weight.device), weight.dtype)
     if safe and not bool(torch.isfinite(merged).all()):
@@ -77,6 +117,8 @@ def merge(layer: _Linear, safe: bool, adapter_names: list[str] | None) -> None:
         layer._merge.original = _held(layer)
     layer.set_base_weight(merged.contiguous())
     layer.merged_adapters.extend(names)
+    if stands:
+        layer._merge.left(layer.weight)
 
 
 def _held(layer: _Linear) -> Tensor:
@@ -93,9 +135,20 @@ def unmerge(layer: _Linear) -> None:
     original = layer._merge.original
     assert original is not None
     base = layer.get_base_layer()
-    if layer.quantization_backend is not None:
+    if not layer._merge.stands(layer.weight):
+        _take_out(layer)
+    elif layer.quantization_backend is not None:
         base.weight = original
     else:
         base.weight.data = original
-    layer._merge.original = None
+    layer._merge = Merge()
     layer.merged_adapters.clear()
+
+
+@torch.no_grad()
+def _take_out(layer: _Linear) -> None:
+    """Subtract the updates from a weight that others changed since: what they did stays."""
+    weight = layer.get_base_weight().detach()
+    total = torch.stack([layer.get_delta_weight(name) for name in layer.merged_adapters]).sum(0)
+    apart = weight.to(total.dtype) - total.to(weight.device)
+    layer.set_base_weight(round_unbiased(apart, weight.dtype).contiguous())

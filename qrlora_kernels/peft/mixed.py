@@ -166,6 +166,9 @@ def named_rows(
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+    for at, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"adapter_names must be a list of str, got {name!r} for row {at}")
     unknown = sorted({name for name in names if name != BASE and name not in known})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

@@ -30,7 +30,7 @@ def head_of(stored: Tensor) -> Tensor:
     """What tells the weight ``stored``, as it is stored, from others [3]."""
     print_ = bytes.fromhex(fingerprint(stored))
     words = [int.from_bytes(print_[at : at + 8], "little", signed=True) for at in (0, 8)]
-    return torch.tensor([_code(stored.dtype), *words])
+    return torch.tensor([_code(stored.dtype), *words], device="cpu")  # whatever the default is
 
 
 def head(record: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ def _sums(factor: Tensor) -> Tensor:
     """One weighted sum over the longer side of ``factor`` for each of its directions."""
     wide = factor.detach().double().cpu()
     along = wide if wide.shape[0] <= wide.shape[1] else wide.mT
-    return along @ torch.cos(torch.arange(1, along.shape[1] + 1, dtype=torch.float64))
+    places = torch.arange(1, along.shape[1] + 1, dtype=torch.float64, device="cpu")
+    return along @ torch.cos(places)
 
 
 def _bits(tensor: Tensor) -> Tensor:

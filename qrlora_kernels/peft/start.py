@@ -150,8 +150,8 @@ def _shared(
     target: nn.Module, base: Tensor, options: Options, gradient: Tensor | None
 ) -> State | None:
     """The factors of an adapter of ``target`` that began with the same options from ``base``."""
-    if not isinstance(target, AdaptedLayer):
-        return None
+    if not isinstance(target, AdaptedLayer) or not isinstance(options, target.adapter.options_type):
+        return None  # no layer of ours, or one of another kind that this goes around
     if target.adapter.needs_gradients(options) and gradient is not None:
         return None  # which may be another than the one at that time
     for name, have in target.options.items():

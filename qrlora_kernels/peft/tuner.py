@@ -14,10 +14,11 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..adapters import AnyAdapter
-from . import combining, loading, mixed
+from . import combining, loading, merging, mixed
 from .config import AdapterConfig
 from .held import Made
 from .layer import LoraXSLinear, OHoraLinear, QRLoraLinear, _Linear
+from .record import head
 from .start import start
 
 
@@ -104,6 +105,11 @@ class AdapterModel(BaseTuner):
         """
         setattr(parent, child_name, new_module)
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        own = ((n, m) for n, m in self.model.named_modules() if isinstance(m, self.tuner_layer_cls))
+        merging.check_apart(own)
+
     # --- dtypes
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -133,8 +139,7 @@ class AdapterModel(BaseTuner):
         )
         if config.save_factors:
             for name, layer in cls._layers(model, adapter_name):
-                if loading.blank(layer, adapter_name):
-                    raise ValueError(loading.missing(layer))
+                layer.compare(adapter_name)
                 for key, factor in layer.factors(adapter_name).items():
                     found[f"{name}.{cls.prefix}{key}_frozen.{adapter_name}"] = factor.contiguous()
         return found
@@ -151,7 +156,7 @@ class AdapterModel(BaseTuner):
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        taken = {}
+        taken: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
         frozen = _frozen(found, cls.prefix, adapter_name)
         for name, layer in cls._layers(model, adapter_name):
             saved = found.get(f"{name}.{cls.prefix}record.{adapter_name}")
@@ -160,10 +165,10 @@ class AdapterModel(BaseTuner):
             if saved is not None:
                 factors = loading.check(layer, adapter_name, saved, brought)
                 if factors is not None:
-                    taken[name] = factors
+                    taken[name] = factors, head(saved.cpu())
         for name, layer in cls._layers(model, adapter_name):
             if name in taken:
-                layer.take_factors(adapter_name, taken[name])
+                layer.take_factors(adapter_name, *taken[name])
         return found
 
     @classmethod
