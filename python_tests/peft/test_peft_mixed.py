@@ -177,3 +177,23 @@ def test_the_cost_of_names_does_not_grow_with_the_adapters_that_are_there() -> N
             getattr(layer, attribute).keys = lambda: 1 / 0
             getattr(layer, attribute).items = lambda: 1 / 0
     assert torch.equal(logits(model, adapter_names=NAMES), want)
+
+
+@pytest.mark.parametrize("adapter", CONFIGS)
+def test_gradients_reach_the_adapters_of_the_rows(adapter: str) -> None:
+    """In eval mode, which PEFT asks for; each adapter's is the sum over its own rows."""
+    model = of_two(adapter, bert(), {"alpha": 3.0})
+    model.base_model.set_adapter(["one", "two"])
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    (model(input_ids=tokens(), adapter_names=NAMES).logits * weight).sum().backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        mine = torch.tensor([own == name for own in NAMES])
+        (model(input_ids=tokens()).logits * weight)[mine].sum().backward()
+        want = {n: p.grad for n, p in model.named_parameters() if f".{name}" in n}
+        assert want
+        for parameter, gradient in want.items():
+            torch.testing.assert_close(got[parameter], gradient, rtol=1e-4, atol=1e-5)
+        model.zero_grad()

@@ -80,7 +80,7 @@ def _at_once(
     matrix, bias = layer._base()
     factors = layer.factors_of[one].factors()
     (gates,) = stacked(layer, rows)
-    gates *= scalings(layer, rows, gates).reshape(-1, *[1] * (gates.dim() - 1))
+    gates = gates * scalings(layer, rows, gates).reshape(-1, *[1] * (gates.dim() - 1))
     places = rows.places.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
     return functional.mixed_low_rank_linear(
         x, matrix, bias, factors[adapter.down], factors[adapter.up], gates, places
@@ -105,9 +105,9 @@ def stacked(layer: _Linear, rows: Rows) -> list[Tensor]:
     not on this layer.
     """
     found = []
-    for attribute in layer.adapter_layer_names:
-        held = getattr(layer, attribute)
-        own = [held[name].detach() if layer.has(name) else None for name in rows.distinct]
+    trained = {name: layer.trainables(name) for name in rows.distinct if layer.has(name)}
+    for key in layer.adapter.trainables:
+        own = [trained[name][key] if name in trained else None for name in rows.distinct]
         largest = max((tensor for tensor in own if tensor is not None), key=len)
         zeros = torch.zeros_like(largest)
         wide = [zeros if tensor is None else _padded(tensor, largest) for tensor in own]
