@@ -142,12 +142,17 @@ def _row(label: str, runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def write(page: Path, results: Sequence[dict[str, Any]]) -> None:
     """Put the table between the page's marks."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} must hold {BEGIN} and {END}")
-    text = f"{before}{begin}\n{table(results)}\n{end}{after}"
-    replace_file(page, lambda out: out.write(text))
+    put(page, BEGIN, END, table(results))
+
+
+def put(page: Path, begin: str, end: str, text: str) -> None:
+    """Put ``text`` between two marks of ``page``."""
+    before, first, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"{page} must hold {begin} and {end}")
+    whole = f"{before}{begin}\n{text}\n{end}{after}"
+    replace_file(page, lambda out: out.write(whole))
 
 
 if __name__ == "__main__":

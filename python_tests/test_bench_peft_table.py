@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from bench import peft_table
+from bench import peft_mixed, peft_table
 
 
 def result(adapter: str, seed: int, accuracy: float) -> dict:
@@ -50,3 +52,9 @@ def test_the_page_holds_the_recorded_rows():
     results = peft_table.read(peft_table.RESULTS)
     assert peft_table.table(results) in peft_table.PAGE.read_text(encoding="utf-8")
     assert {r["settings"]["adapter"] for r in results} == set(peft_table.METHODS)
+
+
+def test_the_page_holds_the_recorded_mixed_batches():
+    results = json.loads(peft_mixed.RESULTS.read_text(encoding="utf-8"))
+    assert peft_mixed.table(results) in peft_table.PAGE.read_text(encoding="utf-8")
+    assert set(results["rows"]) == set(peft_mixed.CONFIGS)
