@@ -41,6 +41,14 @@ def logits(model: Any, **kwargs: Any) -> Tensor:
         return model(input_ids=tokens(), **kwargs).logits
 
 
+def assert_rows_are_alone(model: Any) -> None:
+    """Each row of a mixed batch is what its adapter alone answers."""
+    got = logits(model, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        want = alone(model, name, logits)[row]
+        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("adapter", CONFIGS)
 @pytest.mark.parametrize(
     "second",
@@ -55,10 +63,7 @@ def logits(model: Any, **kwargs: Any) -> Tensor:
 )
 def test_each_row_is_what_its_adapter_alone_answers(adapter: str, second: dict[str, Any]) -> None:
     model = of_two(adapter, bert(), second)
-    got = logits(model, adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        want = alone(model, name, logits)[row]
-        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
+    assert_rows_are_alone(model)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +81,7 @@ def test_each_row_is_what_its_adapter_alone_answers(adapter: str, second: dict[s
 )
 def test_ranks_and_starts_may_differ_between_rows(adapter: str, second: dict[str, Any]) -> None:
     model = of_two(adapter, bert(), second)
-    got = logits(model, adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        want = alone(model, name, logits)[row]
-        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
+    assert_rows_are_alone(model)
 
 
 @pytest.mark.parametrize("adapter", ["qr", "lora_xs"])
@@ -130,10 +132,7 @@ def t5() -> Any:
 
 def test_heads_that_train_in_full_go_by_row_too() -> None:
     model = of_two("qr", bert(), modules_to_save=["classifier"])
-    got = logits(model, adapter_names=NAMES)
-    for row, name in enumerate(NAMES):
-        want = alone(model, name, logits)[row]
-        torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
+    assert_rows_are_alone(model)
 
 
 def test_over_a_base_that_somebody_listens_to() -> None:

@@ -21,7 +21,9 @@ def test_a_model_over_other_numbers_becomes_the_saved_one(adapter: str, assign: 
     model = adapted(adapter)
     other = get_peft_model(bert(seed=1), config(adapter))
     other.load_state_dict(model.state_dict(), assign=assign)
+    drawn = torch.random.get_rng_state()
     assert torch.equal(predictions(other), predictions(model))
+    assert torch.equal(torch.random.get_rng_state(), drawn)  # starting again draws nothing
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -117,7 +117,8 @@ def _anew(layer: _Linear, name: str, weight: Tensor) -> State:
         fixed["tau"] = None
     options = replace(layer.options[name], **fixed)
     gradients = {layer.place: base_weight.gradient(layer.get_base_layer())}
-    made = layer.adapter.start({layer.place: weight}, options, StartRunner(), gradients)
+    with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
+        made = layer.adapter.start({layer.place: weight}, options, StartRunner(), gradients)
     return {key: made[layer.place][key] for key in layer.adapter.factors}
 
 

@@ -62,10 +62,11 @@ def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwarg
         return layer.base_layer(x, *args, **kwargs)
     fused = not (args or kwargs) and layer.is_plain(x)
     share = len({layer.factors_of.used[name] for name in here}) == 1
-    low_rank = issubclass(layer.adapter, LowRank)
-    if fused and share and issubclass(layer.adapter, LowRank):
-        return _at_once(layer, layer.adapter, x, rows, here[0])
-    by_row = share and not low_rank and layer.adapter.fuses(layer.options[here[0]])
+    adapter = layer.adapter
+    if fused and share and issubclass(adapter, LowRank):
+        return _at_once(layer, adapter, x, rows, here[0])
+    kron = not issubclass(adapter, LowRank) and adapter.fuses(layer.options[here[0]])
+    by_row = share and kron
     update = _by_row(layer, x, rows, here[0]) if by_row else _by_groups(layer, x, rows, here)
     if fused:
         return functional.linear_add(x, *layer._base(), update.to(x.dtype))
