@@ -1,0 +1,83 @@
+"""Sums of low-rank adapters that begin alike, and the same adapter at another rank.
+
+Such adapters differ in their gate alone: ΔW is linear in it. The gate of a smaller rank is that of
+a larger one with zeros behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .adapter import AnyAdapter, Own, State, Tensors
+from .lora_xs import LoRAXSOptions
+from .low_rank import LowRank
+
+AnyLowRank = type[LowRank[Any]]
+NO_SUM = "adapters of OHoRA cannot be combined: a sum of Kronecker products is none"
+NO_ORDER = "OHoRA has no other rank over the same start: its factors have no order"
+
+
+def require_low_rank(adapter: AnyAdapter, refusal: str) -> AnyLowRank:
+    """``adapter``, or a ValueError that says ``refusal``."""
+    if not issubclass(adapter, LowRank):
+        raise ValueError(refusal)
+    return adapter
+
+
+def weighted_sum(gates: Sequence[Tensor], weights: Sequence[float], rank: int) -> Tensor:
+    """Σ wᵢ gateᵢ at ``rank``, summed in fp64 and rounded once, to the widest dtype of the gates."""
+    wide = [weight * resized(g.detach().cpu().double(), rank) for g, weight in zip(gates, weights)]
+    dtype = gates[0].dtype
+    for gate in gates:
+        dtype = torch.promote_types(dtype, gate.dtype)
+    return torch.stack(wide).sum(0).to(dtype).to(gates[0].device)
+
+
+def resized(gate: Tensor, rank: int) -> Tensor:
+    """Its first ``rank`` directions, or all of them and zeros."""
+    return pad(gate, (0, rank - len(gate)) * gate.dim())
+
+
+def first_directions(adapter: AnyLowRank, factors: Tensors, rank: int) -> State:
+    """The first ``rank`` directions of each of ``factors``."""
+    return {
+        name: (t[:, :rank] if name == adapter.up else t[:rank]).contiguous()
+        for name, t in factors.items()
+    }
+
+
+def begin_alike(
+    adapter: AnyLowRank, one: Tensors, other: Tensors, names: Iterable[str], rank: int
+) -> bool:
+    """Whether the factors ``names`` have the same bits in their first ``rank`` directions."""
+    for name in names:
+        (ours,) = first_directions(adapter, {name: one[name]}, rank).values()
+        (theirs,) = first_directions(adapter, {name: other[name]}, rank).values()
+        if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            return False
+    return True
+
+
+def check_nested(name: str, options: object) -> None:
+    """Raise unless a start at a smaller rank is the first directions of one at a larger."""
+    if isinstance(options, LoRAXSOptions):
+        if options.vectors != "top" or options.basis == "random":
+            raise ValueError(
+                "another rank needs directions in order, those of vectors='top' and of a basis "
+                f"other than 'random', got vectors={options.vectors!r} and "
+                f"basis={options.basis!r} in {name}"
+            )
+
+
+def with_rank(options: Own, have: int, rank: int) -> Own:
+    """The options of the same adapter at ``rank`` in place of ``have``; s stays what it is."""
+    by_rule = {"tau": None, "max_rank": None} if hasattr(options, "tau") else {}
+    changed = replace(options, rank=rank, **by_rule)  # type: ignore[call-arg]
+    scaling = options.scaling_of(have)
+    return changed if changed.scaling_of(rank) == scaling else changed.with_scaling(scaling, rank)
