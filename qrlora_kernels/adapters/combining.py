@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -32,10 +33,9 @@ def require_low_rank(adapter: AnyAdapter, refusal: str) -> AnyLowRank:
 
 def weighted_sum(gates: Sequence[Tensor], weights: Sequence[float], rank: int) -> Tensor:
     """Σ wᵢ gateᵢ at ``rank``, summed in fp64 and rounded once, to the widest dtype of the gates."""
-    wide = [weight * resized(g.detach().cpu().double(), rank) for g, weight in zip(gates, weights)]
-    dtype = gates[0].dtype
-    for gate in gates:
-        dtype = torch.promote_types(dtype, gate.dtype)
+    parts = zip(gates, weights, strict=True)
+    wide = [weight * resized(gate.detach().cpu().double(), rank) for gate, weight in parts]
+    dtype = reduce(torch.promote_types, (gate.dtype for gate in gates))
     return torch.stack(wide).sum(0).to(dtype).to(gates[0].device)
 
 
@@ -45,11 +45,9 @@ def resized(gate: Tensor, rank: int) -> Tensor:
 
 
 def first_directions(adapter: AnyLowRank, factors: Tensors, rank: int) -> State:
-    """The first ``rank`` directions of each of ``factors``."""
-    return {
-        name: (t[:, :rank] if name == adapter.up else t[:rank]).contiguous()
-        for name, t in factors.items()
-    }
+    """The first ``rank`` directions of each of ``factors``, in memory of their own."""
+    kept = {n: t[:, :rank] if n == adapter.up else t[:rank] for n, t in factors.items()}
+    return {n: t.clone(memory_format=torch.contiguous_format) for n, t in kept.items()}
 
 
 def begin_alike(
@@ -64,20 +62,27 @@ def begin_alike(
     return True
 
 
+def integers(names: Iterable[str], tensors: Tensors) -> list[str]:
+    """Those of ``names`` that are the same bits wherever they are computed."""
+    return [name for name in names if not tensors[name].is_floating_point()]
+
+
 def check_nested(name: str, options: object) -> None:
     """Raise unless a start at a smaller rank is the first directions of one at a larger."""
-    if isinstance(options, LoRAXSOptions):
-        if options.vectors != "top" or options.basis == "random":
-            raise ValueError(
-                "another rank needs directions in order, those of vectors='top' and of a basis "
-                f"other than 'random', got vectors={options.vectors!r} and "
-                f"basis={options.basis!r} in {name}"
-            )
+    if not isinstance(options, LoRAXSOptions):
+        return
+    if options.vectors != "top" or options.basis == "random":
+        raise ValueError(
+            "another rank needs directions in order, those of vectors='top' and of a basis other "
+            f"than 'random', got vectors={options.vectors!r} and basis={options.basis!r} in {name}"
+        )
 
 
 def with_rank(options: Own, have: int, rank: int) -> Own:
     """The options of the same adapter at ``rank`` in place of ``have``; s stays what it is."""
-    by_rule = {"tau": None, "max_rank": None} if hasattr(options, "tau") else {}
-    changed = replace(options, rank=rank, **by_rule)  # type: ignore[call-arg]
+    changes: dict[str, Any] = {"rank": rank}
+    if hasattr(options, "tau"):
+        changes |= {"tau": None, "max_rank": None}  # no rule any more
+    changed = replace(options, **changes)
     scaling = options.scaling_of(have)
     return changed if changed.scaling_of(rank) == scaling else changed.with_scaling(scaling, rank)

@@ -91,4 +91,3 @@ def _sum(name: str, layer: _Linear, parts: Sequence[tuple[str, float]]) -> Made:
     (trainable,) = layer.adapter.trainables
     state = layer.factors(largest) | {trainable: total}
     return Made(layer.options[largest], 1.0, state, record.head(layer.expected[largest]))
-
