@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -175,6 +176,15 @@ def test_a_head_that_only_one_trained_is_no_common_one(tmp_path):
         qk.combine(parts, tmp_path / "sum")
     qk.combine(parts, tmp_path / "sum", extra="first")
     assert_is_sum(tmp_path / "sum", parts)
+
+
+def test_a_file_samples_what_neither_trains_nor_comes_along(tmp_path):
+    """A digest of what the sum adapts or brings would be that of one of its adapters alone."""
+    parts = {drawn("qr", 1, names=["0"], trainable=["3"]): 1.0, drawn("qr", 2, names=["2"]): 1.0}
+    qk.combine(parts, tmp_path / "sum", extra="first")
+    manifest = json.loads(metadata(tmp_path / "sum")["manifest"])
+    assert set(manifest["frozen"]) == {"0.bias", "2.bias"}
+    assert manifest["extra"] == ["3.bias", "3.weight"]
 
 
 def test_an_equal_head_and_what_is_tied_or_complex_stay(tmp_path):
