@@ -6,7 +6,7 @@ a larger one with zeros behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -51,20 +51,22 @@ def first_directions(adapter: AnyLowRank, factors: Tensors, rank: int) -> State:
 
 
 def begin_alike(
-    adapter: AnyLowRank, one: Tensors, other: Tensors, names: Iterable[str], rank: int
+    adapter: AnyLowRank, one: Tensors, other: Tensors, rank: int, rebuilt: bool
 ) -> bool:
-    """Whether the factors ``names`` have the same bits in their first ``rank`` directions."""
-    for name in names:
-        (ours,) = first_directions(adapter, {name: one[name]}, rank).values()
-        (theirs,) = first_directions(adapter, {name: other[name]}, rank).values()
-        if not torch.equal(ours, theirs):
-            return False
-    return True
+    """Whether two adapters over the same weight have the same first ``rank`` directions.
 
-
-def integers(names: Iterable[str], tensors: Tensors) -> list[str]:
-    """Those of ``names`` that are the same bits wherever they are computed."""
-    return [name for name in names if not tensors[name].is_floating_point()]
+    Factors that are ``rebuilt`` from the weight are the same where their integers are, the pivots:
+    floats of another search differ in their last bits. Others must have the same bits.
+    """
+    if rebuilt:
+        names = [name for name in adapter.rebuilt_from if not one[name].is_floating_point()]
+    else:
+        names = [name for name in adapter.operands if name in adapter.factors]
+    ours, theirs = (
+        first_directions(adapter, {name: factors[name] for name in names}, rank)
+        for factors in (one, other)
+    )
+    return all(torch.equal(ours[name], theirs[name]) for name in names)
 
 
 def check_nested(name: str, options: object) -> None:

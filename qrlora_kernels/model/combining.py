@@ -17,7 +17,6 @@ from ..adapters.combining import (
     begin_alike,
     check_nested,
     first_directions,
-    integers,
     require_low_rank,
     weighted_sum,
     with_rank,
@@ -150,7 +149,7 @@ def _content(called: str, adapter: Adapter) -> AdapterFile:
     if not isinstance(adapter, nn.Module):
         return read(adapter)
     refuse_sharded(unwrapped(adapter), "combine the files that save_adapter writes")
-    return contents(adapter).in_file(called)
+    return contents(adapter).in_file(Path(called))
 
 
 # --- one layer
@@ -207,10 +206,9 @@ def _check_alike(name: str, adapter: AnyLowRank, kept: _Part, other: _Part) -> N
             f"adapters must begin from the same base to be combined, got other weights in {both}"
         )
     tensors, others = kept.content.tensors_of(name), other.content.tensors_of(name)
-    if one.stored_factors == two.stored_factors and (one.stored_factors or adapter.rebuilt_from):
-        # Of one base the same pivots give the same factors, and a diagonal up to rounding.
-        told = adapter.factors if one.stored_factors else integers(adapter.rebuilt_from, tensors)
-        alike = begin_alike(adapter, tensors, others, told, other.rank(name))
+    rebuilt = not one.stored_factors
+    if one.stored_factors == two.stored_factors and (adapter.rebuilt_from or not rebuilt):
+        alike = begin_alike(adapter, tensors, others, other.rank(name), rebuilt)
     elif one.digests and kept.rank(name) == other.rank(name):
         alike = one.digests == two.digests
     else:

@@ -84,7 +84,7 @@ class AdapterFile:
         Of the layers, under ``layer.tensor``.
     """
 
-    path: Path | str
+    path: Path
     layers: dict[str, Entry]
     extra: dict[str, Tensor]
     thawed: frozenset[str]

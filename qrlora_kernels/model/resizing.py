@@ -15,7 +15,6 @@ from ..adapters.combining import (
     begin_alike,
     check_nested,
     first_directions,
-    integers,
     require_low_rank,
     resized,
     with_rank,
@@ -131,17 +130,15 @@ def _starts(
 def _state(name: str, layer: AdapterLinear, rank: int, made: State | None, follows: bool) -> State:
     """The tensors of ``layer`` at ``rank``: what a start ``made``, if it begins as the layer does.
 
-    Factors that follow from the weight are the same where their integers are, and computed again
-    they go on doing so; other factors must have the same bits.
+    So factors that follow from the weight go on doing so, and a file goes without them.
     """
     adapter = require_low_rank(layer.adapter, NO_ORDER)
     (gate,) = adapter.trainables
     here, own = _held(layer), layer.rank
-    told = integers(adapter.rebuilt_from, here) if follows else adapter.factors
     if made is not None:
-        both = min(own, adapter.rank(made))
-        if begin_alike(adapter, here, made, told, both):
-            return made | {gate: resized(here[gate], adapter.rank(made))}
+        new = adapter.rank(made)
+        if begin_alike(adapter, here, made, min(own, new), rebuilt=follows):
+            return made | {gate: resized(here[gate], new)}
     if rank < own:
         cut = first_directions(adapter, {key: here[key] for key in adapter.factors}, rank)
         return cut | {gate: resized(here[gate], rank)}

@@ -100,7 +100,7 @@ class Contents:
     changed: dict[str, Tensor] = field(default_factory=dict)  # base weights by the layer's name
     left_out: list[str] = field(default_factory=list)
 
-    def in_file(self, path: Path | str) -> AdapterFile:
+    def in_file(self, path: Path) -> AdapterFile:
         """As :func:`read` would give it."""
         again = {name: self.extra[first] for name, first in self.tied.items()}
         thawed = self.thawed | {name for name, first in self.tied.items() if first in self.thawed}
