@@ -86,6 +86,26 @@ class OHoRA(Adapter[OHoRAOptions]):
         return {"a": factors["a0"].clone(), "b": factors["b0"].clone()}
 
     @classmethod
+    def silent(cls, factors: Tensors, options: OHoRAOptions) -> State:
+        return cls.fresh(factors, options)
+
+    @classmethod
+    def update_by_row(
+        cls,
+        x: Tensor,
+        tensors: Tensors,
+        own: Tensors,
+        index: Tensor,
+        options: OHoRAOptions,
+        strength: float,
+    ) -> Tensor:
+        if options.product != "kron":
+            raise ValueError(
+                f"rows of their own adapters need OHoRA's product='kron', got {options.product!r}"
+            )
+        return super().update_by_row(x, tensors, own, index, options, strength)
+
+    @classmethod
     def outline(cls, weight: Tensor, options: OHoRAOptions) -> State | None:
         rows, columns = weight.shape
         rank = linalg.high_rank(rows, columns) if options.rank is None else options.rank

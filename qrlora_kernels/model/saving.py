@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -76,11 +77,21 @@ def save_adapter(
     """
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
-    progress = plain_value("progress", "bool", progress)
+    write_adapter(model, path, factors, plain_value("progress", "bool", progress), {})
+
+
+def write_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    factors: Factors,
+    progress: bool,
+    instead: Mapping[str, Tensor],
+) -> None:
+    """:func:`save_adapter` with other numbers ``instead`` of what trains, by full names."""
     refuse_flattened(model, UNFLATTEN)
     file = file_at(path)
     root, layers = unwrapped(model), require_adapted(model)
-    content = _Content()
+    content = _Content(instead)
     for name, layer in tqdm(layers.items(), "save", disable=not progress):
         with present(layer):
             _add_layer(content, name, layer, factors)
@@ -99,6 +110,7 @@ def save_adapter(
 class _Content:
     """What goes into the file, as it is found."""
 
+    instead: Mapping[str, Tensor]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     manifest: Manifest = field(default_factory=lambda: {"layers": {}})
     changed: dict[str, Tensor] = field(default_factory=dict)  # base weights by the layer's name
@@ -111,6 +123,8 @@ class _Content:
 def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Factors) -> None:
     weight = whole(layer.base_weight)
     own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.factors)}
+    given = {key: content.instead.get(f"{name}.{key}") for key in layer.trainables}
+    own |= {key: tensor for key, tensor in given.items() if tensor is not None}
     _check_data({f"{name}.{key}": t for key, t in {"weight": weight, **own}.items()})
     known, changed = known_of(layer, weight), layer.base_changed()
     follow = factors != "stored" and _follow(layer, factors) and not changed
@@ -162,7 +176,8 @@ def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLin
     unmerged = {id(layer.weight): layer.base_weight for layer in layers.values()}
     held = {n: unmerged.get(id(p), p) for n, p in parameters(root).items()}
     moving = buffers(root)
-    thawed = {n: p for n, p in held.items() if p.requires_grad and id(p) not in own}
+    trains = {n for n, p in held.items() if p.requires_grad or n in content.instead}
+    thawed = {n: held[n] for n in held if n in trains and id(held[n]) not in own}
     content.left_out = [n for n, b in moving.items() if b.layout != torch.strided]
     extra = thawed | {n: b for n, b in moving.items() if n not in content.left_out}
     changed = {id(weight) for weight in content.changed.values()}
@@ -173,6 +188,7 @@ def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLin
     # Of an offloaded layer the parameter is another tensor than the weight that was brought in.
     changed_too = {f"{name}.weight": weight for name, weight in content.changed.items()}
     values |= {n: w for n, w in changed_too.items() if n in first or n not in extra}
+    values |= {n: t for n, t in content.instead.items() if n in values}
     _check_data(values)
     content.tensors |= values
     adapted = {f"{name}.weight" for name in layers}
