@@ -40,7 +40,9 @@ def state(net: nn.Module, seed: int) -> dict[str, Tensor]:
     """An adapter away from the start."""
     generator = torch.Generator().manual_seed(seed)
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    noise = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in trained.items()}
+    noise = {
+        n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in trained.items()
+    }
     return {name: (p + 0.3 * noise[name]).detach() for name, p in trained.items()}
 
 

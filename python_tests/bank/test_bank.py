@@ -49,7 +49,7 @@ def test_each_row_has_the_answer_of_its_adapter(kind, head):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outside_the_model_answers_with_its_own_adapter(kind):
-    net, bank, states = filled(kind)
+    net, bank, _states = filled(kind)
     x = bank_model.batch(2)
     before = net(x)
     with bank.use(["user 1", "user 2"]):
@@ -129,7 +129,9 @@ def test_states_come_back_as_they_were():
         assert found.keys() == state.keys()
         assert all(torch.equal(found[key], state[key]) for key in state)
     assert bank.names() == list(states)
-    assert len(bank) == 4 and "user 1" in bank and bank.nbytes == 4 * bank.numbers * 8
+    assert len(bank) == 4
+    assert "user 1" in bank
+    assert bank.nbytes == 4 * bank.numbers * 8
 
 
 def test_the_start_is_that_of_the_layers():
@@ -162,7 +164,7 @@ def test_a_batch_under_way_finishes_with_the_old_numbers():
 
 
 def test_the_one_unused_longest_goes_where_that_is_asked_for(tmp_path):
-    net, bank, states = filled("qr", 3, when_full="evict")
+    _net, bank, _states = filled("qr", 3, when_full="evict")
     bank._slots.capacity = 3
     bank.pack(tmp_path / "all")  # now none of them is lost
     with bank.use(["user 0"]):
@@ -181,7 +183,9 @@ def test_what_is_not_saved_is_not_thrown_away(tmp_path):
     bank.add("b")
     assert bank.names() == ["b"]
     with pytest.raises(ValueError, match="capacity"):
-        qk.AdapterBank(net, 1).load({"a": tmp_path / "a.safetensors", "b": tmp_path / "a.safetensors"})
+        qk.AdapterBank(net, 1).load(
+            {"a": tmp_path / "a.safetensors", "b": tmp_path / "a.safetensors"}
+        )
 
 
 def test_another_thread_has_its_own_rows():

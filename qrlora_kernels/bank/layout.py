@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class Layout:
     layers : dict of ByRow
         The adapted layers by name.
     heads : dict of nn.Linear
+    columns : dict of slice
+        Those of each tensor, by its full name.
     width : int
         How many numbers an adapter has.
     dtype : torch.dtype
@@ -53,6 +56,11 @@ class Layout:
         for name, head in self.heads.items():
             self._add(name, head, held_by(head))
             listen(head)
+        ends = list(accumulate(place.shape.numel() for place in self.places.values()))
+        self.columns = {
+            name: slice(end - place.shape.numel(), end)
+            for (name, place), end in zip(self.places.items(), ends, strict=True)
+        }
         self.widths = [place.shape.numel() for place in self.places.values()]
         self.width = sum(self.widths)
         self.dtype = torch.float64 if self._has(torch.float64) else torch.float32

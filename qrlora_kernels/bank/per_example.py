@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +55,7 @@ class PerExample:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        ends = list(accumulate(layout.widths))
-        self.columns = {
-            name: slice(end - width, end)
-            for name, width, end in zip(layout.places, layout.widths, ends, strict=True)
-        }
+        self.columns = layout.columns
         self._trained = by_module(layout.places, layout.trained())
         self._rows: dict[nn.Module, Rows] = {}
 
