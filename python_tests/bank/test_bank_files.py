@@ -96,7 +96,7 @@ def test_another_start_is_refused(what, tmp_path):
         bank.load(tmp_path / "packed.safetensors")
     if what != "rank":  # a smaller one is filled up
         qk.save_adapter(other, tmp_path / "one.safetensors")
-        with pytest.raises(ValueError, match="one.safetensors"):
+        with pytest.raises(ValueError, match=r"one\.safetensors"):
             bank.load(tmp_path / "one.safetensors")
     assert len(bank) == 0
 
@@ -110,7 +110,7 @@ def test_nothing_is_loaded_where_one_file_is_wrong(tmp_path):
         [tmp_path / "good.safetensors", tmp_path / "bad.safetensors"],
         [tmp_path / "good.safetensors"] * 2,
     ):
-        with pytest.raises(ValueError, match="bad.safetensors|twice"):
+        with pytest.raises(ValueError, match=r"bad\.safetensors|twice"):
             bank.load(paths)
     with pytest.raises(FileNotFoundError):
         bank.load([tmp_path / "good.safetensors", tmp_path / "none.safetensors"])

@@ -85,7 +85,7 @@ class AdapterBank:
         self._optimizers: WeakSet[BankAdamW] = WeakSet()
         self._lock = threading.Lock()  # of the table and of the names
         tuner = getattr(model, "base_model", None)
-        if hasattr(tuner, "serve_by"):  # one of ours under PEFT
+        if tuner is not None and hasattr(tuner, "serve_by"):  # one of ours under PEFT
             tuner.serve_by(self)
 
     # --- what is here
