@@ -182,15 +182,12 @@ class Adapter(Generic[Own]):
         strength: float,
     ) -> Tensor:
         """:meth:`update`, of which ``own`` takes the place of what trains in ``tensors``."""
-        tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-        of_rows = {key: cls.beside_tokens(held[index]) for key, held in own.items()}
-        update = cls.update(tokens, {**tensors, **of_rows}, options, strength)
-        return update.reshape(*x.shape[:-1], update.shape[-1])
+        raise NotImplementedError
 
-    @classmethod
-    def beside_tokens(cls, own: Tensor) -> Tensor:
-        """Trainables of rows [B, ...] such that :meth:`update` takes them with x [B, T, K]."""
-        return own.unsqueeze(1)
+    @staticmethod
+    def flat_rows(x: Tensor) -> Tensor:
+        """x [B, ..., K] as [B, T, K]."""
+        return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
     @classmethod
     def delta(cls, tensors: Tensors, options: Own, strength: float) -> Tensor:

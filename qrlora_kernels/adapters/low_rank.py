@@ -55,8 +55,20 @@ class LowRank(Adapter[Own]):
         )
 
     @classmethod
-    def beside_tokens(cls, own: Tensor) -> Tensor:
-        return own if cls.square else own.unsqueeze(1)
+    def update_by_row(
+        cls,
+        x: Tensor,
+        tensors: Tensors,
+        own: Tensors,
+        index: Tensor,
+        options: Own,
+        strength: float,
+    ) -> Tensor:
+        gates = own[cls.gate][index]
+        beside_tokens = gates if cls.square else gates.unsqueeze(1)
+        of_rows = {**tensors, cls.gate: beside_tokens}
+        update = cls.update(cls.flat_rows(x), of_rows, options, strength)
+        return update.reshape(*x.shape[:-1], update.shape[-1])
 
     @classmethod
     def can_train(cls, state: Tensors) -> bool:

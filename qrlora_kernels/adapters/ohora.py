@@ -103,7 +103,15 @@ class OHoRA(Adapter[OHoRAOptions]):
             raise ValueError(
                 f"rows of their own adapters need OHoRA's product='kron', got {options.product!r}"
             )
-        return super().update_by_row(x, tensors, own, index, options, strength)
+        a, b = own["a"][index], own["b"][index]
+        with outside_autocast(x.device.type):
+            tokens = cls.flat_rows(x).to(accumulation_dtype(x.dtype))
+            split = tokens.unflatten(-1, (a.shape[-1], -1))
+            # Per batch, not per token: a product that broadcasts would copy A for every token.
+            mixed = torch.einsum("bni,btij->btnj", a, torch.einsum("btik,bkj->btij", split, b))
+            start = _apply_factors(tokens, tensors["a0"], tensors["b0"], options.product)
+            update = (strength * (mixed.flatten(-2) - start)).to(x.dtype)
+        return update.reshape(*x.shape[:-1], update.shape[-1])
 
     @classmethod
     def outline(cls, weight: Tensor, options: OHoRAOptions) -> State | None:
@@ -183,7 +191,7 @@ class OHoRA(Adapter[OHoRAOptions]):
 
 
 def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:
-    """x [..., K] by factors that may have dimensions in front, as x has."""
+    """x [..., K] by the factors."""
     if product == "lora":
         return x @ b @ a.mT
     tokens = x.reshape(*x.shape[:-1], a.shape[-1], b.shape[-2])

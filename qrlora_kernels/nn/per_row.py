@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AnyAdapter, State
+from ..adapters import Adapter, AnyAdapter, State
 
 
 class Rows(NamedTuple):
@@ -123,8 +123,7 @@ def _answer(head: nn.Linear, args: tuple[Any, ...], y: Tensor) -> Tensor:
 def linear_by_row(x: Tensor, rows: Rows) -> Tensor:
     """x [B, ..., K] by the weight [N, K] and the bias of each row."""
     weight = rows.own["weight"][rows.place]
-    tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-    y = tokens.to(weight.dtype) @ weight.mT
+    y = Adapter.flat_rows(x).to(weight.dtype) @ weight.mT
     if "bias" in rows.own:
         y = y + rows.own["bias"][rows.place].unsqueeze(1)
     return y.reshape(*x.shape[:-1], y.shape[-1])
