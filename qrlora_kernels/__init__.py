@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from . import backends, functional, kernels, linalg, nn
+from .bank import AdapterBank, per_example
 from .model import (
     adapt,
     adapted_layers,
@@ -26,6 +27,7 @@ from .nn import LoRAXSLinear, OHoRALinear, QRLinear
 from .version import __version__
 
 __all__ = [
+    "AdapterBank",
     "LoRAXSLinear",
     "OHoRALinear",
     "QRLinear",
@@ -43,6 +45,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "nn",
+    "per_example",
     "refresh",
     "save_adapter",
     "scale",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .. import functional
 from ..linalg import StartRunner
 from ..linalg.exponents import in_range, times_two_to
 from ..reference import accumulation_dtype
@@ -92,6 +93,11 @@ class Adapter(Generic[Own]):
         raise NotImplementedError
 
     @classmethod
+    def silent(cls, factors: Tensors, options: Own) -> State:
+        """What trains where the update is zero."""
+        raise NotImplementedError
+
+    @classmethod
     def outline(cls, weight: Tensor, options: Own) -> State | None:
         """What a start over ``weight`` [N, K] gives, in shape and dtype, on the meta device.
 
@@ -145,6 +151,43 @@ class Adapter(Generic[Own]):
     def update(cls, x: Tensor, tensors: Tensors, options: Own, strength: float) -> Tensor:
         """x ΔWᵀ [..., N] alone in plain PyTorch: for another input than the base's."""
         raise NotImplementedError
+
+    # Each row of a batch with trainables of its own: x [B, ..., K], ``own`` [A, ...] those of A
+    # adapters, ``index`` [B] the adapter of each row.
+
+    @classmethod
+    def fused_by_row(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: Tensors,
+        own: Tensors,
+        index: Tensor,
+        options: Own,
+        strength: float,
+    ) -> Tensor:
+        """:meth:`fused`, of which ``own`` takes the place of what trains in ``tensors``."""
+        update = cls.update_by_row(x, tensors, own, index, options, strength)
+        return functional.linear_add(x, weight, bias, update)
+
+    @classmethod
+    def update_by_row(
+        cls,
+        x: Tensor,
+        tensors: Tensors,
+        own: Tensors,
+        index: Tensor,
+        options: Own,
+        strength: float,
+    ) -> Tensor:
+        """:meth:`update`, of which ``own`` takes the place of what trains in ``tensors``."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flat_rows(x: Tensor) -> Tensor:
+        """x [B, ..., K] as [B, T, K]."""
+        return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
     @classmethod
     def delta(cls, tensors: Tensors, options: Own, strength: float) -> Tensor:

@@ -56,6 +56,7 @@ class LoRAXS(LowRank[LoRAXSOptions]):
     factors = ("a", "b")
     operands = ("a", "b", "core")
     down, up, gate = operands
+    square = True
     function = staticmethod(functional.lora_xs_linear)
     options_type = LoRAXSOptions
 

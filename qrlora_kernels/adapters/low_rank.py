@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import functional
 from ..reference import accumulation_dtype, hidden_dtype, low_rank_delta_ref
-from .adapter import Adapter, Own, Tensors
+from .adapter import Adapter, Own, State, Tensors
 
 
 class LowRank(Adapter[Own]):
@@ -18,6 +20,7 @@ class LowRank(Adapter[Own]):
     up: ClassVar[str]
     down: ClassVar[str]
     gate: ClassVar[str]
+    square: ClassVar[bool]  # whether the gate is C and not λ
     function: ClassVar[Callable[..., Tensor]]  # of functional, which takes ``operands`` in order
 
     @classmethod
@@ -29,6 +32,45 @@ class LowRank(Adapter[Own]):
         return cls.function(x, weight, bias, *of_three, strength)
 
     @classmethod
+    def silent(cls, factors: Tensors, options: Own) -> State:
+        rank, dtype = len(factors[cls.down]), accumulation_dtype(factors[cls.down].dtype)
+        shape = (rank, rank) if cls.square else (rank,)
+        return {cls.gate: torch.zeros(shape, dtype=dtype, device=factors[cls.down].device)}
+
+    @classmethod
+    def fused_by_row(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: Tensors,
+        own: Tensors,
+        index: Tensor,
+        options: Own,
+        strength: float,
+    ) -> Tensor:
+        of_tokens = index.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
+        return functional.mixed_low_rank_linear(
+            x, weight, bias, tensors[cls.down], tensors[cls.up], own[cls.gate], of_tokens, strength
+        )
+
+    @classmethod
+    def update_by_row(
+        cls,
+        x: Tensor,
+        tensors: Tensors,
+        own: Tensors,
+        index: Tensor,
+        options: Own,
+        strength: float,
+    ) -> Tensor:
+        gates = own[cls.gate][index]
+        beside_tokens = gates if cls.square else gates.unsqueeze(1)
+        of_rows = {**tensors, cls.gate: beside_tokens}
+        update = cls.update(cls.flat_rows(x), of_rows, options, strength)
+        return update.reshape(*x.shape[:-1], update.shape[-1])
+
+    @classmethod
     def can_train(cls, state: Tensors) -> bool:
         return bool(state[cls.up].any()) and bool(state[cls.down].any())
 
@@ -37,7 +79,7 @@ class LowRank(Adapter[Own]):
         up, down, gate = tensors[cls.up], tensors[cls.down], strength * tensors[cls.gate]
         dtype = hidden_dtype(x.dtype)
         h = linear(x.to(dtype), down.to(dtype))
-        gated = (h * gate).to(dtype) if gate.dim() == 1 else h @ gate.to(dtype)
+        gated = h @ gate.to(dtype) if cls.square else (h * gate).to(dtype)
         return linear(gated, up.to(dtype)).to(x.dtype)
 
     @classmethod
@@ -49,4 +91,4 @@ class LowRank(Adapter[Own]):
     def lora_factors(cls, tensors: Tensors, options: Own, strength: float) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(tensors[cls.up].dtype)
         up, gate = strength * tensors[cls.up].to(dtype), tensors[cls.gate].to(dtype)
-        return tensors[cls.down].to(dtype), up * gate if gate.dim() == 1 else up @ gate.mT
+        return tensors[cls.down].to(dtype), up @ gate.mT if cls.square else up * gate

@@ -86,6 +86,34 @@ class OHoRA(Adapter[OHoRAOptions]):
         return {"a": factors["a0"].clone(), "b": factors["b0"].clone()}
 
     @classmethod
+    def silent(cls, factors: Tensors, options: OHoRAOptions) -> State:
+        return cls.fresh(factors, options)
+
+    @classmethod
+    def update_by_row(
+        cls,
+        x: Tensor,
+        tensors: Tensors,
+        own: Tensors,
+        index: Tensor,
+        options: OHoRAOptions,
+        strength: float,
+    ) -> Tensor:
+        if options.product != "kron":
+            raise ValueError(
+                f"rows of their own adapters need OHoRA's product='kron', got {options.product!r}"
+            )
+        a, b = own["a"][index], own["b"][index]
+        with outside_autocast(x.device.type):
+            tokens = cls.flat_rows(x).to(accumulation_dtype(x.dtype))
+            split = tokens.unflatten(-1, (a.shape[-1], -1))
+            # Per batch, not per token: a product that broadcasts would copy A for every token.
+            mixed = torch.einsum("bni,btij->btnj", a, torch.einsum("btik,bkj->btij", split, b))
+            start = _apply_factors(tokens, tensors["a0"], tensors["b0"], options.product)
+            update = (strength * (mixed.flatten(-2) - start)).to(x.dtype)
+        return update.reshape(*x.shape[:-1], update.shape[-1])
+
+    @classmethod
     def outline(cls, weight: Tensor, options: OHoRAOptions) -> State | None:
         rows, columns = weight.shape
         rank = linalg.high_rank(rows, columns) if options.rank is None else options.rank
@@ -163,7 +191,7 @@ class OHoRA(Adapter[OHoRAOptions]):
 
 
 def _apply_factors(x: Tensor, a: Tensor, b: Tensor, product: str) -> Tensor:
-    """x [..., K] by factors that may have dimensions in front, as x has."""
+    """x [..., K] by the factors."""
     if product == "lora":
         return x @ b @ a.mT
     tokens = x.reshape(*x.shape[:-1], a.shape[-1], b.shape[-2])

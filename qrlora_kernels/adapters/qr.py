@@ -53,6 +53,7 @@ class QR(LowRank[QROptions]):
     factors = ("q", "r", "pivots", "diagonal")
     operands = ("q", "r", "lam")
     up, down, gate = operands
+    square = False
     function = staticmethod(functional.qr_linear)
     rebuilt_from = ("pivots", "diagonal")
     kept_fp32 = ("diagonal",)

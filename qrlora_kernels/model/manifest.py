@@ -163,6 +163,15 @@ def sampled(tensor: Tensor) -> str:
     return digest_of({"": some}, str(list(tensor.shape)))[:8]  # a file has one a tensor
 
 
+def format_of(path: str | os.PathLike[str]) -> str | None:
+    """What a safetensors file says that it is; None if it is no such file, or does not say."""
+    try:
+        with safe_open(file_at(path), framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except SafetensorError:
+        return None
+
+
 def read(path: str | os.PathLike[str]) -> AdapterFile:
     """Read a file and check that it is whole.
 

@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AnyAdapter, Options, State
+from ..adapters import Options, State
 from ..linalg import StartRunner
 from ..reference import HALF
 from . import base_weight, merging, offload
 from .derived import Derived
+from .per_row import ByRow
 
 
-class Adapted(nn.Module):
+class Adapted(nn.Module, ByRow):
     """The state of :class:`AdapterLinear`, and what follows from it without a call."""
 
-    adapter: ClassVar[AnyAdapter]
     kind: ClassVar[str]
     operation: ClassVar[str]
     trainables: ClassVar[tuple[str, ...]]
@@ -31,6 +31,7 @@ class Adapted(nn.Module):
         "_start",
         "_starts",
         "_off",
+        "_asked",
         "_bias_dtype",
         "derived",
     )
@@ -47,6 +48,7 @@ class Adapted(nn.Module):
     _merge: merging.Merge | None
     _start: str | None  # quick digest of the weight that the factors came from; None: unknown
     _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
+    _asked: int  # in how many contexts of all threads rows may have adapters of their own
     _off: Tensor | None  # its number while some thread asks for the base's answer
     _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
@@ -69,6 +71,7 @@ class Adapted(nn.Module):
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
+        self._asked = 0
         self.derived = Derived()
         self.take_state(state)
 
@@ -141,6 +144,22 @@ class Adapted(nn.Module):
     def rank(self) -> int:
         """r of the update."""
         return self.adapter.rank(self._tensors())
+
+    def trained_now(self) -> State:
+        return {name: getattr(self, name) for name in self.trainables}
+
+    def begin(self) -> State:
+        return self.adapter.fresh(self._frozen(), self._options)
+
+    def silent(self) -> State:
+        return self.adapter.silent(self._frozen(), self._options)
+
+    def _frozen(self) -> State:
+        return {name: getattr(self, name) for name in self.factors}
+
+    def check_by_row(self, name: str) -> None:
+        if self.merged:
+            raise ValueError(f"{name} must not be merged for rows of other adapters: unmerge first")
 
     def trained_parameters(self) -> int:
         """How many numbers the adapter trains."""

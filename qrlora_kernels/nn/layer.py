@@ -14,7 +14,17 @@ from ..dispatch.problem import Choice, Problem
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..reference import HALF
-from . import asking, base_weight, conversion, merging, nested, offload, state_dict, switch
+from . import (
+    asking,
+    base_weight,
+    conversion,
+    merging,
+    nested,
+    offload,
+    per_row,
+    state_dict,
+    switch,
+)
 from .adapted import Adapted
 from .become import (
     adapted_class,
@@ -109,6 +119,8 @@ class AdapterLinear(Adapted):
             conversion.follow_weight(self)
         matrix = weight.t() if self.conv1d else weight
         bias = self.bias if self._bias_dtype is None else self._narrow_bias()
+        if self._asked and (rows := per_row.rows_of(self, x)) is not None:
+            return self._by_row(x, matrix, bias, rows)
         if self._adds_update():
             # The base sees x, the adapter a dropped copy; one rounding still, so a small update
             # survives in half precision.
@@ -116,6 +128,13 @@ class AdapterLinear(Adapted):
             update = self.adapter.update(dropped, self._tensors(), self._options, self._strength)
             return linear_add(x, matrix, bias, update)
         return self._fused(x, matrix, bias)
+
+    def _by_row(self, x: Tensor, matrix: Tensor, bias: Tensor | None, rows: per_row.Rows) -> Tensor:
+        of_rows = self._tensors(), *rows, self._options, self._strength
+        if self._adds_update():
+            dropped = F.dropout(x, self._options.dropout, self.training)
+            return linear_add(x, matrix, bias, self.adapter.update_by_row(dropped, *of_rows))
+        return self.adapter.fused_by_row(x, matrix, bias, *of_rows)
 
     def _fused(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         return self.adapter.fused(x, matrix, bias, self._tensors(), self._strength)
@@ -224,7 +243,7 @@ class AdapterLinear(Adapted):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._off = None  # no thread has the copy off
+        self._off, self._asked = None, 0  # no thread asks anything of the copy
         self.derived = Derived()  # a shallow copy has the original's
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -248,6 +267,9 @@ class AdapterLinear(Adapted):
     def steps(self) -> tuple[str, ...]:
         """The steps that backends are asked for, in the present mode."""
         return asking.steps(self)
+
+    def began_from(self) -> tuple[Tensor, State, float]:
+        return self.base_weight, self._frozen(), self._strength
 
     def base_changed(self) -> bool:
         """Whether the weight is another than the one that the factors came from."""

@@ -11,8 +11,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapters import AnyAdapter, Options, State
+from ..adapters import Options, State
 from ..adapters.low_rank import LowRank
+from ..nn.per_row import ByRow
 from . import loading, record
 from .factors import Factors
 
@@ -28,10 +29,9 @@ class Made:
     from_file: bool = False  # whether a file is about to bring the factors, now zeros
 
 
-class AdaptedLayer(BaseTunerLayer):
+class AdaptedLayer(BaseTunerLayer, ByRow):
     """What PEFT knows one of our layers by, and what it holds of its adapters."""
 
-    adapter: ClassVar[AnyAdapter]
     prefix: ClassVar[str]
     # By adapter: frozen things, which delete_adapter takes off.
     other_param_names: tuple[str, ...] = (
@@ -149,6 +149,43 @@ class AdaptedLayer(BaseTunerLayer):
                 wide = key in self.adapter.kept_fp32
                 tensors[key] = found[key].to(dtype) if wide else found[key]
         return tensors
+
+    # --- rows of adapters that no name in PEFT stands for, over the factors of the active adapter
+
+    def _active(self) -> str:
+        (name,) = (name for name in self.active_adapters if self.has(name))
+        return name
+
+    def trained_now(self) -> State:
+        return {key: getattr(self, held)[self._active()] for key, held in self._names()}
+
+    def begin(self) -> State:
+        name = self._active()
+        return self.adapter.fresh(self._frozen(name), self.options[name])
+
+    def silent(self) -> State:
+        name = self._active()
+        return self.adapter.silent(self._frozen(name), self.options[name])
+
+    def _frozen(self, name: str) -> State:
+        found = self.factors(name)
+        dtype = next(iter(self.trained_now().values())).dtype
+        return {k: t.to(dtype) if k in self.adapter.kept_fp32 else t for k, t in found.items()}
+
+    def began_from(self) -> tuple[Tensor, State, float]:
+        name = self._active()
+        factors = self.factors_of[name].factors() | self._frozen(name)
+        return self.get_base_weight(), factors, self.scaling[name]
+
+    def check_by_row(self, name: str) -> None:
+        if self.merged:
+            raise ValueError(f"{name} must not be merged for rows of other adapters: unmerge first")
+        here = [one for one in self.active_adapters if self.has(one)]
+        if len(here) != 1:
+            raise ValueError(
+                f"{name} must have one active adapter, over whose factors rows have theirs, got "
+                f"{here}"
+            )
 
     def has(self, name: str) -> bool:
         return name in self.r

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import adapters
 from ..autocast import autocast_enabled
 from ..functional import linear_add
-from ..nn import base_weight, offload
+from ..nn import base_weight, offload, per_row
 from ..reference import HALF
 from . import loading, merging, mixed
 from .factors import Factors
@@ -67,6 +67,7 @@ class _Linear(nn.Module, AdaptedLayer):
         self.merged_adapters = []
         self._merge = merging.Merge()
         self._active_adapter: list[str] = []
+        self._asked = 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         with self._merge.following(self, fn):
@@ -124,6 +125,9 @@ class _Linear(nn.Module, AdaptedLayer):
             result = self.base_layer(x, *args, **kwargs)
         else:
             names = [name for name in self.active_adapters if self.has(name)]
+            rows = per_row.rows_of(self, x) if self._asked else None
+            if rows is not None:
+                return self._by_row(x, names[0], rows, *args, **kwargs)
             result = self._adapted(x, names, *args, **kwargs)
         return result
 
@@ -141,6 +145,24 @@ class _Linear(nn.Module, AdaptedLayer):
             return linear_add(x, *self._base(), self._sum_of_updates(x, names, x.dtype))
         result = self.base_layer(x, *args, **kwargs)
         return result + self._sum_of_updates(x, names, result.dtype)
+
+    def _by_row(
+        self, x: Tensor, name: str, rows: per_row.Rows, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Each row with its own adapter over the factors of the one called ``name``."""
+        self.compare(name)
+        fused = not (args or kwargs) and self.is_plain(x)
+        if fused and not self._updates_apart(name):
+            matrix, bias = self._base()
+            of_rows = self.tensors(name, exact=False), *rows, self.options[name], self.scaling[name]
+            return self.adapter.fused_by_row(x, matrix, bias, *of_rows)
+        of_rows = self.tensors(name), *rows, self.options[name], self.scaling[name]
+        dropped = F.dropout(x, self.dropout[name], self.training)
+        update = self.adapter.update_by_row(dropped, *of_rows)
+        if fused:
+            return linear_add(x, *self._base(), update.to(x.dtype))
+        result = self.base_layer(x, *args, **kwargs)
+        return result + update.to(result.dtype)
 
     def _updates_apart(self, name: str) -> bool:
         drops = self.training and self.dropout[name] > 0.0

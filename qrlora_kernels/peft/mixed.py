@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .. import functional
+from ..adapters import State
 from ..adapters.low_rank import LowRank
 from ..reference import accumulation_dtype
 
@@ -62,11 +63,10 @@ def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwarg
         return layer.base_layer(x, *args, **kwargs)
     fused = not (args or kwargs) and layer.is_plain(x)
     share = len({layer.factors_of.used[name] for name in here}) == 1
-    adapter = layer.adapter
-    if fused and share and issubclass(adapter, LowRank):
-        return _at_once(layer, adapter, x, rows, here[0])
-    kron = not issubclass(adapter, LowRank) and adapter.fuses(layer.options[here[0]])
-    by_row = share and kron
+    low_rank = issubclass(layer.adapter, LowRank)
+    if fused and share and low_rank:
+        return _at_once(layer, x, rows, here[0])
+    by_row = share and not low_rank and layer.adapter.fuses(layer.options[here[0]])
     update = _by_row(layer, x, rows, here[0]) if by_row else _by_groups(layer, x, rows, here)
     if fused:
         return functional.linear_add(x, *layer._base(), update.to(x.dtype))
@@ -74,45 +74,37 @@ def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwarg
     return result + update.to(result.dtype)
 
 
-def _at_once(
-    layer: _Linear, adapter: type[LowRank[Any]], x: Tensor, rows: Rows, one: str
-) -> Tensor:
+def _at_once(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
     """One call over the factors of ``one``, which all of them share."""
-    matrix, bias = layer._base()
-    factors = layer.factors_of[one].factors()
-    (gates,) = stacked(layer, rows)
+    ((key, gates),) = stacked(layer, rows).items()
     gates = gates * scalings(layer, rows, gates).reshape(-1, *[1] * (gates.dim() - 1))
-    places = rows.places.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-    return functional.mixed_low_rank_linear(
-        x, matrix, bias, factors[adapter.down], factors[adapter.up], gates, places
+    factors, options = layer.factors_of[one].factors(), layer.options[one]
+    return layer.adapter.fused_by_row(
+        x, *layer._base(), factors, {key: gates}, rows.places, options, 1.0
     )
 
 
 def _by_row(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
     """The update [B, ..., N] of a Kronecker product, with the trainables of each row beside it."""
-    tensors = layer.tensors(one)
-    between = [1] * (x.dim() - 2)
-    for key, held in zip(layer.adapter.trainables, stacked(layer, rows), strict=True):
-        tensors[key] = held[rows.places].unflatten(0, (-1, *between))
-    scaling = scalings(layer, rows, x)[rows.places].reshape(-1, *between, 1)
-    wide = x.to(scaling.dtype)
-    return scaling * layer.adapter.update(wide, tensors, layer.options[one], 1.0)
+    scaling = scalings(layer, rows, x)[rows.places].reshape(-1, *[1] * (x.dim() - 1))
+    of_rows = layer.tensors(one), stacked(layer, rows), rows.places, layer.options[one], 1.0
+    return scaling * layer.adapter.update_by_row(x.to(scaling.dtype), *of_rows)
 
 
-def stacked(layer: _Linear, rows: Rows) -> list[Tensor]:
+def stacked(layer: _Linear, rows: Rows) -> State:
     """Each trainable of the distinct names, [A, ...].
 
     Of the largest rank among them, padded with zeros; zeros for the base and for an adapter that is
     not on this layer.
     """
-    found = []
+    found = {}
     trained = {name: layer.trainables(name) for name in rows.distinct if layer.has(name)}
     for key in layer.adapter.trainables:
         own = [trained[name][key] if name in trained else None for name in rows.distinct]
         largest = max((tensor for tensor in own if tensor is not None), key=len)
         zeros = torch.zeros_like(largest)
         wide = [zeros if tensor is None else _padded(tensor, largest) for tensor in own]
-        found.append(torch.stack(wide))
+        found[key] = torch.stack(wide)
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -14,6 +15,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..adapters import AnyAdapter
+from ..bank import AdapterBank
 from . import combining, loading, merging, mixed
 from .config import AdapterConfig
 from .held import Made
@@ -179,11 +181,22 @@ class AdapterModel(BaseTuner):
 
     # --- mixed batches and combinations
 
+    _bank: ref[AdapterBank] | None = None
+
+    def serve_by(self, bank: AdapterBank) -> None:
+        """Let ``adapter_names`` mean adapters of ``bank``, where it has one of them."""
+        self._bank = ref(bank)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
+            return
+        bank = None if self._bank is None else self._bank()
+        if bank is not None and any(name in bank for name in names):
+            with bank.use(names):
+                yield
             return
         encoder = getattr(self.model, "get_encoder", lambda: None)()
         if encoder is self.model:  # what transformers says of a model that has none
