@@ -29,6 +29,7 @@ ROOM_OF = {
     "__main__": "top",
     "model": "model",
     "peft": "peft",
+    "bank": "bank",
     "nn": "nn",
     "adapters": "adapters",
     "functional": "public",
@@ -57,8 +58,9 @@ ROOM_OF = {
 }
 # A room may import itself and these. A backend knows no other backend.
 ROOMS: dict[str, set[str]] = {
-    "top": {"model", "nn", "names", "dispatch", "public", "linalg", "native", "leaf"},
-    "peft": {"model", "nn", "adapters", "public", "linalg", "reference", "leaf"},
+    "top": {"bank", "model", "nn", "names", "dispatch", "public", "linalg", "native", "leaf"},
+    "peft": {"bank", "model", "nn", "adapters", "public", "linalg", "reference", "leaf"},
+    "bank": {"model", "nn", "adapters", "linalg", "leaf"},
     "model": {"nn", "adapters", "dispatch", "problem", "linalg", "reference", "leaf"},
     "nn": {"adapters", "public", "dispatch", "problem", "linalg", "reference", "leaf"},
     "adapters": {"public", "linalg", "reference", "leaf"},

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from tqdm import tqdm
 
 from ..adapters import State
+from ..adapters.combining import begin_alike, resized
 from ..adapters.low_rank import LowRank
 from ..model.known import known_of
 from ..model.manifest import AdapterFile, Entry, file_at, format_of, read
-from ..model.saving import write_adapter
+from ..model.saving import contents, write
 from ..nn import AdapterLinear
 from . import packed
 from .layout import Layout
@@ -24,7 +24,9 @@ from .layout import Layout
 def save(model: nn.Module, layout: Layout, row: Tensor, path: str | os.PathLike[str]) -> None:
     """Write the adapter of one ``row`` as a file of save_adapter."""
     _require_own(layout)
-    write_adapter(model, path, "auto", False, layout.state(row))
+    content = contents(model)
+    content.put(layout.state(row))
+    write(model, path, content)
 
 
 def read_all(layout: Layout, paths: Any, progress: bool) -> dict[str, Tensor]:
@@ -83,7 +85,9 @@ def _state(layout: Layout, file: AdapterFile) -> State:
         own = {key: file.tensors[f"{name}.{key}"] for key in entry.keys}
         _check_start(file, name, layer, entry, own)
         for key in layer.trainables:
-            state[f"{name}.{key}"] = _grown(own[key], getattr(layer, key))
+            state[f"{name}.{key}"] = own[key]
+            if issubclass(layer.adapter, LowRank):
+                state[f"{name}.{key}"] = resized(own[key], layer.rank)
     wanted = layout.places.keys() - state.keys()
     state |= {key: file.extra[key] for key in wanted if key in file.extra}
     if stray := (file.thawed & file.extra.keys()) - layout.places.keys():
@@ -92,12 +96,6 @@ def _state(layout: Layout, file: AdapterFile) -> State:
             "name it in heads when the bank is made"
         )
     return state
-
-
-def _grown(gate: Tensor, like: Tensor) -> Tensor:
-    """Of a smaller rank: with zeros for the directions that it lacks."""
-    missing = like.shape[-1] - gate.shape[-1]
-    return pad(gate, (0, missing) * gate.dim()) if missing > 0 else gate
 
 
 def _check_start(
@@ -128,21 +126,13 @@ def _check_start(
 
 
 def _begins_alike(layer: AdapterLinear, entry: Entry, own: State, rank: int) -> bool:
-    adapter = layer.adapter
-    if rank > layer.rank or (rank < layer.rank and not issubclass(adapter, LowRank)):
+    adapter, weight = layer.adapter, layer.base_weight
+    if rank > layer.rank:
         return False
-    if entry.stored_factors:
-        keys: tuple[str, ...] = adapter.operands
-        keys = tuple(key for key in keys if key in adapter.factors)
-    else:
-        keys = tuple(k for k in adapter.rebuilt_from if not own[k].is_floating_point())
-        if not known_of(layer, layer.base_weight).rebuilds(layer, layer.base_weight):
-            return False
-    for key in keys:
-        here, there = getattr(layer, key).cpu(), own[key]
-        side = 1 if issubclass(adapter, LowRank) and key == adapter.up else 0
-        if issubclass(adapter, LowRank):
-            here = here.narrow(side, 0, rank)
-        if not torch.equal(here.to(there.dtype), there):
-            return False
-    return True
+    here = {key: getattr(layer, key).cpu() for key in adapter.factors}
+    if not issubclass(adapter, LowRank):
+        return all(torch.equal(here[key], own[key]) for key in adapter.factors)
+    rebuilt = not entry.stored_factors
+    if rebuilt and not known_of(layer, weight).rebuilds(layer, weight):
+        return False
+    return begin_alike(adapter, here, own, rank, rebuilt)

@@ -149,7 +149,7 @@ def _content(called: str, adapter: Adapter) -> AdapterFile:
     if not isinstance(adapter, nn.Module):
         return read(adapter)
     refuse_sharded(unwrapped(adapter), "combine the files that save_adapter writes")
-    return contents(adapter, "auto", False, {}).in_file(Path(called))
+    return contents(adapter).in_file(Path(called))
 
 
 # --- one layer

@@ -78,19 +78,13 @@ def save_adapter(
     """
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
-    write_adapter(model, path, factors, plain_value("progress", "bool", progress), {})
+    progress = plain_value("progress", "bool", progress)
+    write(model, path, contents(model, factors, progress))
 
 
-def write_adapter(
-    model: nn.Module,
-    path: str | os.PathLike[str],
-    factors: Factors,
-    progress: bool,
-    instead: Mapping[str, Tensor],
-) -> None:
-    """:func:`save_adapter` with other numbers ``instead`` of what trains, by full names."""
+def write(model: nn.Module, path: str | os.PathLike[str], content: Contents) -> None:
+    """What :func:`contents` found in ``model``, whole or not at all, with what is to be told."""
     file = file_at(path)
-    content = contents(model, factors, progress, instead)
     _tell_changed(content.changed)
     _tell_left_out(content.left_out)
     _tell_not_finite(content)
@@ -102,7 +96,6 @@ def write_adapter(
 class Contents:
     """What goes into the file, as it is found: the fields of :class:`AdapterFile`, and more."""
 
-    instead: Mapping[str, Tensor]
     layers: dict[str, Entry] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     extra: dict[str, Tensor] = field(default_factory=dict)  # without further names of tied ones
@@ -126,14 +119,21 @@ class Contents:
             self.tensors,
         )
 
+    def put(self, trained: Mapping[str, Tensor]) -> None:
+        """Other numbers of what trains, by full names: in the adapters, and beside them."""
+        beside = {name: t for name, t in trained.items() if name not in self.tensors}
+        self.tensors |= {name: t for name, t in trained.items() if name in self.tensors}
+        self.extra |= beside
+        self.thawed |= beside.keys()
+        for name in beside:
+            self.frozen.pop(name, None)
 
-def contents(
-    model: nn.Module, factors: Factors, progress: bool, instead: Mapping[str, Tensor]
-) -> Contents:
-    """What :func:`write_adapter` writes; tensors may be those of the model."""
+
+def contents(model: nn.Module, factors: Factors = "auto", progress: bool = False) -> Contents:
+    """What :func:`save_adapter` writes; tensors may be those of the model."""
     refuse_flattened(model, UNFLATTEN)
     root, layers = unwrapped(model), require_adapted(model)
-    content = Contents(instead)
+    content = Contents()
     for name, layer in tqdm(layers.items(), "save", disable=not progress):
         with present(layer):
             _add_layer(content, name, layer, factors)
@@ -147,8 +147,6 @@ def contents(
 def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Factors) -> None:
     weight = whole(layer.base_weight)
     own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.factors)}
-    given = {key: content.instead.get(f"{name}.{key}") for key in layer.trainables}
-    own |= {key: tensor for key, tensor in given.items() if tensor is not None}
     _check_data({f"{name}.{key}": t for key, t in {"weight": weight, **own}.items()})
     known, changed = known_of(layer, weight), layer.base_changed()
     follow = factors != "stored" and _follow(layer, factors) and not changed
@@ -199,8 +197,7 @@ def _add_others(content: Contents, root: nn.Module, layers: dict[str, AdapterLin
     unmerged = {id(layer.weight): layer.base_weight for layer in layers.values()}
     held = {n: unmerged.get(id(p), p) for n, p in parameters(root).items()}
     moving = buffers(root)
-    trains = {n for n, p in held.items() if p.requires_grad or n in content.instead}
-    thawed = {n: held[n] for n in held if n in trains and id(held[n]) not in own}
+    thawed = {n: p for n, p in held.items() if p.requires_grad and id(p) not in own}
     content.left_out = [n for n, b in moving.items() if b.layout != torch.strided]
     extra = thawed | {n: b for n, b in moving.items() if n not in content.left_out}
     changed = {id(weight) for weight in content.changed.values()}
@@ -211,7 +208,6 @@ def _add_others(content: Contents, root: nn.Module, layers: dict[str, AdapterLin
     # Of an offloaded layer the parameter is another tensor than the weight that was brought in.
     changed_too = {f"{name}.weight": weight for name, weight in content.changed.items()}
     values |= {n: w for n, w in changed_too.items() if n in first or n not in extra}
-    values |= {n: t for n, t in content.instead.items() if n in values}
     _check_data(values)
     adapted = {f"{name}.weight" for name in layers}
     rest = {

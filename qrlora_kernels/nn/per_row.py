@@ -95,7 +95,6 @@ def _count(held: list[dict[str, Any]], by: int) -> None:
                 attributes["_asked"] += by
 
 
-@torch.compiler.disable
 def rows_of(module: nn.Module, x: Tensor) -> Rows | None:
     """What the rows of ``x`` have of their own in ``module``, as this thread asks."""
     for source in _mine.sources:
@@ -103,6 +102,10 @@ def rows_of(module: nn.Module, x: Tensor) -> Rows | None:
         if rows is not None:
             return rows
     return None
+
+
+# What torch.compiler.disable sets, which would import the compiler: no graph knows threads.
+rows_of._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 # --- plain linear layers
