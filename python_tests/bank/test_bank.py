@@ -165,7 +165,7 @@ def test_a_batch_under_way_finishes_with_the_old_numbers():
 
 def test_the_one_unused_longest_goes_where_that_is_asked_for(tmp_path):
     _net, bank, _states = filled("qr", 3, when_full="evict")
-    bank._slots.capacity = 3
+    bank.table._slots.capacity = 3
     bank.pack(tmp_path / "all")  # now none of them is lost
     with bank.use(["user 0"]):
         pass

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters import State
@@ -21,10 +19,7 @@ from . import files, packed
 from .batch import Batch
 from .layout import Layout
 from .optimizer import BankAdamW
-from .slots import Slot, Slots
-
-WhenFull = Literal["refuse", "evict"]
-BASE = "__base__"  # the name of a row that has no adapter, as in PEFT
+from .table import BASE, Table, WhenFull
 
 
 class AdapterBank:
@@ -73,17 +68,9 @@ class AdapterBank:
             raise ValueError(f"capacity must be at least 1, got {capacity}")
         check_choice("when_full", when_full, get_args(WhenFull))
         self.model = model
-        self.when_full = when_full
         self.layout = Layout(model, None if heads is None else as_names("heads", heads))
-        first = self.layout.silent()
-        self._table = torch.zeros(
-            capacity + 1, self.layout.width, dtype=first.dtype, device=first.device
-        )
-        self._table[0] = first
-        self._slots = Slots(capacity)
-        self._unsaved: set[str] = set()
+        self.table = Table(capacity, self.layout.silent(), when_full)
         self._optimizers: WeakSet[BankAdamW] = WeakSet()
-        self._lock = threading.Lock()  # of the table and of the names
         tuner = getattr(model, "base_model", None)
         if tuner is not None and hasattr(tuner, "serve_by"):  # one of ours under PEFT
             tuner.serve_by(self)
@@ -92,7 +79,7 @@ class AdapterBank:
 
     @property
     def capacity(self) -> int:
-        return self._slots.capacity
+        return self.table.capacity
 
     @property
     def numbers(self) -> int:
@@ -102,22 +89,21 @@ class AdapterBank:
     @property
     def nbytes(self) -> int:
         """The bytes of what the adapters that are here have."""
-        return len(self) * self.numbers * self._table.element_size()
+        return len(self) * self.numbers * self.table.rows.element_size()
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self.table)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._slots
+        return name in self.table
 
     def names(self) -> list[str]:
         """The adapters that are here, the least recently used first."""
-        with self._lock:
-            return self._slots.names()
+        return self.table.names()
 
     def state(self, name: str) -> State:
         """A copy of what trains in ``name``, by full names, as :meth:`add` takes it."""
-        _, rows = self._rows_of([name])
+        _, rows = self.table.copy([name])
         return self.layout.state(rows[0])
 
     # --- in and out
@@ -138,23 +124,17 @@ class AdapterBank:
         TypeError, ValueError
             If the name is taken, there is no room, or the state is not one of this model.
         """
-        self._check_new(name)
-        self._put({name: self.layout.begin() if state is None else self.layout.row(state)})
-        if state is not None:
-            self._unsaved.add(name)
+        self.table.check_new(name)
+        row = self.layout.begin() if state is None else self.layout.row(state)
+        self.table.put({name: row}, unsaved=state is not None)
 
     def replace(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Give ``name`` other numbers; a batch under way finishes with those that it began with."""
-        row = self.layout.row(state)
-        with self._lock:
-            self._table[self._slot_of(name).row] = row
-            self._unsaved.add(name)
+        self.table.replace(name, self.layout.row(state))
 
     def evict(self, name: str) -> None:
         """Take ``name`` out of the table; a batch under way finishes with its numbers."""
-        with self._lock:
-            self._slot_of(name)
-            self._forget(name)
+        self.table.evict(name)
 
     def load(
         self,
@@ -185,9 +165,7 @@ class AdapterBank:
             If a file is damaged or of another start, a name is taken, or there is no room.
         """
         found = files.read_all(self.layout, paths, plain_value("progress", "bool", progress))
-        for name in found:
-            self._check_new(name)
-        self._put(found)
+        self.table.put(found, unsaved=False)
         return list(found)
 
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
@@ -196,9 +174,9 @@ class AdapterBank:
         It loads into a bank again, or into a plain model by :func:`load_adapter`. The bank must be
         over a model that :func:`adapt` made.
         """
-        at, row = self._rows_of([name])
-        files.save(self.model, self.layout, row[0], path)
-        self._note_saved([name], at, row)
+        slots, rows = self.table.copy([name])
+        files.save(self.model, self.layout, rows[0], path)
+        self.table.note_saved([name], slots, rows)
 
     def pack(self, path: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
         """Write many adapters (``names``, or all) to one file that :meth:`load` reads in bulk.
@@ -209,9 +187,9 @@ class AdapterBank:
         names : sequence of str, optional
         """
         wanted = self.names() if names is None else list(names)
-        slots, rows = self._rows_of(wanted)
+        slots, rows = self.table.copy(wanted)
         packed.write(self.layout, wanted, rows, path)
-        self._note_saved(wanted, slots, rows)
+        self.table.note_saved(wanted, slots, rows)
 
     # --- batches
 
@@ -243,14 +221,7 @@ class AdapterBank:
         self.layout.check()
         wanted = _checked_names(names)
         distinct = list(dict.fromkeys(wanted))
-        with self._lock:
-            own = [name for name in distinct if name != BASE]
-            if unknown := self._slots.unknown(own):
-                raise ValueError(f"names must be of adapters in the bank, got {unknown[0]!r}")
-            self._slots.touch(own)
-            slots = [None if name == BASE else self._slots[name] for name in distinct]
-            at = torch.tensor([0 if slot is None else slot.row for slot in slots])
-            rows = self._table.index_select(0, at.to(self._table.device))
+        slots, rows = self.table.copy(distinct, use=True)
         batch = Batch(self.layout, wanted, distinct, slots, rows, rank)
         if batch.numbers.requires_grad:
             batch.numbers.register_post_accumulate_grad_hook(lambda _: self._note(batch))
@@ -265,69 +236,6 @@ class AdapterBank:
         """Tell the optimizers of a batch whose numbers have a gradient."""
         for optimizer in self._optimizers:
             optimizer._note(batch)
-
-    # --- names and rows
-
-    def _slot_of(self, name: str) -> Slot:
-        if name not in self._slots:
-            raise ValueError(f"name must be of an adapter in the bank, got {name!r}")
-        return self._slots[name]
-
-    def _rows_of(self, names: Sequence[str]) -> tuple[list[Slot], Tensor]:
-        """Where ``names`` are, and a copy of their numbers [A, P]."""
-        with self._lock:
-            slots = [self._slot_of(name) for name in names]
-            at = torch.tensor([slot.row for slot in slots], dtype=torch.int64)
-            return slots, self._table.index_select(0, at.to(self._table.device))
-
-    def _note_saved(self, names: Sequence[str], slots: list[Slot], rows: Tensor) -> None:
-        """Those of ``names`` that are still what was written need not be written again."""
-        with self._lock:
-            for name, slot, row in zip(names, slots, rows, strict=True):
-                same = name in self._slots and self._slots[name] == slot
-                if same and torch.equal(self._table[slot.row], row):
-                    self._unsaved.discard(name)
-
-    def _check_new(self, name: str) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {type(name).__name__}")
-        if name == BASE or not name:
-            raise ValueError(
-                f"name must not be empty or {BASE!r}, which is the base's, got {name!r}"
-            )
-        if name in self._slots:
-            raise ValueError(f"name must be new in the bank, got {name!r}: replace() or evict() it")
-
-    def _put(self, rows: Mapping[str, Tensor]) -> None:
-        """All of ``rows`` or none."""
-        with self._lock:
-            self._make_room(len(rows))
-            for name, row in rows.items():
-                self._table[self._slots.put(name).row] = row
-
-    def _make_room(self, wanted: int) -> None:
-        missing = len(self._slots) + wanted - self.capacity
-        if missing <= 0:
-            return
-        saved = [name for name in self._slots.names() if name not in self._unsaved]
-        if self.when_full == "refuse" or wanted > self.capacity:
-            raise ValueError(
-                f"capacity must hold all adapters, got {len(self._slots) + wanted} for "
-                f"{self.capacity}: evict some, or make the bank with when_full='evict'"
-            )
-        if len(saved) < missing:
-            raise ValueError(
-                f"{missing} adapters would have to go, and all but {len(saved)} have numbers that "
-                "are not saved: save() or evict() some"
-            )
-        for name in saved[:missing]:
-            self._forget(name)
-
-    def _forget(self, name: str) -> None:
-        self._slots.take(name)
-        self._unsaved.discard(name)
-        for optimizer in self._optimizers:
-            optimizer._forget(name)
 
 
 def _checked_names(names: Sequence[str | None]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters import State
 from ..adapters.options import plain_value
 from .batch import Batch
+from .slots import Slot
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -53,11 +54,11 @@ class BankAdamW:
         self.eps = plain_value("eps", "float", eps)
         self.weight_decay = plain_value("weight_decay", "float", weight_decay)
         self.distributed = plain_value("distributed", "bool", distributed)
-        self._own_lr: dict[str, Rate] = {}
-        self._moments = torch.zeros((2, *bank._table.shape), dtype=bank._table.dtype)
-        self._moments = self._moments.to(bank._table.device)  # [2, capacity + 1, P]
-        self._steps = torch.zeros(len(bank._table), dtype=torch.int64)
-        self._given = torch.zeros(len(bank._table), dtype=torch.int64)  # Slot.given of the state
+        rows = bank.table.rows
+        self._moments = torch.zeros((2, *rows.shape), dtype=rows.dtype, device=rows.device)
+        self._steps = torch.zeros(len(rows), dtype=torch.int64)
+        self._given = torch.zeros(len(rows), dtype=torch.int64)  # Slot.given of whose they are
+        self._own_lr: dict[int, tuple[Slot, Rate]] = {}  # by row
         self._batches: list[Batch] = []
         bank._optimizers.add(self)
 
@@ -65,8 +66,8 @@ class BankAdamW:
 
     def set_lr(self, name: str, lr: Rate) -> None:
         """The learning rate of one adapter, as ``lr`` is that of the others."""
-        self.bank._slot_of(name)
-        self._own_lr[name] = _checked_rate("lr", lr)
+        slot = self.bank.table.slot(name)
+        self._own_lr[slot.row] = slot, _checked_rate("lr", lr)
 
     # --- steps
 
@@ -80,8 +81,8 @@ class BankAdamW:
         found = self._gradients()
         if self.distributed and dist.is_available() and dist.is_initialized():
             found = _over_ranks(found, self.bank)
-        with self.bank._lock:
-            found = {n: g for n, g in found.items() if n in self.bank._slots}
+        with self.bank.table.lock:
+            found = {n: g for n, g in found.items() if n in self.bank}
             if found:
                 self._move(list(found), torch.stack(list(found.values())))
 
@@ -91,14 +92,13 @@ class BankAdamW:
         for batch in self._batches:
             gradient = batch.numbers.grad
             for at, (name, slot) in enumerate(zip(batch.distinct, batch.slots, strict=True)):
-                here = slot is not None and name in self.bank and self.bank._slots[name] == slot
-                if here and gradient is not None:
+                if gradient is not None and self.bank.table.holds(name, slot):
                     found[name] = found[name] + gradient[at] if name in found else gradient[at]
         return found
 
     def _move(self, names: list[str], gradient: Tensor) -> None:
         """The rows of ``names`` by ``gradient`` [A, P], with the arithmetic of PyTorch's AdamW."""
-        table, (beta1, beta2) = self.bank._table, self.betas
+        table, (beta1, beta2) = self.bank.table.rows, self.betas
         at = self._rows(names)
         device_at = at.to(table.device)
         steps = self._steps[at] + 1
@@ -114,11 +114,11 @@ class BankAdamW:
         table[device_at] = rows
         self._moments[0, device_at], self._moments[1, device_at] = mean, square
         self._steps[at] = steps
-        self.bank._unsaved.update(names)
+        self.bank.table.unsaved.update(names)
 
     def _rows(self, names: list[str]) -> Tensor:
         """Where ``names`` are in the table; state that another adapter left there is dropped."""
-        slots = [self.bank._slots[name] for name in names]
+        slots = [self.bank.table.slot(name) for name in names]
         at = torch.tensor([slot.row for slot in slots])
         given = torch.tensor([slot.given for slot in slots])
         new = at[self._given[at] != given]
@@ -129,7 +129,9 @@ class BankAdamW:
         return at
 
     def _rate(self, name: str, steps: int) -> float:
-        lr = self._own_lr.get(name, self.lr)
+        slot = self.bank.table.slot(name)
+        whose, lr = self._own_lr.get(slot.row, (slot, self.lr))
+        lr = lr if whose == slot else self.lr
         return float(lr(steps)) if callable(lr) else lr
 
     # --- one adapter's state
@@ -139,8 +141,7 @@ class BankAdamW:
 
         With ``bank.state(name)`` it is all that training goes on from.
         """
-        with self.bank._lock:
-            self.bank._slot_of(name)
+        with self.bank.table.lock:
             at = int(self._rows([name]))
             mean, square = self._moments[:, at].clone()
             found = {"step": self._steps[at].clone()}
@@ -159,8 +160,7 @@ class BankAdamW:
             )
             for key in ("exp_avg", "exp_avg_sq")
         ]
-        with self.bank._lock:
-            self.bank._slot_of(name)
+        with self.bank.table.lock:
             at = int(self._rows([name]))
             self._moments[:, at] = torch.stack(moments).to(self._moments.device)
             self._steps[at] = int(step)
@@ -172,10 +172,6 @@ class BankAdamW:
         if not any(batch is have for have in self._batches):
             self._batches.append(batch)
 
-    def _forget(self, name: str) -> None:
-        """Of an adapter that is gone."""
-        self._own_lr.pop(name, None)
-
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:
     return numbers.to(like.device, like.dtype).unsqueeze(1)
@@ -186,8 +182,7 @@ def _over_ranks(found: dict[str, Tensor], bank: AdapterBank) -> dict[str, Tensor
     named: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(named, list(found))
     every = sorted({name for names in named for name in names})
-    total = torch.zeros(len(every), bank.numbers, dtype=bank._table.dtype)
-    total = total.to(bank._table.device)
+    total = bank.table.rows.new_zeros(len(every), bank.numbers)
     for at, name in enumerate(every):
         if name in found:
             total[at] = found[name]

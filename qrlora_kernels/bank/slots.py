@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 
@@ -39,10 +40,6 @@ class Slots:
         """The least recently used first."""
         return list(self._of)
 
-    @property
-    def full(self) -> bool:
-        return len(self._of) == self.capacity
-
     def put(self, name: str) -> Slot:
         """A row for a new ``name``, where there is one left."""
         row = self._free.pop() if self._free else self._next
@@ -62,5 +59,6 @@ class Slots:
         for name in names:
             self._of.move_to_end(name)
 
-    def unknown(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name not in self._of]
+    def oldest(self, count: int, but: Container[str]) -> list[str]:
+        """Up to ``count`` names whose last use was longest ago."""
+        return list(islice((name for name in self._of if name not in but), count))

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, AnyAdapter, State
