@@ -107,7 +107,7 @@ def adapt(
 
     run = StartRunner(progress, cache, distributed)
     layers = run.together(find)
-    states = _start(layers, kind, opts, run)
+    states = start_layers(layers, kind, opts, run)
     first = memory.recorded(root) is None
     attach(root, {name: (opts, state) for name, state in states.items()}, kind)
     if first:
@@ -122,7 +122,7 @@ def adapt(
     return model
 
 
-def _start(
+def start_layers(
     layers: dict[str, nn.Module], kind: type[AdapterLinear], options: Options, run: StartRunner
 ) -> dict[str, State]:
     """Of all layers as one batch, or one by one where their weights do not fit into memory.

@@ -24,13 +24,14 @@ from .names import modules, named_tensors, parameters
 from .tensors import value_of
 
 
-def refuse_sharded(root: nn.Module) -> None:
+def refuse_sharded(
+    root: nn.Module, way_out: str = "load the adapter, then call fully_shard"
+) -> None:
     """Raise if the model's tensors are spread over ranks, as a file's are not."""
     sharded = [name for name, p in parameters(root).items() if hasattr(p, "full_tensor")]
     if sharded:
         raise ValueError(
-            f"model must not be sharded yet, got {sharded[0]} as a part of each rank: load the "
-            "adapter, then call fully_shard"
+            f"model must not be sharded yet, got {sharded[0]} as a part of each rank: {way_out}"
         )
 
 

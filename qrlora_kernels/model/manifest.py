@@ -51,20 +51,33 @@ class Entry:
         kept = adapter.factors if self.stored_factors else adapter.rebuilt_from
         return (*adapter.trainables, *kept)
 
+    def to_manifest(self, rank: int) -> Manifest:
+        """What :func:`_entry` reads; the rank is for people."""
+        return {
+            "adapter": self.kind.kind,
+            "options": self.options.to_dict(),
+            "rank": rank,
+            "stored_factors": self.stored_factors,
+            "weight": self.weight,
+            "digests": self.digests,
+        }
+
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds, checked to be whole.
+    """What a file holds, checked to be whole, or what one of a model would hold.
 
     Attributes
     ----------
+    path : Path or str
+        What errors call it.
     layers : dict of Entry
     extra : dict of Tensor
         What was trained beside the adapters, and statistics that training moves.
     thawed : set of str
         Those of ``extra`` that trained.
-    tied : set of str
-        Those of ``extra`` that are another one's tensor under a further name.
+    tied : dict of str
+        Those of ``extra`` that are another one's tensor under a further name, and that one's name.
     frozen : dict of str or None
         Sampled digests of everything else; None in files that have none.
     tensors : dict of Tensor
@@ -75,15 +88,36 @@ class AdapterFile:
     layers: dict[str, Entry]
     extra: dict[str, Tensor]
     thawed: frozenset[str]
-    tied: frozenset[str]
+    tied: dict[str, str]
     frozen: dict[str, str] | None
     tensors: dict[str, Tensor]
+
+    def tensors_of(self, name: str) -> dict[str, Tensor]:
+        """Those of the layer ``name``."""
+        return {key: self.tensors[f"{name}.{key}"] for key in self.layers[name].keys}
 
 
 def file_at(path: str | os.PathLike[str]) -> Path:
     """``path``, or the adapter's file in it if it is a folder."""
     target = as_path("path", path)
     return target / FILE_NAME if target.is_dir() else target
+
+
+def packed(file: AdapterFile) -> tuple[dict[str, Tensor], Manifest]:
+    """The tensors and the manifest from which :func:`read` makes ``file``."""
+    first = {name: tensor for name, tensor in file.extra.items() if name not in file.tied}
+    tensors = {name: for_file(tensor) for name, tensor in (first | file.tensors).items()}
+    ranks = {n: entry.kind.adapter.rank(file.tensors_of(n)) for n, entry in file.layers.items()}
+    manifest: Manifest = {
+        "layers": {name: entry.to_manifest(ranks[name]) for name, entry in file.layers.items()},
+        "extra": sorted(first),
+        "thawed": sorted(file.thawed & first.keys()),
+        "tied": file.tied,
+        "complex": sorted(name for name, tensor in first.items() if tensor.is_complex()),
+        "frozen": file.frozen,
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+    }
+    return tensors, manifest
 
 
 def metadata_of(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -179,7 +213,7 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
         {canonical(name): entry for name, entry in layers.items()},
         {canonical(name): value for name, value in values.items()},
         frozenset(canonical(n) for n in values if others.tied.get(n, n) in others.thawed),
-        frozenset(others.tied),
+        others.tied,
         others.frozen,
         {canonical(name): tensors[name] for name in in_layers},
     )

@@ -18,15 +18,16 @@ from ..adapters.options import plain_value
 from ..files import save_tensors
 from ..nn import AdapterLinear
 from ..nn.base_weight import present, whole
-from .adapt import require_adapted, trained
+from .adapt import adapter_type, require_adapted, trained
 from .known import known_of
 from .manifest import (
-    Manifest,
+    AdapterFile,
+    Entry,
     all_finite,
     describe_weight,
     file_at,
-    for_file,
     metadata_of,
+    packed,
     sampled,
 )
 from .names import buffers, parameters, unwrapped
@@ -88,39 +89,62 @@ def write_adapter(
     instead: Mapping[str, Tensor],
 ) -> None:
     """:func:`save_adapter` with other numbers ``instead`` of what trains, by full names."""
-    refuse_flattened(model, UNFLATTEN)
     file = file_at(path)
-    root, layers = unwrapped(model), require_adapted(model)
-    content = _Content(instead)
-    for name, layer in tqdm(layers.items(), "save", disable=not progress):
-        with present(layer):
-            _add_layer(content, name, layer, factors)
-    _add_others(content, root, layers)
+    content = contents(model, factors, progress, instead)
     _tell_changed(content.changed)
     _tell_left_out(content.left_out)
     _tell_not_finite(content)
-    tensors = {key: for_file(tensor) for key, tensor in content.tensors.items()}
-    manifest = content.manifest | {
-        "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()}
-    }
+    tensors, manifest = packed(content.in_file(file))
     _write(model, file, tensors, metadata_of(manifest, tensors))
 
 
 @dataclass
-class _Content:
-    """What goes into the file, as it is found."""
+class Contents:
+    """What goes into the file, as it is found: the fields of :class:`AdapterFile`, and more."""
 
     instead: Mapping[str, Tensor]
+    layers: dict[str, Entry] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    manifest: Manifest = field(default_factory=lambda: {"layers": {}})
+    extra: dict[str, Tensor] = field(default_factory=dict)  # without further names of tied ones
+    thawed: set[str] = field(default_factory=set)
+    tied: dict[str, str] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)  # base weights by the layer's name
     left_out: list[str] = field(default_factory=list)
+
+    def in_file(self, path: Path) -> AdapterFile:
+        """As :func:`read` would give it."""
+        again = {name: self.extra[first] for name, first in self.tied.items()}
+        thawed = self.thawed | {name for name, first in self.tied.items() if first in self.thawed}
+        return AdapterFile(
+            path,
+            self.layers,
+            self.extra | again,
+            frozenset(thawed),
+            self.tied,
+            self.frozen,
+            self.tensors,
+        )
+
+
+def contents(
+    model: nn.Module, factors: Factors, progress: bool, instead: Mapping[str, Tensor]
+) -> Contents:
+    """What :func:`write_adapter` writes; tensors may be those of the model."""
+    refuse_flattened(model, UNFLATTEN)
+    root, layers = unwrapped(model), require_adapted(model)
+    content = Contents(instead)
+    for name, layer in tqdm(layers.items(), "save", disable=not progress):
+        with present(layer):
+            _add_layer(content, name, layer, factors)
+    _add_others(content, root, layers)
+    return content
 
 
 # --- adapted layers
 
 
-def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Factors) -> None:
+def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Factors) -> None:
     weight = whole(layer.base_weight)
     own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.factors)}
     given = {key: content.instead.get(f"{name}.{key}") for key in layer.trainables}
@@ -136,15 +160,14 @@ def _add_layer(content: _Content, name: str, layer: AdapterLinear, factors: Fact
         )
     kept = (*layer.trainables, *(layer.adapter.rebuilt_from if follow else layer.factors))
     content.tensors |= {f"{name}.{key}": _narrowed(own[key], key, layer) for key in kept}
-    content.manifest["layers"][name] = {
-        "adapter": layer.kind,
-        "options": layer.options.to_dict(),
-        "rank": layer.rank,
-        "stored_factors": not follow,
-        "weight": describe_weight(layer, weight, known.fingerprint(weight)),
+    content.layers[name] = Entry(
+        adapter_type(layer.kind),
+        layer.options,
+        not follow,
+        describe_weight(layer, weight, known.fingerprint(weight)),
         # Factors that nothing small gives back must come back bit for bit.
-        "digests": {} if layer.adapter.rebuilt_from else known.digests(layer),
-    }
+        {} if layer.adapter.rebuilt_from else known.digests(layer),
+    )
     if changed:
         content.changed[name] = weight
 
@@ -171,7 +194,7 @@ def _check_data(tensors: dict[str, Tensor]) -> None:
 # --- everything else
 
 
-def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLinear]) -> None:
+def _add_others(content: Contents, root: nn.Module, layers: dict[str, AdapterLinear]) -> None:
     own = {id(p) for layer in layers.values() for p in trained(layer)}
     unmerged = {id(layer.weight): layer.base_weight for layer in layers.values()}
     held = {n: unmerged.get(id(p), p) for n, p in parameters(root).items()}
@@ -190,17 +213,14 @@ def _add_others(content: _Content, root: nn.Module, layers: dict[str, AdapterLin
     values |= {n: w for n, w in changed_too.items() if n in first or n not in extra}
     values |= {n: t for n, t in content.instead.items() if n in values}
     _check_data(values)
-    content.tensors |= values
     adapted = {f"{name}.weight" for name in layers}
     rest = {
         n: p for n, p in held.items() if n not in extra and n not in adapted and id(p) not in own
     }
-    content.manifest |= {
-        "extra": sorted(values),
-        "thawed": sorted(thawed.keys() & first),
-        "tied": {other: name for name, *others in names for other in others},
-        "complex": sorted(n for n, t in values.items() if t.is_complex()),
-        "frozen": {n: sampled(whole(t)) for n, t in values_of(root, rest).items() if not t.is_meta},
+    content.extra, content.thawed = values, thawed.keys() & first
+    content.tied = {other: name for name, *others in names for other in others}
+    content.frozen = {
+        n: sampled(whole(t)) for n, t in values_of(root, rest).items() if not t.is_meta
     }
 
 
@@ -229,7 +249,7 @@ def _tell_changed(layers: dict[str, Tensor]) -> None:
             f"the base weights of {', '.join(layers)} were changed after their adapters began; the "
             "file holds these weights too, so that it loads over either base. If a checkpoint was "
             "loaded after adapt, call qk.refresh(model) before training",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -238,17 +258,17 @@ def _tell_left_out(names: list[str]) -> None:
         warnings.warn(
             "sparse buffers are not saved, and loading leaves them as they are: "
             f"{', '.join(names)}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _tell_not_finite(content: _Content) -> None:
+def _tell_not_finite(content: Contents) -> None:
     # Buffers may hold infinite numbers: masks do.
-    trained_here = set(content.tensors) - set(content.manifest["extra"])
-    trained_here |= {*content.manifest["thawed"], *(f"{n}.weight" for n in content.changed)}
-    bad = [n for n, t in content.tensors.items() if n in trained_here and not all_finite(t)]
+    trained_here = content.thawed | {f"{name}.weight" for name in content.changed}
+    held = content.tensors | {n: t for n, t in content.extra.items() if n in trained_here}
+    bad = [name for name, tensor in held.items() if not all_finite(tensor)]
     if bad:
         warnings.warn(
             f"saved with NaN or infinite numbers, and not to be loaded: {', '.join(bad)}",
-            stacklevel=3,
+            stacklevel=4,
         )

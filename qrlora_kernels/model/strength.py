@@ -25,7 +25,7 @@ def scale(model: nn.Module, strength: float) -> nn.Module:
     """
     strength = plain_value("strength", "float", strength)
     layers = require_adapted(model)
-    _refuse_merged(layers)
+    refuse_merged(layers)
     for layer in layers.values():
         layer.options = replace(layer.options, strength=strength)
     return model
@@ -49,12 +49,13 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         If no layer is adapted or one is merged.
     """
     layers = require_adapted(model)
-    _refuse_merged(layers)
+    refuse_merged(layers)
     with switch.off(layers.values()):
         yield model
 
 
-def _refuse_merged(layers: dict[str, AdapterLinear]) -> None:
+def refuse_merged(layers: dict[str, AdapterLinear]) -> None:
+    """Raise where an update is inside a weight, by the layer's name."""
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(

@@ -25,11 +25,13 @@ BYPASSING: dict[str, tuple[str, ...]] = {
 }
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, doing: str = "adapt") -> None:
     """Raise where new parameters would not be trained as the others are."""
     check_model(model)
     if torch.is_inference_mode_enabled():
-        raise ValueError("adapt must not be called under torch.inference_mode: nothing would train")
+        raise ValueError(
+            f"{doing} must not be called under torch.inference_mode: nothing would train"
+        )
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             raise ValueError(

@@ -6,11 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
-from ..adapters.low_rank import LowRank
+from ..adapters.combining import NO_SUM, require_low_rank, weighted_sum
 from ..adapters.options import plain_value
 from . import record
 from .config import AdapterConfig
@@ -74,11 +70,7 @@ def _checked(
     unknown = sorted(set(names) - set(tuner.peft_config))
     if unknown:
         raise ValueError(f"Adapter {', '.join(unknown)} does not exist")
-    if not issubclass(tuner.tuner_layer_cls.adapter, LowRank):
-        raise ValueError(
-            "adapters of OHoRA cannot be combined: a sum of Kronecker products is none; merge them "
-            "one after another"
-        )
+    require_low_rank(tuner.tuner_layer_cls.adapter, f"{NO_SUM}; merge them one after another")
     return [plain_value("weights", "float", weight) for weight in weights]
 
 
@@ -94,13 +86,8 @@ def _sum(name: str, layer: _Linear, parts: Sequence[tuple[str, float]]) -> Made:
     largest = max((n for n, _ in parts), key=layer.r.__getitem__)
     (own,) = layer.adapter_layer_names
     held = getattr(layer, own)
-    total = torch.zeros_like(held[largest], requires_grad=False)
-    for n, weight in parts:
-        total += weight * layer.scaling[n] * _padded(held[n].detach(), layer.r[largest])
+    scaled = [weight * layer.scaling[n] for n, weight in parts]
+    total = weighted_sum([held[n] for n, _ in parts], scaled, layer.r[largest])
     (trainable,) = layer.adapter.trainables
     state = layer.factors(largest) | {trainable: total}
     return Made(layer.options[largest], 1.0, state, record.head(layer.expected[largest]))
-
-
-def _padded(gate: Tensor, rank: int) -> Tensor:
-    return pad(gate, (0, rank - len(gate)) * gate.dim())
