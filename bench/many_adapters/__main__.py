@@ -7,7 +7,7 @@
 
 Nothing is timed before its numbers were compared: rows of a mixed batch with each adapter alone,
 tenants of one bank with runs of each, gradients with those of single examples. A part whose
-numbers differ is not written. Results are in bench/results/many_adapters.json and the tables in
+numbers differ is not written. Results are kept in bench/results, and the tables are in
 docs/many_adapters.md; with --quick the results are in bench/out and the tables are printed.
 """
 

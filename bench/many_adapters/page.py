@@ -131,7 +131,8 @@ def _table(head: list[str], rows: list[list[str]], note: str) -> str:
 def _where(part: Results) -> str:
     machine = part["machine"]
     torch = next(v for v in machine["versions"].split("; ") if v.startswith("torch"))
-    return f"MiniLM-L6, query and value, fp32; {spoken(machine['cpu'])}, {torch}."
+    chip = spoken(f"{machine['cpu']}, {machine['threads']} threads")
+    return f"MiniLM-L6, query and value, fp32; {chip}, {torch}."
 
 
 def size(count: float) -> str:

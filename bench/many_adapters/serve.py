@@ -18,6 +18,8 @@ import qrlora_kernels as qk
 from .base import RANKS, adapted, difference, in_turn, lora_numbers, milliseconds, put, ratio
 from .sizes import ROWS, Sizes
 
+FIRST_WORD, WORDS = 1000, 1000  # of the vocabulary: none is a mark
+
 
 def serve(sizes: Sizes) -> dict[str, Any]:
     """A row for each rank and number of adapters."""
@@ -72,7 +74,8 @@ def _answers(
     bank: qk.AdapterBank, tokens: int
 ) -> tuple[Callable[..., Tensor], Callable[[], Tensor]]:
     """Two calls over the same rows: of adapters by name, and of the model's own."""
-    ids = torch.randint(1000, 2000, (ROWS, tokens), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(WORDS, (ROWS, tokens), generator=generator) + FIRST_WORD
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @torch.no_grad()
