@@ -59,6 +59,7 @@ def names(folder: Path) -> dict[str, Any]:
     linear = nn.Linear(64, 48)
     start = qk.linalg.pivoted_qr(linear.weight.detach(), rank=4)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    x, labels = torch.randn(5, 64), torch.arange(5)
     net = nn.Module()
     net.classifier = nn.Linear(8, 2)
     for i in range(2):
@@ -73,7 +74,9 @@ def names(folder: Path) -> dict[str, Any]:
         "F": nn.functional,
         "sentences": [("a fine film", 1), ("a dull film", 0)] * 4,
         "linear": linear,
-        "x": torch.randn(5, 64),
+        "x": x,
+        "labels": labels,
+        "batches": [(["ada", "bob", "ada", "bob", "bob"], x, labels)] * 2,
         "W": linear.weight.detach(),
         "weight": linear.weight.detach(),
         "b": linear.bias.detach(),

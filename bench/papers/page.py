@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import svg
 from .records import Record, Records
 from .scale import Scale
 from .table import Line, MeasuredTable, TrainedTable
@@ -97,18 +98,8 @@ def _picture(table: AnyTable, scale: Scale, results: Sequence[Any], folder: Path
     """Draw it; its path from the page, or nothing where there is none or no matplotlib."""
     if table.draw is None or importlib.util.find_spec("matplotlib") is None:
         return ""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    # Text as text and fixed ids: the same rows give the same file.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "papers", "font.size": 9}):
-        figure = Figure(figsize=(8, 3.6), layout="constrained")
-        FigureCanvasSVG(figure)
-        table.draw(figure.add_subplot(), scale, results)
-        name = f"images/papers-{table.name}.svg"
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / name, metadata={"Date": None})
+    draw, name = table.draw, f"images/papers-{table.name}.svg"
+    svg.write(folder / name, "papers", lambda figure: draw(figure.add_subplot(), scale, results))
     return name
 
 
