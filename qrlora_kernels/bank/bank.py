@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
@@ -20,11 +21,11 @@ from ..nn.per_row import asking
 from . import files, packed
 from .batch import Batch
 from .layout import Layout
-from .optimizer import BankAdamW
+from .names import BASE, check_new, of_rows, once_each
+from .optimizer import BankAdamW, Found
 from .slots import Slot, Slots
 
 WhenFull = Literal["refuse", "evict"]
-BASE = "__base__"  # the name of a row that has no adapter, as in PEFT
 
 
 class AdapterBank:
@@ -76,14 +77,16 @@ class AdapterBank:
         self.when_full = when_full
         self.layout = Layout(model, None if heads is None else as_names("heads", heads))
         first = self.layout.silent()
-        self._table = torch.zeros(
-            capacity + 1, self.layout.width, dtype=first.dtype, device=first.device
-        )
-        self._table[0] = first
+        with torch.inference_mode(False):  # it may be changed elsewhere
+            self._table = torch.zeros(
+                capacity + 1, self.layout.width, dtype=first.dtype, device=first.device
+            )
+            self._table[0] = first
         self._slots = Slots(capacity)
         self._unsaved: set[str] = set()
         self._optimizers: WeakSet[BankAdamW] = WeakSet()
-        self._lock = threading.Lock()  # of the table and of the names
+        # Of the table and of the names; a rate that is called in a step may ask the bank again.
+        self._lock = threading.RLock()
         tuner = getattr(model, "base_model", None)
         if tuner is not None and hasattr(tuner, "serve_by"):  # one of ours under PEFT
             tuner.serve_by(self)
@@ -138,10 +141,9 @@ class AdapterBank:
         TypeError, ValueError
             If the name is taken, there is no room, or the state is not one of this model.
         """
-        self._check_new(name)
-        self._put({name: self.layout.begin() if state is None else self.layout.row(state)})
-        if state is not None:
-            self._unsaved.add(name)
+        check_new(name)
+        row = self.layout.begin() if state is None else self.layout.row(state)
+        self._put({name: row}, saved=state is None)
 
     def replace(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Give ``name`` other numbers; a batch under way finishes with those that it began with."""
@@ -185,9 +187,7 @@ class AdapterBank:
             If a file is damaged or of another start, a name is taken, or there is no room.
         """
         found = files.read_all(self.layout, paths, plain_value("progress", "bool", progress))
-        for name in found:
-            self._check_new(name)
-        self._put(found)
+        self._put(found, saved=True)
         return list(found)
 
     def save(self, name: str, path: str | os.PathLike[str]) -> None:
@@ -208,7 +208,7 @@ class AdapterBank:
         path : str or path
         names : sequence of str, optional
         """
-        wanted = self.names() if names is None else list(names)
+        wanted = self.names() if names is None else once_each(names)
         slots, rows = self._rows_of(wanted)
         packed.write(self.layout, wanted, rows, path)
         self._note_saved(wanted, slots, rows)
@@ -241,7 +241,7 @@ class AdapterBank:
             If a name is not here, a layer is merged, or the model is given another number of rows.
         """
         self.layout.check()
-        wanted = _checked_names(names)
+        wanted = of_rows(names)
         distinct = list(dict.fromkeys(wanted))
         with self._lock:
             own = [name for name in distinct if name != BASE]
@@ -253,7 +253,7 @@ class AdapterBank:
             rows = self._table.index_select(0, at.to(self._table.device))
         batch = Batch(self.layout, wanted, distinct, slots, rows, rank)
         if batch.numbers.requires_grad:
-            batch.numbers.register_post_accumulate_grad_hook(lambda _: self._note(batch))
+            batch.numbers.register_post_accumulate_grad_hook(self._noting(distinct, slots))
         with asking(self.layout.modules, batch):
             yield batch
 
@@ -261,15 +261,23 @@ class AdapterBank:
         """An AdamW of each adapter; see :class:`BankAdamW` for the options."""
         return BankAdamW(self, lr, **options)
 
-    def _note(self, batch: Batch) -> None:
-        """Tell the optimizers of a batch whose numbers have a gradient."""
-        for optimizer in self._optimizers:
-            optimizer._note(batch)
+    def _noting(self, names: list[str], slots: list[Slot | None]) -> Callable[[Tensor], None]:
+        """A hook that tells the optimizers of numbers that have a gradient.
+
+        It must not hold them: a tensor whose hook holds it is never freed.
+        """
+
+        def note(numbers: Tensor) -> None:
+            with self._lock:
+                for optimizer in self._optimizers:
+                    optimizer._note(Found(numbers, names, slots))
+
+        return note
 
     # --- names and rows
 
     def _slot_of(self, name: str) -> Slot:
-        if name not in self._slots:
+        if not isinstance(name, str) or name not in self._slots:
             raise ValueError(f"name must be of an adapter in the bank, got {name!r}")
         return self._slots[name]
 
@@ -283,44 +291,45 @@ class AdapterBank:
     def _note_saved(self, names: Sequence[str], slots: list[Slot], rows: Tensor) -> None:
         """Those of ``names`` that are still what was written need not be written again."""
         with self._lock:
-            for name, slot, row in zip(names, slots, rows, strict=True):
-                same = name in self._slots and self._slots[name] == slot
-                if same and torch.equal(self._table[slot.row], row):
+            at = torch.tensor([slot.row for slot in slots], dtype=torch.int64)
+            now = self._table.index_select(0, at.to(self._table.device))
+            for name, slot, same in zip(names, slots, (now == rows).all(1).tolist(), strict=True):
+                if same and self._slots.get(name) == slot:
                     self._unsaved.discard(name)
 
     def _check_new(self, name: str) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {type(name).__name__}")
-        if name == BASE or not name:
-            raise ValueError(
-                f"name must not be empty or {BASE!r}, which is the base's, got {name!r}"
-            )
+        check_new(name)
         if name in self._slots:
             raise ValueError(f"name must be new in the bank, got {name!r}: replace() or evict() it")
 
-    def _put(self, rows: Mapping[str, Tensor]) -> None:
+    def _put(self, rows: Mapping[str, Tensor], saved: bool) -> None:
         """All of ``rows`` or none."""
         with self._lock:
+            for name in rows:  # no other thread has added one meanwhile
+                self._check_new(name)
             self._make_room(len(rows))
             for name, row in rows.items():
                 self._table[self._slots.put(name).row] = row
+            if not saved:
+                self._unsaved.update(rows)
 
     def _make_room(self, wanted: int) -> None:
         missing = len(self._slots) + wanted - self.capacity
         if missing <= 0:
             return
-        saved = [name for name in self._slots.names() if name not in self._unsaved]
         if self.when_full == "refuse" or wanted > self.capacity:
             raise ValueError(
                 f"capacity must hold all adapters, got {len(self._slots) + wanted} for "
                 f"{self.capacity}: evict some, or make the bank with when_full='evict'"
             )
+        # No walk over all that are here.
+        saved = list(islice((n for n in self._slots if n not in self._unsaved), missing))
         if len(saved) < missing:
             raise ValueError(
                 f"{missing} adapters would have to go, and all but {len(saved)} have numbers that "
                 "are not saved: save() or evict() some"
             )
-        for name in saved[:missing]:
+        for name in saved:
             self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -328,15 +337,3 @@ class AdapterBank:
         self._unsaved.discard(name)
         for optimizer in self._optimizers:
             optimizer._forget(name)
-
-
-def _checked_names(names: Sequence[str | None]) -> list[str]:
-    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
-        raise TypeError(f"names must be a list with a name for each row, got {names!r}")
-    found = [BASE if name is None else name for name in names]
-    for at, name in enumerate(found):
-        if not isinstance(name, str):
-            raise TypeError(f"names must hold strings or None, got {name!r} for row {at}")
-    if not found:
-        raise ValueError("names must have a name for each row, got none")
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -34,6 +34,13 @@ class Slots:
 
     def __getitem__(self, name: str) -> Slot:
         return self._of[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The least recently used first."""
+        return iter(self._of)
+
+    def get(self, name: str) -> Slot | None:
+        return self._of.get(name)
 
     def names(self) -> list[str]:
         """The least recently used first."""
