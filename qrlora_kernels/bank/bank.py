@@ -217,7 +217,9 @@ class AdapterBank:
 
     @contextmanager
     def use(self, names: Sequence[str | None], rank: int | None = None) -> Iterator[Batch]:
-        """Inside, in this thread, row b of what goes through the model has the adapter names[b].
+        """Inside, row b of what goes through the model has the adapter names[b].
+
+        That is in this thread, or in this task of an event loop.
 
         The numbers are those of the time of entry. Where gradients are recorded, what backward
         finds is there for :meth:`adamw`; the backward must be inside too if the model checkpoints
@@ -238,7 +240,8 @@ class AdapterBank:
         Raises
         ------
         TypeError, ValueError
-            If a name is not here, a layer is merged, or the model is given another number of rows.
+            If a name is not here, a layer is merged or has other factors than when the bank was
+            made, or the model is given another number of rows.
         """
         self.layout.check()
         wanted = of_rows(names)

@@ -83,7 +83,7 @@ class BankAdamW:
     # --- steps
 
     def zero_grad(self) -> None:
-        """Forget the gradients that were found."""
+        """Forget the gradients that were found; other optimizers of the bank lose them too."""
         with self.bank._lock:
             for found in self._found:  # a graph that was retained would add to them
                 found.numbers.grad = None
