@@ -226,3 +226,21 @@ def test_nested_rows_are_refused():
     with bank.use(["user 0", "user 1"]), pytest.raises(ValueError, match="nested"):
         net.first(x)
     net.first(x)
+
+
+def test_a_head_that_was_replaced_needs_another_bank():
+    net, bank, _ = filled(head=True)
+    net.head = torch.nn.Sequential(net.head)  # is still called
+    with bank.use(["user 0"]):
+        pass
+    net.head = torch.nn.Linear(16, 3).double()
+    with pytest.raises(ValueError, match="head must be the layer"), bank.use(["user 0"]):
+        pass
+
+
+def test_a_head_whose_weight_alone_is_read_is_refused():
+    net = bank_model.Net()
+    net.attention = torch.nn.MultiheadAttention(16, 2)
+    qk.adapt(net, ["first"], "qr", rank=2)
+    with pytest.raises(ValueError, match=r"attention\.out_proj"):
+        qk.AdapterBank(net, 2, heads="attention.out_proj")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters import State
 from ..model.manifest import all_finite
@@ -55,6 +56,7 @@ class Layout:
         for name, layer in self.layers.items():
             layer.check_by_row(name)
             self._add(name, here[name], layer.trained_now())
+        self._parents = {n.rpartition(".")[0]: here[n.rpartition(".")[0]] for n in self.heads}
         self._factors = {name: layer.frozen_now() for name, layer in self.layers.items()}
         for name, head in self.heads.items():
             self._add(name, head, held_by(head))
@@ -99,6 +101,14 @@ class Layout:
                     f"{other[0]}: its adapters do not belong to these, make another bank"
                 )
             self._factors[name] = now
+        for name, head in self.heads.items():
+            parent, _, key = name.rpartition(".")
+            now_there = self._parents[parent]._modules.get(key)
+            if now_there is None or all(module is not head for module in now_there.modules()):
+                raise ValueError(
+                    f"{name} must be the layer that it was when the bank was made, got another: "
+                    "make another bank"
+                )
 
     # --- rows
 
@@ -238,4 +248,6 @@ def _heads(
 
 
 def _plain(module: nn.Linear) -> bool:
-    return not isinstance(module, AdapterLinear) and module.weight is not None
+    """Whether it is called: attention of PyTorch reads the weight of its own alone."""
+    called = not isinstance(module, NonDynamicallyQuantizableLinear)
+    return called and not isinstance(module, AdapterLinear) and module.weight is not None

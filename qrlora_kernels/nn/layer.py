@@ -99,10 +99,12 @@ class AdapterLinear(Adapted):
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
         if type(input) is not Tensor and nested.is_jagged(input):
-            per_row.refuse(self, "x must not be nested where rows have their own adapters: pad it")
+            if self._asked:
+                per_row.refuse(self, per_row.NESTED)
             return nested.through(self.forward, input)
         if self._merge is not None:
-            per_row.refuse(self, per_row.MERGED)
+            if self._asked:
+                per_row.refuse(self, per_row.MERGED)
             return merging.forward(self, input)
         number = self._off  # read once: another thread may end its time meanwhile
         if number is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapters import AnyAdapter, State
 
 MERGED = "layers must not be merged where rows have their own adapters: unmerge first"
+NESTED = "x must not be nested where rows have their own adapters: pad it"
 
 
 class Rows(NamedTuple):
@@ -114,7 +115,7 @@ def asks(modules: Iterable[nn.Module]) -> bool:
 @torch.compiler.disable
 def refuse(module: nn.Module, why: str) -> None:
     """Raise where rows have adapters of their own, of which ``module`` would know nothing."""
-    if vars(module)["_asked"] and asks([module]):
+    if asks([module]):
         raise ValueError(why)
 
 
@@ -151,9 +152,7 @@ def rows_of(module: nn.Module, x: Tensor) -> Rows | None:
     for source in _sources():
         if source.has(module):
             if x.is_nested:
-                raise ValueError(
-                    "x must not be nested where rows have adapters of their own: pad it"
-                )
+                raise ValueError(NESTED)
             return source.rows_of(module, x)
     return None
 

@@ -122,7 +122,8 @@ class _Linear(nn.Module, AdaptedLayer):
         elif adapter_names is not None:
             result = mixed.forward(self, x, adapter_names, *args, **kwargs)
         elif self.merged:
-            per_row.refuse(self, per_row.MERGED)
+            if self._asked:
+                per_row.refuse(self, per_row.MERGED)
             result = self.base_layer(x, *args, **kwargs)
         else:
             names = [name for name in self.active_adapters if self.has(name)]
