@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import bank_model
 import pytest
 import torch
@@ -136,3 +138,70 @@ def test_a_packed_file_is_no_adapter_of_a_model(tmp_path):
     bank.pack(tmp_path / "all")
     with pytest.raises(ValueError, match="save_adapter"):
         qk.load_adapter(net, tmp_path / "all")
+
+
+def test_packed_names_are_a_list_without_repeats(tmp_path):
+    net = bank_model.model("qr")
+    bank = qk.AdapterBank(net, 2)
+    bank.add("a")
+    bank.add("b")
+    for wrong in ("ab", 3, ["a", 3]):
+        with pytest.raises(TypeError, match="names"):
+            bank.pack(tmp_path / "all", wrong)
+    with pytest.raises(ValueError, match="'a' twice"):
+        bank.pack(tmp_path / "all", ["a", "b", "a"])
+    assert not (tmp_path / "all").exists()
+
+
+def test_names_that_no_dict_takes_are_refused_by_name():
+    net = bank_model.model("qr")
+    bank = qk.AdapterBank(net, 1)
+    for call in (bank.evict, bank.state, bank.adamw().state_dict):
+        with pytest.raises(ValueError, match="name must be"):
+            call(["a"])
+
+
+def test_a_name_that_comes_from_two_threads_is_there_once(monkeypatch):
+    net = bank_model.model("qr")
+    bank = qk.AdapterBank(net, 2)
+    begin, told = bank.layout.begin, threading.Barrier(2, timeout=10)
+
+    def together():
+        told.wait()
+        return begin()
+
+    monkeypatch.setattr(bank.layout, "begin", together)
+    refused = []
+
+    def add():
+        try:
+            bank.add("a")
+        except ValueError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=add) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1
+    monkeypatch.undo()
+    bank.add("b")
+    assert bank.table.slot("b").row == 2  # no row is lost
+
+
+def test_an_add_over_a_full_bank_does_not_walk_over_all(tmp_path):
+    net = bank_model.model("qr")
+    bank = qk.AdapterBank(net, 50, when_full="evict")
+    for i in range(50):
+        bank.add(f"{i}")
+    asked = []
+
+    class Counted(set):
+        def __contains__(self, name):
+            asked.append(name)
+            return False
+
+    bank.table.unsaved = Counted()
+    bank.add("new")
+    assert asked == ["0"]

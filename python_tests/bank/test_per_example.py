@@ -6,6 +6,7 @@ import bank_model
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import qrlora_kernels as qk
 
@@ -73,4 +74,30 @@ def test_refusals():
         with pytest.raises(ValueError, match="as many examples"):
             net(bank_model.batch(3))
     with pytest.raises(ValueError, match="adapt"), qk.per_example(bank_model.Net()):
+        pass
+
+
+@pytest.mark.parametrize("way", ["no_grad", "reentrant"])
+def test_a_forward_without_gradients_comes_first(way):
+    net, x = bank_model.model("qr"), bank_model.batch(3).requires_grad_()
+    with qk.per_example(net) as found:
+        if way == "no_grad":
+            with torch.no_grad():
+                net(x)
+            net(x).sum().backward()
+        else:
+            checkpoint(net, x, use_reentrant=True).sum().backward()
+    with qk.per_example(net) as want:
+        net(x).sum().backward()
+    torch.testing.assert_close(found.gradients, want.gradients)
+
+
+def test_inside_a_batch_of_a_bank_it_is_refused():
+    net = bank_model.model("qr")
+    bank = qk.AdapterBank(net, 1)
+    bank.add("a")
+    with bank.use(["a"]), pytest.raises(ValueError, match="use"), qk.per_example(net):
+        pass
+    other = bank_model.model("qr")
+    with bank.use(["a"]), qk.per_example(other):
         pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -113,3 +115,40 @@ def test_the_bank_goes_with_its_last_reference() -> None:
     del bank
     with pytest.raises(ValueError, match="user 1"):
         model(input_ids=tokens(), adapter_names=["user 1"] * 4)
+
+
+def test_copies_of_a_model_have_no_bank() -> None:
+    model, _bank, _ = served("qr")
+    names = ["user 1"] * 4
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(
+            other(input_ids=tokens()).logits, model(input_ids=tokens()).logits
+        )
+        with pytest.raises(ValueError, match="user 1"):
+            other(input_ids=tokens(), adapter_names=names)
+    model(input_ids=tokens(), adapter_names=names)
+
+
+def test_layers_merged_inside_refuse() -> None:
+    model, bank, _ = served("qr")
+    with bank.use(["user 1"] * 4):
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="merged"):
+            model(input_ids=tokens())
+
+
+def test_an_active_adapter_of_another_start_is_refused() -> None:
+    model, bank, _ = served("lora_xs")
+    model.add_adapter("same", config("lora_xs"))
+    model.set_adapter("same")
+    with bank.use(["user 1"] * 4):
+        pass
+    with torch.no_grad():
+        layer = next(iter(bank.layout.layers.values()))
+        layer.get_base_layer().weight.mul_(-1.0).add_(
+            torch.randn_like(layer.get_base_layer().weight)
+        )
+    model.add_adapter("other", config("lora_xs"))
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="factors"), bank.use(["user 1"] * 4):
+        pass

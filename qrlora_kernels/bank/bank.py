@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 from weakref import WeakSet
@@ -18,8 +18,10 @@ from ..nn.per_row import asking
 from . import files, packed
 from .batch import Batch
 from .layout import Layout
-from .optimizer import BankAdamW
-from .table import BASE, Table, WhenFull
+from .names import check_new, of_rows, once_each
+from .optimizer import BankAdamW, Found
+from .slots import Slot
+from .table import Table, WhenFull
 
 
 class AdapterBank:
@@ -124,12 +126,15 @@ class AdapterBank:
         TypeError, ValueError
             If the name is taken, there is no room, or the state is not one of this model.
         """
-        self.table.check_new(name)
+        check_new(name)
         row = self.layout.begin() if state is None else self.layout.row(state)
         self.table.put({name: row}, unsaved=state is not None)
 
     def replace(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Give ``name`` other numbers; a batch under way finishes with those that it began with."""
+        """Give ``name`` other numbers; a batch under way finishes with those that it began with.
+
+        Moments and step counts of optimizers begin again, its rate stays.
+        """
         self.table.replace(name, self.layout.row(state))
 
     def evict(self, name: str) -> None:
@@ -186,7 +191,7 @@ class AdapterBank:
         path : str or path
         names : sequence of str, optional
         """
-        wanted = self.names() if names is None else list(names)
+        wanted = self.names() if names is None else once_each(names)
         slots, rows = self.table.copy(wanted)
         packed.write(self.layout, wanted, rows, path)
         self.table.note_saved(wanted, slots, rows)
@@ -195,8 +200,9 @@ class AdapterBank:
 
     @contextmanager
     def use(self, names: Sequence[str | None], rank: int | None = None) -> Iterator[Batch]:
-        """Inside, in this thread, row b of what goes through the model has the adapter names[b].
+        """Inside, row b of what goes through the model has the adapter names[b].
 
+        That is in this thread, or in this task of an event loop.
         The numbers are those of the time of entry. Where gradients are recorded, what backward
         finds is there for :meth:`adamw`; the backward must be inside too if the model checkpoints
         its activations.
@@ -216,15 +222,16 @@ class AdapterBank:
         Raises
         ------
         TypeError, ValueError
-            If a name is not here, a layer is merged, or the model is given another number of rows.
+            If a name is not here, a layer is merged or has other factors than when the bank was
+            made, or the model is given another number of rows.
         """
         self.layout.check()
-        wanted = _checked_names(names)
+        wanted = of_rows(names)
         distinct = list(dict.fromkeys(wanted))
         slots, rows = self.table.copy(distinct, use=True)
         batch = Batch(self.layout, wanted, distinct, slots, rows, rank)
         if batch.numbers.requires_grad:
-            batch.numbers.register_post_accumulate_grad_hook(lambda _: self._note(batch))
+            batch.numbers.register_post_accumulate_grad_hook(self._noting(distinct, slots))
         with asking(self.layout.modules, batch):
             yield batch
 
@@ -232,19 +239,15 @@ class AdapterBank:
         """An AdamW of each adapter; see :class:`BankAdamW` for the options."""
         return BankAdamW(self, lr, **options)
 
-    def _note(self, batch: Batch) -> None:
-        """Tell the optimizers of a batch whose numbers have a gradient."""
-        for optimizer in self._optimizers:
-            optimizer._note(batch)
+    def _noting(self, names: list[str], slots: list[Slot | None]) -> Callable[[Tensor], None]:
+        """A hook that tells the optimizers of numbers that have a gradient.
 
+        It must not hold them: a tensor whose hook holds it is never freed.
+        """
 
-def _checked_names(names: Sequence[str | None]) -> list[str]:
-    if isinstance(names, (str, bytes)) or not isinstance(names, Sequence):
-        raise TypeError(f"names must be a list with a name for each row, got {names!r}")
-    found = [BASE if name is None else name for name in names]
-    for at, name in enumerate(found):
-        if not isinstance(name, str):
-            raise TypeError(f"names must hold strings or None, got {name!r} for row {at}")
-    if not found:
-        raise ValueError("names must have a name for each row, got none")
-    return found
+        def note(numbers: Tensor) -> None:
+            with self.table.lock:
+                for optimizer in self._optimizers:
+                    optimizer._note(Found(numbers, names, slots))
+
+        return note

@@ -60,11 +60,13 @@ class Batch:
         sums = losses.new_zeros(len(self.distinct)).index_add(0, place, losses)
         return (sums / counts).sum()
 
-    def rows_of(self, module: nn.Module, x: Tensor) -> Rows | None:
+    def has(self, module: nn.Module) -> bool:
         """See :class:`qrlora_kernels.nn.per_row.Source`."""
-        own = self._own.get(module)
-        if own is None:
-            return None
+        return module in self._own
+
+    def rows_of(self, module: nn.Module, x: Tensor) -> Rows:
+        """See :class:`qrlora_kernels.nn.per_row.Source`."""
+        own = self._own[module]
         if x.dim() < 2 or len(x) != len(self.place):
             raise ValueError(
                 f"names must be as many as the batch has rows, got {len(self.place)} names and an "

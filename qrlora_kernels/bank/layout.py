@@ -8,12 +8,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..adapters import State
 from ..model.manifest import all_finite
 from ..model.names import modules, parameters, under
 from ..nn import AdapterLinear
 from ..nn.per_row import ByRow, listen
+
+HALF_ROUNDING = 0.02  # of bfloat16, with room; factors of another start differ by about 1
 
 
 class Place(NamedTuple):
@@ -53,6 +56,8 @@ class Layout:
         for name, layer in self.layers.items():
             layer.check_by_row(name)
             self._add(name, here[name], layer.trained_now())
+        self._parents = {n.rpartition(".")[0]: here[n.rpartition(".")[0]] for n in self.heads}
+        self._factors = {name: layer.frozen_now() for name, layer in self.layers.items()}
         for name, head in self.heads.items():
             self._add(name, head, held_by(head))
             listen(head)
@@ -82,12 +87,28 @@ class Layout:
         for name, layer in self.layers.items():
             layer.check_by_row(name)
             for key, tensor in layer.trained_now().items():
-                if tensor.shape != self.places[f"{name}.{key}"].shape:
+                place = self.places[f"{name}.{key}"]
+                if (tensor.shape, tensor.dtype) != (place.shape, place.dtype):
                     raise ValueError(
-                        f"{name}.{key} must have the shape that it had when the bank was made, "
-                        f"{list(self.places[f'{name}.{key}'].shape)}, got {list(tensor.shape)}: "
-                        "make another bank"
+                        f"{name}.{key} must have the shape and dtype that it had when the bank was "
+                        f"made, {list(place.shape)} {place.dtype}, got {list(tensor.shape)} "
+                        f"{tensor.dtype}: make another bank"
                     )
+            now = layer.frozen_now()
+            if other := _others(self._factors[name], now):
+                raise ValueError(
+                    f"{name} must have the factors that it had when the bank was made, got another "
+                    f"{other[0]}: its adapters do not belong to these, make another bank"
+                )
+            self._factors[name] = now
+        for name, head in self.heads.items():
+            parent, _, key = name.rpartition(".")
+            now_there = self._parents[parent]._modules.get(key)
+            if now_there is None or all(module is not head for module in now_there.modules()):
+                raise ValueError(
+                    f"{name} must be the layer that it was when the bank was made, got another: "
+                    "make another bank"
+                )
 
     # --- rows
 
@@ -146,11 +167,11 @@ class Layout:
                 f"lacks {sorted(lacks)[:3] or 'none'} and has beside them {sorted(stray)[:3]}"
             )
 
-    def state(self, row: Tensor) -> State:
-        """The tensors of one row [P] by their full names, copies in their own dtypes."""
+    def state(self, row: Tensor, dtype: torch.dtype | None = None) -> State:
+        """The tensors of one row [P] by their full names, copies in ``dtype`` or their own."""
         pieces = row.detach().split(self.widths)
         return {
-            name: piece.reshape(place.shape).to(place.dtype, copy=True)
+            name: piece.reshape(place.shape).to(dtype or place.dtype, copy=True)
             for (name, place), piece in zip(self.places.items(), pieces, strict=True)
         }
 
@@ -174,6 +195,22 @@ def held_by(head: nn.Module) -> State:
     return dict(head.named_parameters(recurse=False))
 
 
+def _others(before: State, now: State) -> list[str]:
+    """The factors that are other numbers now, more than a cast to half precision makes them."""
+    return [key for key in before if not _alike(before[key], now[key])]
+
+
+def _alike(before: Tensor, now: Tensor) -> bool:
+    if before.shape != now.shape or before.is_meta or now.is_meta:
+        return before.shape == now.shape
+    if (before.data_ptr(), before.dtype) == (now.data_ptr(), now.dtype):
+        return True
+    if not before.is_floating_point():
+        return torch.equal(before.to(now.device), now)
+    old, new = before.to(now.device, torch.float64), now.double()
+    return bool((new - old).norm() <= HALF_ROUNDING * old.norm())
+
+
 def _once(named: Iterator[tuple[str, ByRow]]) -> dict[str, ByRow]:
     """Each layer under the first of its names."""
     found: dict[int, tuple[str, ByRow]] = {}
@@ -195,9 +232,12 @@ def _heads(
         for top in named:
             if not any(under(name, (top,)) for name in found):
                 raise ValueError(f"heads must name linear layers of the model, got {top!r}")
-        return {n: m for n, m in found.items() if under(n, named)}
+        heads = {n: m for n, m in found.items() if under(n, named)}
+    else:
+        heads = {
+            n: m for n, m in found.items() if any(p.requires_grad for p in m.parameters(False))
+        }
     free = {n: p for n, p in parameters(model).items() if p.requires_grad and id(p) not in own}
-    heads = {n: m for n, m in found.items() if any(p.requires_grad for p in m.parameters(False))}
     stray = [n for n in free if n.rpartition(".")[0] not in heads]
     if stray:
         raise ValueError(
@@ -208,4 +248,6 @@ def _heads(
 
 
 def _plain(module: nn.Linear) -> bool:
-    return not isinstance(module, AdapterLinear) and module.weight is not None
+    """Whether it is called: attention of PyTorch reads the weight of its own alone."""
+    called = not isinstance(module, NonDynamicallyQuantizableLinear)
+    return called and not isinstance(module, AdapterLinear) and module.weight is not None

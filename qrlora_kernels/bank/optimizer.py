@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,13 +11,20 @@ from torch import Tensor
 
 from ..adapters import State
 from ..adapters.options import plain_value
-from .batch import Batch
 from .slots import Slot
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
 
 Rate = float | Callable[[int], float]
+
+
+class Found(NamedTuple):
+    """The numbers [A, P] of a batch that have a gradient, and whose they are."""
+
+    numbers: Tensor
+    names: list[str]
+    slots: list[Slot | None]
 
 
 class BankAdamW:
@@ -50,48 +57,58 @@ class BankAdamW:
             must call :meth:`step`, with the same adapters in its bank.
         """
         self.bank, self.lr = bank, _checked_rate("lr", lr)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {betas!r}")
         self.betas = (_share("betas[0]", betas[0]), _share("betas[1]", betas[1]))
-        self.eps = plain_value("eps", "float", eps)
-        self.weight_decay = plain_value("weight_decay", "float", weight_decay)
+        self.eps = _not_negative("eps", eps)
+        self.weight_decay = _not_negative("weight_decay", weight_decay)
         self.distributed = plain_value("distributed", "bool", distributed)
+        self._own_lr: dict[int, tuple[int, Rate]] = {}  # by row, with Slot.came
         rows = bank.table.rows
-        self._moments = torch.zeros((2, *rows.shape), dtype=rows.dtype, device=rows.device)
-        self._steps = torch.zeros(len(rows), dtype=torch.int64)
-        self._given = torch.zeros(len(rows), dtype=torch.int64)  # Slot.given of whose they are
-        self._own_lr: dict[int, tuple[Slot, Rate]] = {}  # by row
-        self._batches: list[Batch] = []
-        bank._optimizers.add(self)
+        with torch.inference_mode(False):
+            # [2, capacity + 1, P], and Slot.given of the adapter whose state it is.
+            self._moments = rows.new_zeros((2, *rows.shape))
+            self._steps = torch.zeros(len(rows), dtype=torch.int64)
+            self._given = torch.zeros(len(rows), dtype=torch.int64)
+        self._found: list[Found] = []
+        with bank.table.lock:
+            bank._optimizers.add(self)
 
     # --- rates
 
     def set_lr(self, name: str, lr: Rate) -> None:
         """The learning rate of one adapter, as ``lr`` is that of the others."""
         slot = self.bank.table.slot(name)
-        self._own_lr[slot.row] = slot, _checked_rate("lr", lr)
+        self._own_lr[slot.row] = slot.came, _checked_rate("lr", lr)
 
     # --- steps
 
     def zero_grad(self) -> None:
-        """Forget the gradients that were found."""
-        self._batches.clear()
+        """Forget the gradients that were found; other optimizers of the bank lose them too."""
+        with self.bank.table.lock:
+            for found in self._found:  # a graph that was retained would add to them
+                found.numbers.grad = None
+            self._found.clear()
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every adapter that has a gradient, by its rows since :meth:`zero_grad`."""
-        found = self._gradients()
+        with self.bank.table.lock:
+            found = self._gradients()
+            slots = {name: self.bank.table.slot(name) for name in found}
         if self.distributed and dist.is_available() and dist.is_initialized():
             found = _over_ranks(found, self.bank)
         with self.bank.table.lock:
-            found = {n: g for n, g in found.items() if n in self.bank}
-            if found:
-                self._move(list(found), torch.stack(list(found.values())))
+            here = [name for name in found if name in self.bank]
+            if still := [n for n in here if n not in slots or self.bank.table.holds(n, slots[n])]:
+                self._move(still, torch.stack([found[name] for name in still]))
 
     def _gradients(self) -> dict[str, Tensor]:
         """[P] of each adapter that has one and is still the one that it was."""
         found: dict[str, Tensor] = {}
-        for batch in self._batches:
-            gradient = batch.numbers.grad
-            for at, (name, slot) in enumerate(zip(batch.distinct, batch.slots, strict=True)):
+        for numbers, names, slots in self._found:
+            gradient = numbers.grad
+            for at, (name, slot) in enumerate(zip(names, slots, strict=True)):
                 if gradient is not None and self.bank.table.holds(name, slot):
                     found[name] = found[name] + gradient[at] if name in found else gradient[at]
         return found
@@ -130,8 +147,8 @@ class BankAdamW:
 
     def _rate(self, name: str, steps: int) -> float:
         slot = self.bank.table.slot(name)
-        whose, lr = self._own_lr.get(slot.row, (slot, self.lr))
-        lr = lr if whose == slot else self.lr
+        came, own = self._own_lr.get(slot.row, (0, self.lr))
+        lr = own if came == slot.came else self.lr
         return float(lr(steps)) if callable(lr) else lr
 
     # --- one adapter's state
@@ -146,13 +163,17 @@ class BankAdamW:
             mean, square = self._moments[:, at].clone()
             found = {"step": self._steps[at].clone()}
         for key, moment in (("exp_avg", mean), ("exp_avg_sq", square)):
-            found |= {f"{key}.{n}": t for n, t in self.bank.layout.state(moment).items()}
+            found |= {
+                f"{key}.{n}": t for n, t in self.bank.layout.state(moment, moment.dtype).items()
+            }
         return found
 
     def load_state_dict(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Take what :meth:`state_dict` gave."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict of tensors, got {type(state).__name__}")
         step = state.get("step")
-        if not isinstance(step, Tensor) or step.numel() != 1:
+        if not isinstance(step, Tensor) or step.numel() != 1 or not 0 <= step.item() < 2**63:
             raise ValueError(f"state must hold the number of steps as 'step', got {step!r}")
         moments = [
             self.bank.layout.row(
@@ -167,10 +188,10 @@ class BankAdamW:
 
     # --- from the bank
 
-    def _note(self, batch: Batch) -> None:
-        """Keep a batch whose numbers have a gradient."""
-        if not any(batch is have for have in self._batches):
-            self._batches.append(batch)
+    def _note(self, found: Found) -> None:
+        """Keep the numbers of a batch that have a gradient."""
+        if not any(found.numbers is have.numbers for have in self._found):
+            self._found.append(found)
 
 
 def _column(numbers: Tensor, like: Tensor) -> Tensor:
@@ -191,12 +212,14 @@ def _over_ranks(found: dict[str, Tensor], bank: AdapterBank) -> dict[str, Tensor
 
 
 def _checked_rate(argument: str, lr: Rate) -> Rate:
-    if callable(lr):
-        return lr
-    rate = plain_value(argument, "float", lr)
-    if rate < 0.0:
-        raise ValueError(f"{argument} must not be negative, got {rate}")
-    return rate
+    return lr if callable(lr) else _not_negative(argument, lr)
+
+
+def _not_negative(argument: str, value: float) -> float:
+    found = plain_value(argument, "float", value)
+    if found < 0.0:
+        raise ValueError(f"{argument} must not be negative, got {found}")
+    return found
 
 
 def _share(argument: str, value: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.names import as_names, check_model
-from ..nn.per_row import Rows, asking
+from ..nn.per_row import Rows, asking, asks
 from .layout import Layout, by_module
 
 
@@ -36,10 +36,15 @@ def per_example(model: nn.Module, heads: str | Iterable[str] | None = None) -> I
     Raises
     ------
     TypeError, ValueError
-        As of :class:`AdapterBank`.
+        As of :class:`AdapterBank`, and inside a batch of one.
     """
     check_model(model)
     found = PerExample(Layout(model, None if heads is None else as_names("heads", heads)))
+    if asks(found.layout.modules):
+        raise ValueError(
+            "per_example must not be inside another per_example or use() of a bank over the same "
+            "model: it is of the model's own adapter"
+        )
     with asking(found.layout.modules, found):
         yield found
 
@@ -59,17 +64,20 @@ class PerExample:
         self._trained = by_module(layout.places, layout.trained())
         self._rows: dict[nn.Module, Rows] = {}
 
-    def rows_of(self, module: nn.Module, x: Tensor) -> Rows | None:
+    def has(self, module: nn.Module) -> bool:
         """See :class:`qrlora_kernels.nn.per_row.Source`."""
-        if module not in self._trained:
-            return None
+        return module in self._trained
+
+    def rows_of(self, module: nn.Module, x: Tensor) -> Rows:
+        """See :class:`qrlora_kernels.nn.per_row.Source`."""
+        if not torch.is_grad_enabled():  # copies of now would have no gradient later
+            return self._copies(module, x)
         if module not in self._rows:
-            trained = self._trained[module].items()
-            own = {key: tensor.expand(len(x), *tensor.shape) for key, tensor in trained}
-            for copies in own.values():
+            rows = self._copies(module, x)
+            for copies in rows.own.values():
                 if copies.requires_grad:
                     copies.retain_grad()
-            self._rows[module] = Rows(own, torch.arange(len(x), device=x.device))
+            self._rows[module] = rows
         rows = self._rows[module]
         if len(rows.place) != len(x):
             raise ValueError(
@@ -77,6 +85,11 @@ class PerExample:
                 f"after {len(rows.place)}"
             )
         return rows
+
+    def _copies(self, module: nn.Module, x: Tensor) -> Rows:
+        trained = self._trained[module].items()
+        own = {key: tensor.expand(len(x), *tensor.shape) for key, tensor in trained}
+        return Rows(own, torch.arange(len(x), device=x.device))
 
     @property
     def gradients(self) -> Tensor:

@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 
 class Slot(NamedTuple):
-    """A row of the table, and the time at which it was given to a name.
+    """A row of the table, and the times at which a name came to it and its numbers were put there.
 
-    What was computed for an adapter that is gone never reaches the one that came after it.
+    What was computed for an adapter that is gone never reaches the one that came after it, nor what
+    was computed for numbers that were replaced.
     """
 
     row: int
+    came: int
     given: int
 
 
@@ -25,7 +27,7 @@ class Slots:
         self.capacity = capacity
         self._of: OrderedDict[str, Slot] = OrderedDict()
         self._free: list[int] = []
-        self._next, self._given = 1, 0
+        self._next, self._time = 1, 0
 
     def __len__(self) -> int:
         return len(self._of)
@@ -44,8 +46,14 @@ class Slots:
         """A row for a new ``name``, where there is one left."""
         row = self._free.pop() if self._free else self._next
         self._next += row == self._next
-        self._given += 1
-        slot = self._of[name] = Slot(row, self._given)
+        self._time += 1
+        slot = self._of[name] = Slot(row, self._time, self._time)
+        return slot
+
+    def renew(self, name: str) -> Slot:
+        """The row of ``name`` for other numbers."""
+        self._time += 1
+        slot = self._of[name] = self._of[name]._replace(given=self._time)
         return slot
 
     def take(self, name: str) -> Slot:

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .names import BASE, check_new
 from .slots import Slot, Slots
 
 WhenFull = Literal["refuse", "evict"]
-BASE = "__base__"  # the name of a row that has no adapter, as in PEFT
 
 
 class Table:
@@ -23,16 +23,17 @@ class Table:
     rows : Tensor [capacity + 1, P]
     unsaved : set of str
         Names whose numbers are in no file.
-    lock : Lock
+    lock : RLock
         Of all of it. Methods take it; who reads or writes ``rows`` itself takes it too.
     """
 
     def __init__(self, capacity: int, base: Tensor, when_full: WhenFull) -> None:
-        self.rows = torch.zeros(capacity + 1, len(base), dtype=base.dtype, device=base.device)
-        self.rows[0] = base
+        with torch.inference_mode(False):  # it may be changed elsewhere
+            self.rows = torch.zeros(capacity + 1, len(base), dtype=base.dtype, device=base.device)
+            self.rows[0] = base
         self.when_full = when_full
         self.unsaved: set[str] = set()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a rate that is called in a step may ask the bank again
         self._slots = Slots(capacity)
 
     # --- names
@@ -54,21 +55,13 @@ class Table:
 
     def slot(self, name: str) -> Slot:
         """Where ``name`` is."""
-        if name not in self._slots:
+        if not isinstance(name, str) or name not in self._slots:
             raise ValueError(f"name must be of an adapter in the bank, got {name!r}")
         return self._slots[name]
 
     def holds(self, name: str, slot: Slot | None) -> bool:
         """Whether ``name`` is still the adapter that it was when it had ``slot``."""
         return slot is not None and name in self._slots and self._slots[name] == slot
-
-    def check_new(self, name: str) -> None:
-        if not isinstance(name, str):
-            raise TypeError(f"name must be a string, got {type(name).__name__}")
-        if name == BASE or not name:
-            raise ValueError(f"name must not be empty or the base's, {BASE!r}, got {name!r}")
-        if name in self._slots:
-            raise ValueError(f"name must be new in the bank, got {name!r}: replace() or evict() it")
 
     # --- rows
 
@@ -88,7 +81,11 @@ class Table:
         """New names with their numbers, all or none."""
         with self.lock:
             for name in rows:
-                self.check_new(name)
+                check_new(name)
+                if name in self._slots:
+                    raise ValueError(
+                        f"name must be new in the bank, got {name!r}: replace() or evict() it"
+                    )
             self._make_room(len(rows))
             for name, row in rows.items():
                 self.rows[self._slots.put(name).row] = row
@@ -96,7 +93,8 @@ class Table:
 
     def replace(self, name: str, row: Tensor) -> None:
         with self.lock:
-            self.rows[self.slot(name).row] = row
+            self.slot(name)
+            self.rows[self._slots.renew(name).row] = row
             self.unsaved.add(name)
 
     def evict(self, name: str) -> None:
@@ -107,8 +105,10 @@ class Table:
     def note_saved(self, names: Sequence[str], slots: list[Slot | None], rows: Tensor) -> None:
         """Those of ``names`` that still have what was written need not be written again."""
         with self.lock:
-            for name, slot, row in zip(names, slots, rows, strict=True):
-                if self.holds(name, slot) and torch.equal(self.rows[self.slot(name).row], row):
+            at = torch.tensor([0 if slot is None else slot.row for slot in slots])
+            now = self.rows.index_select(0, at.to(self.rows.device, torch.int64))
+            for name, slot, same in zip(names, slots, (now == rows).all(1).tolist(), strict=True):
+                if same and self.holds(name, slot):
                     self.unsaved.discard(name)
 
     def _make_room(self, wanted: int) -> None:

@@ -48,7 +48,7 @@ class Adapted(nn.Module, ByRow):
     _merge: merging.Merge | None
     _start: str | None  # quick digest of the weight that the factors came from; None: unknown
     _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
-    _asked: int  # in how many contexts of all threads rows may have adapters of their own
+    _asked: bool  # whether in some thread rows have adapters of their own
     _off: Tensor | None  # its number while some thread asks for the base's answer
     _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
@@ -71,7 +71,7 @@ class Adapted(nn.Module, ByRow):
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
-        self._asked = 0
+        self._asked = False
         self.derived = Derived()
         self.take_state(state)
 
@@ -147,6 +147,9 @@ class Adapted(nn.Module, ByRow):
 
     def trained_now(self) -> State:
         return {name: getattr(self, name) for name in self.trainables}
+
+    def frozen_now(self) -> State:
+        return self._frozen()
 
     def begin(self) -> State:
         return self.adapter.fresh(self._frozen(), self._options)

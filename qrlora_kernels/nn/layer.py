@@ -99,8 +99,12 @@ class AdapterLinear(Adapted):
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b for x [..., K]."""
         if type(input) is not Tensor and nested.is_jagged(input):
+            if self._asked:
+                per_row.refuse(self, per_row.NESTED)
             return nested.through(self.forward, input)
         if self._merge is not None:
+            if self._asked:
+                per_row.refuse(self, per_row.MERGED)
             return merging.forward(self, input)
         number = self._off  # read once: another thread may end its time meanwhile
         if number is not None:
@@ -243,7 +247,7 @@ class AdapterLinear(Adapted):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._off, self._asked = None, 0  # no thread asks anything of the copy
+        self._off, self._asked = None, False  # no thread asks anything of the copy
         self.derived = Derived()  # a shallow copy has the original's
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -1,7 +1,7 @@
 """Batches whose rows have trainables of their own, in one thread, over shared frozen factors.
 
-A layer does not know what its rows want: inside :func:`asking` it asks the source that this thread
-has there, whatever other threads do meanwhile.
+A layer does not know what its rows want: inside :func:`asking` it asks the source that this thread,
+or this task of an event loop, has there, whatever others do meanwhile.
 """
 
 from __future__ import annotations
@@ -9,11 +9,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters import Adapter, AnyAdapter, State
+
+MERGED = "layers must not be merged where rows have their own adapters: unmerge first"
+NESTED = "x must not be nested where rows have their own adapters: pad it"
 
 
 class Rows(NamedTuple):
@@ -26,8 +32,11 @@ class Rows(NamedTuple):
 class Source(Protocol):
     """Whoever knows what the rows of a batch have of their own."""
 
-    def rows_of(self, module: nn.Module, x: Tensor) -> Rows | None:
-        """What the rows of ``x`` [B, ..., K] have; None: ``module`` answers as it does alone.
+    def has(self, module: nn.Module) -> bool:
+        """Whether it knows of ``module``, which else answers as it does alone."""
+
+    def rows_of(self, module: nn.Module, x: Tensor) -> Rows:
+        """What the rows of ``x`` [B, ..., K] have.
 
         Raises
         ------
@@ -40,7 +49,7 @@ class ByRow:
     """A layer that can answer for rows of different adapters over its factors."""
 
     adapter: ClassVar[AnyAdapter]
-    _asked: int  # in how many contexts of all threads
+    _asked: bool  # in a context of any thread
 
     def trained_now(self) -> State:
         """The parameters that train."""
@@ -54,6 +63,10 @@ class ByRow:
         """What trains where the update is zero."""
         raise NotImplementedError
 
+    def frozen_now(self) -> State:
+        """The frozen factors."""
+        raise NotImplementedError
+
     def began_from(self) -> tuple[Tensor, State, float]:
         """The base's weight as it is stored, the frozen factors, and the update's scaling."""
         raise NotImplementedError
@@ -63,63 +76,104 @@ class ByRow:
         raise NotImplementedError
 
 
-class _Mine(threading.local):
-    """The sources of this thread, the innermost first."""
+class _Asked:
+    """A source and whether its time has not ended, in whatever order contexts are left."""
 
-    def __init__(self) -> None:  # of each thread
-        self.sources: tuple[Source, ...] = ()
+    def __init__(self, source: Source) -> None:
+        self.source, self.open = source, True
 
 
-_mine = _Mine()
+# Those of this thread, or of this task of an event loop, the innermost first.
+_mine: ContextVar[tuple[_Asked, ...]] = ContextVar("qrlora_kernels.per_row", default=())
 _lock = threading.Lock()
+_askers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # contexts of all threads
 
 
 @contextmanager
 def asking(modules: Iterable[nn.Module], source: Source) -> Iterator[None]:
-    """Inside, in this thread, ``modules`` ask ``source`` what each row of a batch has."""
-    held = [vars(module) for module in modules]
-    _count(held, 1)
-    before, _mine.sources = _mine.sources, (source, *_mine.sources)
+    """Inside, in this thread or task, ``modules`` ask ``source`` what each row of a batch has."""
+    modules, asked = list(modules), _Asked(source)
+    _count(modules, 1)
+    _mine.set((asked, *_mine.get()))
     try:
         yield
     finally:
-        _mine.sources = before
-        _count(held, -1)
+        asked.open = False
+        _mine.set(tuple(one for one in _mine.get() if one.open))
+        _count(modules, -1)
 
 
-def _count(held: list[dict[str, Any]], by: int) -> None:
+def asks(modules: Iterable[nn.Module]) -> bool:
+    """Whether this thread or task is inside :func:`asking` of one of ``modules``."""
+    mine = _sources()
+    return any(source.has(module) for module in modules for source in mine)
+
+
+def refuse(module: nn.Module, why: str) -> None:
+    """Raise where rows have adapters of their own, of which ``module`` would know nothing."""
+    if asks([module]):
+        raise ValueError(why)
+
+
+def _sources() -> list[Source]:
+    mine = _mine.get()
+    if not mine and _in_thread_of_autograd():
+        raise ValueError(
+            "activations must not be checkpointed while rows have adapters of their own, where "
+            "autograd computes them again in a thread of its own, as on a GPU: that thread cannot "
+            "know whose the rows are"
+        )
+    return [asked.source for asked in mine if asked.open]
+
+
+def _in_thread_of_autograd() -> bool:
+    """Of threads that PyTorch made, Python knows nothing but that they are there."""
+    running = torch._C._current_graph_task_id() != -1
+    return running and isinstance(threading.current_thread(), threading._DummyThread)
+
+
+def _count(modules: list[nn.Module], by: int) -> None:
+    """The counts are not the modules': compiled code would depend on each of their values."""
     with _lock:
-        for attributes in held:
-            if "_asked" in attributes:  # not if it was taken off meanwhile
-                attributes["_asked"] += by
+        for module in modules:
+            _askers[module] = _askers.get(module, 0) + by
+            if "_asked" in vars(module):  # not if it was taken off meanwhile
+                vars(module)["_asked"] = _askers[module] > 0
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Rows | None:
     """What the rows of ``x`` have of their own in ``module``, as this thread asks."""
-    for source in _mine.sources:
-        rows = source.rows_of(module, x)
-        if rows is not None:
-            return rows
+    for source in _sources():
+        if source.has(module):
+            if x.is_nested:
+                raise ValueError(NESTED)
+            return source.rows_of(module, x)
     return None
 
 
 # What torch.compiler.disable sets, which would import the compiler: no graph knows threads.
-rows_of._torchdynamo_disable = True  # type: ignore[attr-defined]
+vars(rows_of)["_torchdynamo_disable"] = vars(refuse)["_torchdynamo_disable"] = True
 
 
 # --- plain linear layers
 
 
 def listen(head: nn.Linear) -> None:
-    """Let a plain linear layer ask as well; once is enough, and it stays."""
+    """Let a plain linear layer ask as well; once is enough, and it stays.
+
+    Before other hooks of the layer, which see the answer of the rows.
+    """
     if "_asked" not in vars(head):
-        vars(head)["_asked"] = 0
-        head.register_forward_hook(_answer)
+        vars(head)["_asked"] = False
+        head.register_forward_hook(_answer, prepend=True, with_kwargs=True)
 
 
-def _answer(head: nn.Linear, args: tuple[Any, ...], y: Tensor) -> Tensor:
-    rows = rows_of(head, args[0]) if vars(head).get("_asked") else None
-    return y if rows is None else linear_by_row(args[0], rows).to(y.dtype)
+def _answer(head: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+    if not vars(head).get("_asked"):
+        return y
+    x = args[0] if args else kwargs["input"]
+    rows = rows_of(head, x)
+    return y if rows is None else linear_by_row(x, rows).to(y.dtype)
 
 
 def linear_by_row(x: Tensor, rows: Rows) -> Tensor:

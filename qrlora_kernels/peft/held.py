@@ -159,6 +159,9 @@ class AdaptedLayer(BaseTunerLayer, ByRow):
     def trained_now(self) -> State:
         return {key: getattr(self, held)[self._active()] for key, held in self._names()}
 
+    def frozen_now(self) -> State:
+        return self.factors(self._active())
+
     def begin(self) -> State:
         name = self._active()
         return self.adapter.fresh(self._frozen(name), self.options[name])

@@ -67,7 +67,7 @@ class _Linear(nn.Module, AdaptedLayer):
         self.merged_adapters = []
         self._merge = merging.Merge()
         self._active_adapter: list[str] = []
-        self._asked = 0
+        self._asked = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         with self._merge.following(self, fn):
@@ -122,6 +122,8 @@ class _Linear(nn.Module, AdaptedLayer):
         elif adapter_names is not None:
             result = mixed.forward(self, x, adapter_names, *args, **kwargs)
         elif self.merged:
+            if self._asked:
+                per_row.refuse(self, per_row.MERGED)
             result = self.base_layer(x, *args, **kwargs)
         else:
             names = [name for name in self.active_adapters if self.has(name)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -22,6 +22,9 @@ from .held import Made
 from .layer import LoraXSLinear, OHoraLinear, QRLoraLinear, _Linear
 from .record import head
 from .start import start
+
+# Not the tuners' own: a copy of a model has no bank, and a weak reference cannot be pickled.
+_banks: WeakKeyDictionary[nn.Module, ref[AdapterBank]] = WeakKeyDictionary()
 
 
 class AdapterModel(BaseTuner):
@@ -181,11 +184,9 @@ class AdapterModel(BaseTuner):
 
     # --- mixed batches and combinations
 
-    _bank: ref[AdapterBank] | None = None
-
     def serve_by(self, bank: AdapterBank) -> None:
         """Let ``adapter_names`` mean adapters of ``bank``, where it has one of them."""
-        self._bank = ref(bank)
+        _banks[self] = ref(bank)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -193,7 +194,7 @@ class AdapterModel(BaseTuner):
         if names is None:
             yield
             return
-        bank = None if self._bank is None else self._bank()
+        bank = _banks[self]() if self in _banks else None
         if bank is not None and any(name in bank for name in names):
             with bank.use(names):
                 yield
