@@ -165,7 +165,12 @@ def listen(head: nn.Linear) -> None:
     """
     if "_asked" not in vars(head):
         vars(head)["_asked"] = False
-        head.register_forward_hook(_answer, prepend=True, with_kwargs=True)
+        before = list(head._forward_hooks.items())
+        head._forward_hooks.clear()
+        head.register_forward_hook(_answer, with_kwargs=True)
+        # Not by prepend=True, which moves the hook within the dict: torch.compile of PyTorch 2.11
+        # then takes one hook for another.
+        head._forward_hooks.update(before)
 
 
 def _answer(head: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
