@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import emulated
 import pytest
 import torch
+
+from qrlora_kernels.dispatch import chooser, tuning
 
 if not torch.cuda.is_available():
     # Triton decides while it is imported whether its functions compile or are interpreted, and
@@ -20,6 +23,15 @@ if not torch.cuda.is_available():
         import qrlora_kernels.backends.triton.skinny
         import qrlora_kernels.backends.triton.two_phase  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(autouse=True)
+def no_measurements_left() -> Iterator[None]:
+    """What one test tunes, the code of a page say, does not choose for the next one."""
+    yield
+    if tuning.table:
+        tuning.clear()
+        chooser.forget()
 
 
 @pytest.fixture(scope="session")
