@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qrlora_kernels as qk
@@ -13,6 +14,7 @@ KINDS = {
     "lora_xs": {"rank": 4, "init_std": 0.1},
     "ohora": {"rank": 4},
 }
+RATES = {"lr": 0.02, "weight_decay": 0.1}
 
 
 class Net(nn.Module):
@@ -57,3 +59,30 @@ def put(net: nn.Module, numbers: dict[str, Tensor]) -> nn.Module:
 def batch(rows: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, TOKENS, WIDTH, generator=generator, dtype=dtype)
+
+
+# --- training
+
+
+def alone(kind, state, steps, head, dtype=torch.float64):
+    """The numbers after ``steps`` of (x, labels) by PyTorch's AdamW."""
+    net = put(model(kind, head, dtype), state)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], **RATES)
+    for x, labels in steps:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in net.named_parameters() if p.requires_grad}
+
+
+def data(rows, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return batch(rows, dtype, seed), torch.randint(CLASSES, (rows,), generator=generator)
+
+
+def step(net, bank, optimizer, names, x, labels):
+    optimizer.zero_grad()
+    with bank.use(names) as batch:
+        losses = F.cross_entropy(net(x), labels, reduction="none")
+        batch.mean(losses).backward()
+    optimizer.step()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qrlora_kernels as qk
+from qrlora_kernels.bank import packed
 
 KINDS = sorted(bank_model.KINDS)
 
@@ -205,3 +206,13 @@ def test_an_add_over_a_full_bank_does_not_walk_over_all(tmp_path):
     bank.table.unsaved = Counted()
     bank.add("new")
     assert asked == ["0"]
+
+
+def test_a_packed_file_of_a_newer_format_is_refused(tmp_path, monkeypatch):
+    bank = qk.AdapterBank(bank_model.model("qr"), 1)
+    bank.add("a")
+    monkeypatch.setattr(packed, "FORMAT_VERSION", 99)
+    bank.pack(tmp_path / "all")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="99"):
+        qk.AdapterBank(bank.model, 1).load(tmp_path / "all")

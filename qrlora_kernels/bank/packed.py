@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..files import as_path, save_tensors
 from ..fingerprint import digest_of, fingerprint
-from ..model.manifest import all_finite
+from ..model.manifest import all_finite, check_version
 from ..nn.per_row import ByRow
 from ..version import __version__
 from .layout import Layout
@@ -76,12 +76,7 @@ def read(layout: Layout, path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def _checked(path: Any, metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, Any]:
     if metadata.get("format") != FORMAT or not {"rows", "names"} <= tensors.keys():
         raise ValueError(f"{path} must be a file of save_adapter or of AdapterBank.pack")
-    version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version!r}, and qrlora_kernels {__version__} reads up to "
-            f"{FORMAT_VERSION}: install a newer release"
-        )
+    check_version(path, metadata, FORMAT_VERSION)
     if metadata.get("digest") != digest_of(tensors, metadata.get("about", "")):
         raise ValueError(f"{path} is damaged: its content is not what its digest was made of")
     about: dict[str, Any] = json.loads(metadata["about"])

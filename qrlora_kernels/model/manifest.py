@@ -172,6 +172,16 @@ def format_of(path: str | os.PathLike[str]) -> str | None:
         return None
 
 
+def check_version(path: object, metadata: dict[str, str], newest: int) -> None:
+    """Raise if the file at ``path`` is of a newer format than ``newest``."""
+    version = metadata.get("format_version", "")
+    if not version.isdigit() or int(version) > newest:
+        raise ValueError(
+            f"{path} has format version {version!r}, and qrlora_kernels {__version__} reads up to "
+            f"{newest}: install a newer release"
+        )
+
+
 def read(path: str | os.PathLike[str]) -> AdapterFile:
     """Read a file and check that it is whole.
 
@@ -188,12 +198,7 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
     metadata, tensors = _open(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} must be a file written by save_adapter, got another safetensors")
-    version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version!r}, and qrlora_kernels {__version__} reads up to "
-            f"{FORMAT_VERSION}: install a newer release"
-        )
+    check_version(path, metadata, FORMAT_VERSION)
     text = metadata.get("manifest", "")
     if metadata.get("digest") not in (None, digest_of(tensors, text)):
         raise ValueError(f"{path} is damaged: its content is not what its digest was made of")

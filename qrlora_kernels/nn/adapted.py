@@ -149,16 +149,13 @@ class Adapted(nn.Module, ByRow):
         return {name: getattr(self, name) for name in self.trainables}
 
     def frozen_now(self) -> State:
-        return self._frozen()
+        return {name: getattr(self, name) for name in self.factors}
 
     def begin(self) -> State:
-        return self.adapter.fresh(self._frozen(), self._options)
+        return self.adapter.fresh(self.frozen_now(), self._options)
 
     def silent(self) -> State:
-        return self.adapter.silent(self._frozen(), self._options)
-
-    def _frozen(self) -> State:
-        return {name: getattr(self, name) for name in self.factors}
+        return self.adapter.silent(self.frozen_now(), self._options)
 
     def check_by_row(self, name: str) -> None:
         if self.merged:

@@ -273,7 +273,7 @@ class AdapterLinear(Adapted):
         return asking.steps(self)
 
     def began_from(self) -> tuple[Tensor, State, float]:
-        return self.base_weight, self._frozen(), self._strength
+        return self.base_weight, self.frozen_now(), self._strength
 
     def base_changed(self) -> bool:
         """Whether the weight is another than the one that the factors came from."""
