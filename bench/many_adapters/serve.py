@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import qrlora_kernels as qk
 
@@ -24,9 +25,13 @@ FIRST_WORD, WORDS = 1000, 1000  # of the vocabulary: none is a mark
 def serve(sizes: Sizes) -> dict[str, Any]:
     """A row for each rank and number of adapters."""
     rows = []
-    for label, options in RANKS.items():
-        model = adapted(head=False, **options).eval()
-        rows += [{"adapter": label, **_measure(model, n, sizes)} for n in sizes.resident]
+    with tqdm(total=len(RANKS) * len(sizes.resident), unit="table") as bar:
+        for label, options in RANKS.items():
+            model = adapted(head=False, **options).eval()
+            for resident in sizes.resident:
+                bar.set_description(f"{label}, {resident:,} resident")
+                rows.append({"adapter": label, **_measure(model, resident, sizes)})
+                bar.update()
     return {"rows": rows}
 
 

@@ -10,6 +10,7 @@ import torch
 from finetuning.corpora import load_task
 from finetuning.training import Encoded
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import qrlora_kernels as qk
 
@@ -41,7 +42,7 @@ def _scores(model: nn.Module, sizes: Sizes) -> dict[str, Any]:
     start = {name: p.detach().clone() for name, p in trained(model).items()}
     bank = _trained_together(model, rows, batches, sizes)
     together, alone, differences = [], [], []
-    for name in bank.names():
+    for name in tqdm(bank.names(), desc="each by itself", unit="tenant"):
         put(model, start)
         own = [batch[name] for batch in batches if name in batch]
         _train_alone(model, rows, own)
@@ -84,7 +85,7 @@ def _trained_together(
     for tenant in range(sizes.tenants):
         bank.add(f"tenant {tenant}")
     step = mixed_step(bank)
-    for batch in batches:
+    for batch in tqdm(batches, desc="in one bank", unit="step"):
         names = [name for name, rows in batch.items() for _ in rows]
         step(names, *inputs_of(data, [row for rows in batch.values() for row in rows]))
     return bank

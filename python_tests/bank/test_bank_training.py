@@ -218,11 +218,50 @@ def test_checkpointed_activations_are_computed_with_the_same_rows():
     for i, name in enumerate(("a", "b")):
         bank.add(name, bank_model.state(net, i))
     found = []
-    for way in (lambda x: net(x), lambda x: checkpoint(net, x, use_reentrant=False)):
+    for way in (
+        net,
+        lambda x: checkpoint(net, x, use_reentrant=False),
+        lambda x: checkpoint(net, x.requires_grad_(), use_reentrant=True),
+    ):
         with bank.use(["a", "b"]) as batch:
             batch.mean(way(bank_model.batch(2)).sum(1)).backward()
         found.append(batch.numbers.grad)
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_checkpoint_is_not_computed_again_with_the_models_own_adapter(head: bool) -> None:
+    net = bank_model.model("qr", head)
+    bank = qk.AdapterBank(net, 1)
+    bank.add("a", bank_model.state(net, 0))
+    x = bank_model.batch(2).requires_grad_()
+    with bank.use(["a", "a"]):
+        y = checkpoint(net, x, use_reentrant=True)
+    with pytest.raises(ValueError, match="inside `use`"):
+        y.sum().backward()
+    _trains_by_itself(net, x)
+
+
+def test_looking_at_answers_while_training_leaves_the_model_its_own_checkpoints() -> None:
+    net = bank_model.model("qr")
+    bank = qk.AdapterBank(net, 1)
+    bank.add("a", bank_model.state(net, 0))
+    x = bank_model.batch(2).requires_grad_()
+    with bank.use(["a", "a"]), torch.no_grad():
+        net(x)
+    _trains_by_itself(net, x)
+
+
+def _trains_by_itself(net: torch.nn.Module, x: torch.Tensor) -> None:
+    """With a checkpoint as without, though rows were asked for before."""
+    found = []
+    for way in (lambda x: checkpoint(net, x, use_reentrant=True), net):
+        net.zero_grad()
+        way(x).sum().backward()
+        found.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert found[0]
+    assert all(map(torch.equal, *found))
 
 
 @settings(max_examples=25, deadline=None)

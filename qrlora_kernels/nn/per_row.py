@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from ..adapters import Adapter, AnyAdapter, State
 
 MERGED = "layers must not be merged where rows have their own adapters: unmerge first"
+LEFT = (
+    "the backward pass must run where the forward did, inside `use`, if activations are "
+    "checkpointed: outside, the model would be computed again with its own adapter"
+)
 NESTED = "x must not be nested where rows have their own adapters: pad it"
 
 
@@ -87,6 +91,9 @@ class _Asked:
 _mine: ContextVar[tuple[_Asked, ...]] = ContextVar("qrlora_kernels.per_row", default=())
 _lock = threading.Lock()
 _askers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # contexts of all threads
+# Those last asked by whoever trains, but with no gradient recorded, as a checkpoint asks that comes
+# again in the backward pass.
+_unfinished: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -138,7 +145,7 @@ def _count(modules: list[nn.Module], by: int) -> None:
         for module in modules:
             _askers[module] = _askers.get(module, 0) + by
             if "_asked" in vars(module):  # not if it was taken off meanwhile
-                vars(module)["_asked"] = _askers[module] > 0
+                vars(module)["_asked"] = _askers[module] > 0 or module in _unfinished
 
 
 def rows_of(module: nn.Module, x: Tensor) -> Rows | None:
@@ -147,8 +154,27 @@ def rows_of(module: nn.Module, x: Tensor) -> Rows | None:
         if source.has(module):
             if x.is_nested:
                 raise ValueError(NESTED)
-            return source.rows_of(module, x)
+            rows = source.rows_of(module, x)
+            _note(module, unfinished=_trains(rows) and not torch.is_grad_enabled())
+            return rows
+    if module in _unfinished:
+        if torch._C._current_graph_task_id() != -1:
+            raise ValueError(LEFT)
+        _note(module, unfinished=False)  # it has answered alone since
     return None
+
+
+def _trains(rows: Rows) -> bool:
+    return any(tensor.requires_grad for tensor in rows.own.values())
+
+
+def _note(module: nn.Module, unfinished: bool) -> None:
+    if unfinished == (module in _unfinished):
+        return
+    with _lock:
+        (_unfinished.add if unfinished else _unfinished.discard)(module)
+        if "_asked" in vars(module):
+            vars(module)["_asked"] = unfinished or _askers.get(module, 0) > 0
 
 
 # What torch.compiler.disable sets, which would import the compiler: no graph knows threads.
