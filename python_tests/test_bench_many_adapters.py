@@ -53,7 +53,9 @@ def test_one_part_leaves_the_results_of_the_others(tiny):
     assert command.main(["--quick", "--part", "examples"]) == 0
     results = command.read(command.QUICK_RESULTS)
     assert results["train"] == made()["train"]
-    assert results["examples"]["difference"] <= command.LIMIT
+    rows = results["examples"]["rows"]
+    assert [row["adapter"].split(",")[0] for row in rows] == ["QR-LoRA", "LoRA-XS", "OHoRA"]
+    assert all(row["difference"] <= command.LIMIT for row in rows)
 
 
 def test_numbers_that_differ_are_not_written(tiny, monkeypatch, capsys):
@@ -75,7 +77,8 @@ def test_a_row_with_another_adapters_numbers_is_noticed(tiny, monkeypatch):
 
 
 def _examples(difference: float) -> dict[str, Any]:
-    return {"ratio": 1.04, "each_ms": 104.0, "plain_ms": 100.0, "difference": difference}
+    row = {"ratio": 1.04, "each_ms": 104.0, "plain_ms": 100.0, "difference": difference}
+    return {"rows": [{"adapter": "QR-LoRA", **row}]}
 
 
 def made() -> dict[str, Any]:
@@ -109,7 +112,7 @@ def test_the_tables_say_what_the_results_say():
         "71 µs", "60 µs", "1.50 s", "0e+00",
     ]  # fmt: skip
     assert rows[6] == ["64", "329 ms", "311 ms", "1410 ms", "1.06"]
-    assert rows[-1] == ["with each example's gradient", "104 ms", "1.04", "3e-07"]
+    assert rows[-1] == ["QR-LoRA", "100 ms", "104 ms", "1.04", "3e-07"]
     text = " ".join(lines)
     assert "**0.6251** in one bank, **0.6251** by runs" in text
     assert "21 KiB (numbers and two moments), LoRA r = 8 864 KiB" in text

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qrlora_kernels import backends, functional, native
 from qrlora_kernels.backends import composed
+from qrlora_kernels.functional import mixed_low_rank_linear
 
 # --- whose gate ---------------------------------------------------------------------------------
 
@@ -282,3 +283,19 @@ def test_a_hundred_thousand_gates_are_served_without_touching_them(kind: Kind) -
     assert same_bits(y, few.forward(composed)[0])
     for way in WAYS:
         assert same_bits(call(case, way), call(few, way))
+
+
+def test_what_rows_give_an_adapter_does_not_depend_on_how_many_others_have() -> None:
+    """A rank at which a single product and a batched one round otherwise on some processors."""
+    shapes = ((96, 64), (48, 64), (25, 64), (48, 25))
+    x, weight, down, up = (torch.randn(shape) for shape in shapes)
+    cores = torch.randn(3, 25, 25).requires_grad_()
+    found = []
+    for names in ([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1], [0, 0, 1, 2, 2, 2]):
+        index = torch.tensor(names).repeat_interleave(16)
+        y = mixed_low_rank_linear(x, weight, None, down, up, cores, index)
+        (gradient,) = torch.autograd.grad(y.square().sum(), cores)
+        found.append((y[:32], gradient[0]))
+    for y, gradient in found[1:]:
+        assert torch.equal(y, found[0][0])
+        assert torch.equal(gradient, found[0][1])

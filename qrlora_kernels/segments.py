@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 
-def _grouped(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows by adapter, in their order; the adapters that are there, and how many rows each."""
+def segments(index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adapters [A'] that have as many rows each, and these [A', size], for each size in ``index``.
+
+    One batched product is for all of them: as a rule rows have as many tokens, and there is one
+    size. What it gives an adapter does not depend on how many others are in it.
+    """
     rows = torch.argsort(index, stable=True)
     present, counts = torch.unique_consecutive(index[rows], return_counts=True)
-    return rows, present, counts
-
-
-def segments(index: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(adapter, its rows in their order) for each adapter that ``index`` [M] names."""
-    rows, present, counts = _grouped(index)
-    yield from zip(present.tolist(), rows.split(counts.tolist()), strict=True)
+    sizes = counts.unique().tolist()
+    if len(sizes) == 1:
+        yield present, rows.view(-1, sizes[0])
+        return
+    of_row = counts.repeat_interleave(counts)
+    for size in sizes:
+        yield present[counts == size], rows[of_row == size].view(-1, size)
 
 
 def sum_by_adapter(terms: Tensor, index: Tensor, adapters: int) -> Tensor:
@@ -26,20 +30,22 @@ def sum_by_adapter(terms: Tensor, index: Tensor, adapters: int) -> Tensor:
     sums = terms.new_zeros(adapters, terms.shape[1])
     if terms.device.type == "cpu":  # row after row; on a GPU by atomics, in any order
         return sums.index_add_(0, index, terms)
-    for adapter, rows in segments(index):
-        sums[adapter] = terms[rows].sum(0)
+    for present, rows in segments(index):
+        sums[present] = terms[rows].sum(1)
     return sums
 
 
 def products_by_adapter(h: Tensor, g: Tensor, index: Tensor, adapters: int) -> Tensor:
     """[A, r, r]: hᵀ g over each adapter's rows of h and g [M, r], zero where it has none."""
     sums = h.new_zeros(adapters, h.shape[1], h.shape[1])
-    rows, present, counts = _grouped(index)
-    if len(counts) and (counts == counts[0]).all():  # rows of as many tokens each, as a rule
-        size = int(counts[0])
-        left, right = (t[rows].unflatten(0, (-1, size)) for t in (h, g))
-        sums[present] = torch.bmm(left.mT, right)
-        return sums
-    for adapter, own in zip(present.tolist(), rows.split(counts.tolist()), strict=True):
-        torch.mm(h[own].mT, g[own], out=sums[adapter])
+    for present, rows in segments(index):
+        sums[present] = torch.bmm(h[rows].mT, g[rows])
     return sums
+
+
+def through_cores(h: Tensor, cores: Tensor, index: Tensor, scaling: float) -> Tensor:
+    """s h_m C[index_m] [M, r] for rows of h [M, r] and cores [A, r, r], in h's dtype."""
+    out = torch.empty_like(h)
+    for present, rows in segments(index):
+        out[rows] = torch.bmm(h[rows], (scaling * cores[present]).to(h.dtype))
+    return out

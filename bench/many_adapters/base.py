@@ -20,12 +20,12 @@ LORA_RANK = 8  # of PEFT's LoRA over the same layers, whose bytes stand beside o
 RANKS: dict[str, dict[str, Any]] = {"QR-LoRA, r = 8": {"rank": 8}, "QR-LoRA, default τ": {}}
 
 
-def adapted(head: bool, **options: Any) -> nn.Module:
+def adapted(head: bool, method: str = "qr", **options: Any) -> nn.Module:
     """MiniLM-L6 under a head of two classes, which trains where ``head`` says so."""
     model, trainable = load_model("", 2, 0), ["head"] if head else []
     with warnings.catch_warnings():  # the head is frozen, and the rank large, on purpose
         warnings.simplefilter("ignore", UserWarning)
-        return qk.adapt(model, TARGETS, "qr", trainable=trainable, progress=False, **options)
+        return qk.adapt(model, TARGETS, method, trainable=trainable, progress=False, **options)
 
 
 def lora_numbers(model: nn.Module) -> int:

@@ -102,20 +102,21 @@ def _train(part: Results) -> str:
 
 
 def _examples(part: Results) -> str:
-    head = ["", "a step", "÷ ordinary", "difference"]
+    head = ["", "a step", "with each example's gradient", "÷ ordinary", "difference"]
     rows = [
-        ["ordinary", f"{part['plain_ms']:.0f} ms", "1", ""],
         [
-            "with each example's gradient",
-            f"{part['each_ms']:.0f} ms",
-            f"{part['ratio']:.2f}",
-            f"{part['difference']:.0e}",
-        ],
+            row["adapter"],
+            f"{row['plain_ms']:.0f} ms",
+            f"{row['each_ms']:.0f} ms",
+            f"{row['ratio']:.2f}",
+            f"{row['difference']:.0e}",
+        ]
+        for row in part["rows"]
     ]
     note = (
-        f"Per example: {ROWS} sentences a step, medians of {part['sizes']['rounds']} pairs in "
-        "turn. Difference: the largest from backwards of single examples, relative to the largest "
-        f"number of a layer. {_where(part)}"
+        f"Per example: {ROWS} sentences a step, heads too; medians of {part['sizes']['rounds']} "
+        "pairs in turn. Difference: the largest from backwards of single examples, relative to the "
+        f"largest number of a layer. {_where(part)}"
     )
     return _table(head, rows, note)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from finetuning.corpora import load_task
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import qrlora_kernels as qk
 
@@ -15,14 +16,28 @@ from .base import adapted, difference, in_turn, milliseconds, ratio, trained
 from .sizes import ROWS, Sizes
 from .steps import RATE, TASK, Inputs, encoded, inputs_of, own_step
 
+KINDS: dict[str, dict[str, Any]] = {
+    "QR-LoRA, default τ": {},
+    "LoRA-XS, r = 16": {"method": "lora_xs", "rank": 16},
+    "OHoRA": {"method": "ohora"},
+}
 COMPARED = 4  # examples, with a backward of each alone
 
 
 def examples(sizes: Sizes) -> dict[str, Any]:
-    """Milliseconds of both steps, and how far gradients are from those of single examples."""
+    """A row for each kind of adapter."""
     data = load_task(TASK, ROWS, sizes.held)
-    model = adapted(head=True)
     inputs, labels = inputs_of(encoded(data.train, data), list(range(ROWS)))
+    bar = tqdm(KINDS.items(), unit="adapter")
+    rows = [{"adapter": a, **_measure(options, inputs, labels, sizes)} for a, options in bar]
+    return {"rows": rows}
+
+
+def _measure(
+    options: dict[str, Any], inputs: Inputs, labels: Tensor, sizes: Sizes
+) -> dict[str, Any]:
+    """Milliseconds of both steps, and how far gradients are from those of single examples."""
+    model = adapted(head=True, **options)
     plain = own_step(model)
     for _ in range(3):  # away from the start
         plain(inputs, labels)

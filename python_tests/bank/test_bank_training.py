@@ -42,18 +42,19 @@ def test_a_hundred_mixed_steps_are_those_of_each_alone(kind, head):
             torch.testing.assert_close(found[key], want[key], rtol=1e-8, atol=1e-10)
 
 
-def test_in_fp32_who_else_is_in_the_batch_does_not_change_a_bit():
-    """Rows of other adapters in the same places; what the library's product makes is the same."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_fp32_who_else_is_in_the_batch_does_not_change_a_bit(kind: str) -> None:
+    """Rows of others in the same places, as many of each or not: one product is for a number."""
     found = []
-    for others in (["b", "c"], ["c", "d"], [None, "b"]):
-        net = bank_model.model("qr", True, torch.float32)
+    for others in ("bcbc", "cddd", [None, *"bcd"]):
+        net = bank_model.model(kind, True, torch.float32)
         bank = qk.AdapterBank(net, 4)
         for i, name in enumerate("abcd"):
             bank.add(name, bank_model.state(net, i))
         optimizer = bank.adamw(**RATES)
         for number in range(100):
             x, labels = data(6, number, torch.float32)
-            names = ["a", others[0], "a", others[1], others[0], others[1]]
+            names = ["a", others[0], "a", *others[1:]]
             step(net, bank, optimizer, names, x, labels)
         found.append(bank.state("a"))
     for other in found[1:]:

@@ -19,7 +19,7 @@ from ..operands import (
     as_wide_as_the_gate,
 )
 from ..reference import HALF, accumulation_dtype
-from ..segments import products_by_adapter, segments, sum_by_adapter
+from ..segments import products_by_adapter, sum_by_adapter, through_cores
 from .products import ADDMM, bases, column_dots, gram, into_fp32, onto, out_of_fp32, through, times
 
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -90,7 +90,8 @@ def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None, scaling: float)
     if index is None and gate.ndim == 2:
         return torch.mm(h, times(scaling, gate).to(h.dtype))
     if gate.ndim == 3:
-        return _by_adapter(h, gate, index, scaling)
+        assert index is not None
+        return through_cores(h, gate, index, scaling)
     if index is not None:
         gate = gate[index]  # first: nothing is done to the gates of adapters in no row
     scaled = h * times(scaling, gate)
@@ -102,15 +103,6 @@ def _back_through_gate(g: Tensor, gate: Tensor, index: Tensor | None, scaling: f
     if index is None and gate.ndim == 2:
         return F.linear(g, times(scaling, gate).to(g.dtype))
     return _through_gate(g, gate.mT if gate.ndim == 3 else gate, index, scaling)
-
-
-def _by_adapter(h: Tensor, cores: Tensor, index: Tensor | None, scaling: float) -> Tensor:
-    """s h_m C[index_m], one product for each adapter that is present."""
-    assert index is not None
-    out = torch.empty_like(h)
-    for adapter, rows in segments(index):
-        out[rows] = torch.mm(h[rows], times(scaling, cores[adapter]).to(h.dtype))
-    return out
 
 
 def _gate_gradient(p: LowRankGradient, g: Tensor) -> Tensor:
