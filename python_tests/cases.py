@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qrlora_kernels.dispatch.chooser import perform
+from qrlora_kernels.dispatch.chooser import choose, perform
 from qrlora_kernels.dispatch.problem import GATES, Choice, problem_of
 from qrlora_kernels.operands import Kron, KronGradient, LowRank, LowRankGradient, Operands
 
@@ -93,11 +93,11 @@ class Case:
 
 
 def step(backend: ModuleType, p: Operands, recipe: str | None = None) -> Any:
-    """The step on ``backend`` by ``recipe``, or by its best one."""
+    """The step on ``backend`` by ``recipe``, or by the one that it takes when asked for."""
     problem = problem_of(p)
-    if recipe is None:
-        recipe = backend.supports(problem)[0].name
     name = backend.__name__.rpartition(".")[2]
+    if recipe is None:
+        recipe = choose(problem, name).recipe
     return perform(Choice(name, recipe, "asked for"), f"{problem.op}_{problem.step}", p)
 
 

@@ -294,7 +294,7 @@ def test_a_forced_recipe_that_the_backward_does_not_have(op):
 @pytest.mark.parametrize("step", ["fwd", "bwd"])
 def test_an_unknown_recipe_is_named(step):
     problem = joined(Problem("qr_linear", torch.device("cpu"), torch.float32, 7, N, K, R, step))
-    message = r"backend must be 'composed:addmm' for qr_linear.* here, got 'composed:fastest'"
+    message = r"backend must be .*'composed:addmm' for qr_linear.* here, got 'composed:fastest'"
     with pytest.raises(ValueError, match=message):
         backends.choose(problem, "composed:fastest")
 

@@ -33,6 +33,7 @@ MEANT = {
     ("triton", "two-phase"): {"Triton launch"},
     ("triton", "addmm base"): {"Triton launch", LIBRARY},
     ("composed", "addmm"): {"composed"},
+    ("composed", "effective weight"): {"composed"},
     ("composed", "onednn"): {"composed"},
     ("composed", "fp32"): {"composed"},
     ("reference", "plain"): {"reference"},

@@ -1,6 +1,7 @@
 """The adapters composed of library products, with no pass over y or dx added.
 
-A recipe is the way in which the base product meets the update (``products.bases``).
+A recipe is the way in which the base product meets the update (``products.bases``), or
+``EFFECTIVE``: one product by W + ΔW, which is made anew in each step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..reference import HALF, accumulation_dtype
 from ..segments import products_by_adapter, sum_by_adapter, through_cores
 from .products import ADDMM, bases, column_dots, gram, into_fp32, onto, out_of_fp32, through, times
 
+EFFECTIVE = "effective weight"
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
@@ -39,7 +41,21 @@ def supports(problem: Problem) -> list[Recipe] | str:
         return [Recipe("composed", ADDMM, "library products, the update onto the base's")]
     reason = "library products, the base accumulated onto the update"
     code = LIBRARY_PRODUCTS if problem.op == "low_rank" else ELSEWHERE
-    return [Recipe("composed", how, reason, code) for how in bases(problem)]
+    recipes = [Recipe("composed", how, reason, code) for how in bases(problem)]
+    if _has_effective(problem):
+        recipes.insert(0, Recipe("composed", EFFECTIVE, "one product by W + ΔW, made anew", code))
+    return recipes
+
+
+def _has_effective(problem: Problem) -> bool:
+    """Not in half precision, where W + ΔW would lose a small update, nor where rows differ."""
+    return (
+        problem.op == "low_rank"
+        and problem.gate in ("vector", "core")
+        and problem.device.type == "cpu"
+        and problem.dtype not in HALF
+        and problem.needs[:1] != (False,)  # a backward without dx
+    )
 
 
 # --- low rank -----------------------------------------------------------------------------------
@@ -53,6 +69,8 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
         return _output_form(p)
     fp16 = p.x.dtype == torch.float16
     h = into_fp32(p.x, p.down.mT) if fp16 else F.linear(p.x, p.down)
+    if recipe == EFFECTIVE:
+        return F.linear(p.x, _effective(p), p.bias), h
     mid = _through_gate(h, p.gate, p.index, p.scaling)
     return through(recipe, mid, p.up, p.x, p.weight, p.bias), h
 
@@ -66,7 +84,9 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     fp16 = p.dy.dtype == torch.float16
     g = into_fp32(p.dy, p.up) if fp16 else torch.mm(p.dy, p.up)
     dx = dgate = None
-    if p.need_dx:
+    if p.need_dx and recipe == EFFECTIVE:
+        dx = torch.mm(p.dy, _effective(p))
+    elif p.need_dx:
         mid = _back_through_gate(g, p.gate, p.index, p.scaling)
         if p.down is None:
             dx = torch.addmm(p.dy, mid, p.up.mT) @ p.weight
@@ -83,6 +103,19 @@ def _output_form(p: LowRank) -> tuple[Tensor, Tensor]:
     h = torch.mm(y, p.up)
     y.addmm_(_through_gate(h, p.gate, p.index, p.scaling), p.up.mT)
     return y if p.bias is None else y.add_(p.bias), h
+
+
+def _effective(p: LowRank | LowRankGradient) -> Tensor:
+    """W + s up Cᵀ down [N, K], or W + s (up ∘ λ) down.
+
+    With more tokens than features it takes fewer operations than the tokens' way through r.
+    """
+    assert p.down is not None
+    gate = times(p.scaling, p.gate)
+    if gate.ndim == 1:
+        return torch.addmm(p.weight, p.up * gate, p.down)
+    # Not up Cᵀ first: MKL's bits of that depend on where in memory the factor lies.
+    return torch.addmm(p.weight, p.up, torch.mm(gate.mT.to(p.down.dtype), p.down))
 
 
 def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None, scaling: float) -> Tensor:
