@@ -8,12 +8,11 @@ nearly all of it.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch.chip import multiplies
 from ..dispatch.problem import Problem
 from ..reference import HALF, accumulation_dtype
 
@@ -30,7 +29,8 @@ def bases(problem: Problem) -> tuple[str, ...]:
     on_half_cpu = problem.device.type == "cpu" and problem.dtype in HALF
     if not (problem.bias and on_half_cpu):
         return (ADDMM,)
-    return (ONEDNN, FP32) if problem.m and problem.k and _onednn_runs(problem.dtype) else (FP32,)
+    by_onednn = problem.m and problem.k and multiplies("cpu", problem.dtype)
+    return (ONEDNN, FP32) if by_onednn else (FP32,)
 
 
 def onto(how: str, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,17 +78,6 @@ def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) ->
     dense = bias.contiguous()
     y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, dense, "add")
     return y
-
-
-@functools.cache
-def _onednn_runs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear with a bias and an added tensor runs for ``dtype`` on this CPU."""
-    one = torch.ones(32, 32, dtype=dtype, device="cpu")
-    try:
-        y = _linear_bias_add(one, one, one[0], one)
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((y == 34).all())
 
 
 def times(scaling: float, t: Tensor) -> Tensor:

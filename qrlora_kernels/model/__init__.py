@@ -4,6 +4,7 @@ from .adapt import adapt, adapted_layers, count_parameters
 from .combining import combine
 from .lifecycle import merge, refresh, unload, unmerge
 from .loading import load_adapter
+from .prepack import prepack
 from .resizing import set_rank
 from .saving import save_adapter
 from .strength import disabled, scale
@@ -17,6 +18,7 @@ __all__ = [
     "disabled",
     "load_adapter",
     "merge",
+    "prepack",
     "refresh",
     "save_adapter",
     "scale",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from torch import Tensor, nn
 
 from ..adapters.options import plain_value
 from ..nn import AdapterLinear
+from ..nn.derived import kept_bytes
 from ..nn.offload import is_away
 from .adapt import count_parameters, require_adapted
 from .advice import LARGE, trained_at
@@ -41,7 +42,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` found.
+    """What :func:`summary` found; ``kept_bytes``: what calls have computed and keep, all in all.
 
     Prints as a table, or as one line where the table has been printed already.
     """
@@ -51,6 +52,7 @@ class Summary:
     model_bytes: int
     tokens: int
     changed: list[str] = field(default_factory=list)
+    kept_bytes: int = 0
     shown: bool = False
 
     def __str__(self) -> str:
@@ -112,9 +114,9 @@ class Summary:
                 f"note: the factors of {len(large)} of {len(self.layers)} layers are more than a "
                 "third of their weight: rank=, max_rank= or another tau makes them smaller"
             )
-        derived = sum(row.derived_bytes for row in self.layers)
-        if derived:
-            notes.append(f"note: copies computed from frozen tensors take {size(derived)} more")
+        if self.kept_bytes:
+            kept = size(self.kept_bytes)
+            notes.append(f"note: copies computed from frozen tensors take {kept} more")
         if self.outliers():
             middle = median(row.rank for row in self.layers)
             notes.append(f"note: * marks ranks far from the median, {middle:g}")
@@ -165,10 +167,11 @@ def summary(model: nn.Module, tokens: int = 2048, show: bool = True) -> Summary:
     changed = [name for name, layer in layers.items() if layer.base_changed()]
     rows = [_row_of(name, layer, tokens) for name, layer in layers.items()]
     held = sum(_nbytes(t) for t in (*model.parameters(), *model.buffers()))
-    result = Summary(rows, count_parameters(model), held, tokens, changed)
+    counts, kept = count_parameters(model), kept_bytes(model)
+    result = Summary(rows, counts, held, tokens, changed, kept)
     if show:
         print(result)
-        return Summary(rows, result.parameters, held, tokens, changed, shown=True)
+        return replace(result, shown=True)
     return result
 
 

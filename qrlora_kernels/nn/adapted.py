@@ -33,6 +33,7 @@ class Adapted(nn.Module, ByRow):
         "_off",
         "_asked",
         "_bias_dtype",
+        "_prepack",
         "derived",
     )
     conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
@@ -50,6 +51,7 @@ class Adapted(nn.Module, ByRow):
     _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
     _asked: bool  # whether in some thread rows have adapters of their own
     _off: Tensor | None  # its number while some thread asks for the base's answer
+    _prepack: bool  # whether frozen tensors are kept as calls take them
     _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
     @classmethod
@@ -71,7 +73,7 @@ class Adapted(nn.Module, ByRow):
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
-        self._asked = False
+        self._asked, self._prepack = False, False
         self.derived = Derived()
         self.take_state(state)
 

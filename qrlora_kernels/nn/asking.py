@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..autocast import autocast_enabled
 from ..dispatch.chooser import choose
 from ..dispatch.problem import Choice, Problem, joined, layout_of
+from . import prepacked
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
@@ -46,7 +46,5 @@ def steps(layer: AdapterLinear) -> tuple[str, ...]:
 
 def _dtype(layer: AdapterLinear) -> torch.dtype:
     """That of a call's operands: autocast recasts all but fp64."""
-    dtype, device = layer.weight.dtype, layer.weight.device.type
-    if dtype == torch.float64 or not autocast_enabled(device):
-        return dtype
-    return torch.get_autocast_dtype(device)
+    dtype, product = prepacked.dtypes(layer.weight)
+    return product if layer._prepack else dtype

@@ -62,7 +62,8 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
     if not computes_plainly(linear):
         raise TypeError(
             f"{name} must compute a plain linear product, got {full_name(type(linear))} with a "
-            "forward of its own (a quantised layer, an adapter, or a wrapper)"
+            "forward of its own (a quantised layer, an adapter, a wrapper, or a prepacked layer: "
+            "adapt first, or qk.prepack(model, False))"
         )
     if any(one.__name__ == "FSDPModule" for one in type(linear).__mro__):
         raise TypeError(

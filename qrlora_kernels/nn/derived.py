@@ -66,6 +66,12 @@ class Derived:
         return Derived, ()
 
 
+def kept_bytes(model: nn.Module) -> int:
+    """What all layers of ``model`` keep in memory."""
+    kept = (vars(module).get("derived") for module in model.modules())
+    return sum(sum(one.nbytes().values()) for one in kept if isinstance(one, Derived))
+
+
 class _Seen(NamedTuple):
     """A source when its value was computed."""
 

@@ -22,6 +22,7 @@ from . import (
     nested,
     offload,
     per_row,
+    prepacked,
     state_dict,
     switch,
 )
@@ -116,6 +117,8 @@ class AdapterLinear(Adapted):
     def _adapted(self, x: Tensor) -> Tensor:
         if self._strength == 0.0:
             return self.base_forward(x)
+        if self._prepack and (y := prepacked.forward(self, x)) is not None:
+            return y
         weight = self._parameters.get("weight")
         if weight is None:
             weight = self.weight  # computed anew by a parametrisation
@@ -123,18 +126,30 @@ class AdapterLinear(Adapted):
             conversion.follow_weight(self)
         matrix = weight.t() if self.conv1d else weight
         bias = self.bias if self._bias_dtype is None else self._narrow_bias()
-        if self._asked and (rows := per_row.rows_of(self, x)) is not None:
-            return self._by_row(x, matrix, bias, rows)
-        if self._adds_update():
-            # The base sees x, the adapter a dropped copy; one rounding still, so a small update
-            # survives in half precision.
-            dropped = F.dropout(x, self._options.dropout, self.training)
-            update = self.adapter.update(dropped, self._tensors(), self._options, self._strength)
-            return linear_add(x, matrix, bias, update)
+        if self._asked or self._adds_update():
+            apart = self._apart(x, matrix, bias, self._tensors())
+            if apart is not None:
+                return apart
         return self._fused(x, matrix, bias)
 
-    def _by_row(self, x: Tensor, matrix: Tensor, bias: Tensor | None, rows: per_row.Rows) -> Tensor:
-        of_rows = self._tensors(), *rows, self._options, self._strength
+    def _apart(
+        self, x: Tensor, matrix: Tensor, bias: Tensor | None, tensors: State
+    ) -> Tensor | None:
+        """The answer where rows have adapters of their own or the update is computed apart."""
+        if self._asked and (rows := per_row.rows_of(self, x)) is not None:
+            return self._by_row(x, matrix, bias, tensors, rows)
+        if not self._adds_update():
+            return None
+        # The base sees x, the adapter a dropped copy; one rounding still, so a small update
+        # survives in half precision.
+        dropped = F.dropout(x, self._options.dropout, self.training)
+        update = self.adapter.update(dropped, tensors, self._options, self._strength)
+        return linear_add(x, matrix, bias, update)
+
+    def _by_row(
+        self, x: Tensor, matrix: Tensor, bias: Tensor | None, tensors: State, rows: per_row.Rows
+    ) -> Tensor:
+        of_rows = tensors, *rows, self._options, self._strength
         if self._adds_update():
             dropped = F.dropout(x, self._options.dropout, self.training)
             return linear_add(x, matrix, bias, self.adapter.update_by_row(dropped, *of_rows))
@@ -145,6 +160,8 @@ class AdapterLinear(Adapted):
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the layer would answer without its adapter, bit for bit."""
+        if self._prepack and (kept := prepacked.base(self, x)) is not None:
+            return kept
         if self._bias_dtype is not None:
             return F.linear(x, self.matrix(), self._narrow_bias())
         y: Tensor = type(self).over.forward(self, x)

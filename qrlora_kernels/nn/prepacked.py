@@ -1,0 +1,176 @@
+"""Frozen weights kept in the dtype that this processor multiplies, so that no call casts them.
+
+Under autocast a frozen weight is cast again at every call: PyTorch's cache keeps only leaves that
+ask for a gradient. And a CPU that multiplies no halves takes a plain loop over a bf16 weight; its
+fp32 products of a kept copy are faster and round once, at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..autocast import autocast_enabled, outside_autocast
+from ..dispatch.chip import multiplies
+from ..reference import HALF
+from . import base_weight, offload
+from .derived import Derived
+
+if TYPE_CHECKING:
+    from .layer import AdapterLinear
+
+
+class Kept(NamedTuple):
+    """Operands of a call in the dtype of the product, and the dtype that its result has."""
+
+    x: Tensor
+    matrix: Tensor
+    bias: Tensor | None
+    tensors: dict[str, Tensor]
+    dtype: torch.dtype
+
+
+def dtypes(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What a call's operands are rounded to, and what the product is taken in."""
+    dtype, device = weight.dtype, weight.device.type
+    if dtype != torch.float64 and autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return dtype, torch.float32 if dtype in HALF and not multiplies(device, dtype) else dtype
+
+
+def operands(layer: nn.Module, x: Tensor) -> Kept | None:
+    """Those of the frozen product x Wᵀ + b; None where the call has nothing to gain or is odd.
+
+    That is a weight which is cast nowhere, asks for a gradient, is computed anew or away, and a
+    call that something other than PyTorch's kernels sees.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or offload.offloads(layer):
+        return None
+    dtype, wide = dtypes(weight)
+    of_layer = weight.dtype if not autocast_enabled(weight.device.type) else x.dtype
+    if weight.dtype == dtype == wide or x.dtype != of_layer or x.dtype == torch.float64:
+        return None  # in the last two cases the call has its own answer, or error
+    kept = keep(layer, "weight", weight)
+    if kept is None:
+        return None
+    bias: Tensor | None = layer._parameters.get("bias")
+    if bias is not None:
+        bias = bias.to(dtype).to(wide)  # of few numbers, and it may train
+    matrix = kept.t() if base_weight.is_conv1d(layer) else kept
+    return Kept(x.to(dtype).to(wide), matrix, bias, {}, dtype)
+
+
+def keep(layer: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
+    """``tensor`` as the product takes it, kept by the layer; None where a call goes without it."""
+    dtype, wide = dtypes(cast(Tensor, layer.weight))
+    if tensor.dtype == dtype == wide:
+        return tensor
+    derived = cast(Derived, layer.derived)
+    return derived.get(f"{name} in {dtype} as {wide}", _cast(dtype, wide), tensor)
+
+
+@functools.cache
+def _cast(dtype: torch.dtype, wide: torch.dtype) -> Any:
+    return lambda tensor: tensor.to(dtype).to(wide)
+
+
+def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
+    """The adapted layer's y by what it keeps; None where there is nothing to gain."""
+    found = operands(layer, x)
+    if found is None:
+        return None
+    x, matrix, bias, tensors, dtype = found._replace(tensors=layer._tensors())
+    adapter = layer.adapter
+    for name in set(adapter.operands).difference(adapter.trainables, adapter.kept_fp32):
+        factor = keep(layer, name, tensors[name])
+        if factor is None:
+            return None
+        tensors[name] = factor
+    with outside_autocast(x.device.type):
+        y = layer._apart(x, matrix, bias, tensors)
+        if y is None:
+            y = adapter.fused(x, matrix, bias, tensors, layer._strength)
+        return y.to(dtype)
+
+
+def base(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """y [..., N] = x Wᵀ + b by what the layer keeps; None where there is nothing to gain."""
+    found = operands(layer, x)
+    if found is None:
+        return None
+    with outside_autocast(x.device.type):
+        return F.linear(found.x, found.matrix, found.bias).to(found.dtype)
+
+
+class PrepackedLinear(nn.Module):
+    """A frozen linear layer in front of whose class this stands: the same object, and its answer.
+
+    ``over`` is the class it had.
+    """
+
+    over: ClassVar[type[nn.Module]]
+    derived: Derived
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [..., N] = x Wᵀ + b for x [..., K]."""
+        y = base(self, input) if type(input) is Tensor else None
+        if y is None:
+            y = cast(Tensor, self.over.forward(self, input))
+        return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.derived.drop()  # before there are two of everything
+        return super()._apply(fn, recurse)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the class it was made of: a made class cannot be found by its name."""
+        return _blank, (self.over,), super().__reduce_ex__(max(protocol, 2))[2]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.derived = Derived()  # a shallow copy has the original's
+
+
+_MADE: dict[type, type] = {}
+
+
+def _class_over(before: type) -> Any:
+    if before not in _MADE:
+        body = {"over": before, "__module__": __name__, "__doc__": PrepackedLinear.__doc__}
+        _MADE[before] = type(f"Prepacked{before.__name__}", (PrepackedLinear, before), body)
+    return _MADE[before]
+
+
+def _blank(before: type[nn.Module]) -> nn.Module:
+    made = _class_over(before)
+    empty: nn.Module = made.__new__(made)
+    return empty
+
+
+def take_up(linear: nn.Module) -> None:
+    """Let a plain linear layer, which :func:`can_keep` has passed, keep what calls would cast."""
+    made = _class_over(type(linear))
+    linear.__class__ = made
+    vars(linear)["derived"] = Derived()
+
+
+def take_off(linear: PrepackedLinear) -> None:
+    """Give the layer its class back and forget what it kept."""
+    vars(linear).pop("derived", None)
+    linear.__class__ = linear.over  # type: ignore[assignment]
+
+
+def can_keep(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain linear layer over a dense weight that does not train."""
+    try:
+        base_weight.check_base(module)
+    except (TypeError, ValueError):
+        return False
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return not (weight.requires_grad or "derived" in vars(module) or offload.is_away(module))
