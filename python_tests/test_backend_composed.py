@@ -9,7 +9,10 @@ from backend_contract import Contract, assert_within_bound, small_update_gain
 from cases import CORE, LOW_RANK, MIXED_CORE, MIXED_VECTOR, VECTOR, Case, Kind, draw, step
 from torch import Tensor
 
-from qrlora_kernels.backends import composed
+from qrlora_kernels.backends import composed, products
+from qrlora_kernels.backends.products import ADDMM, FP32
+from qrlora_kernels.dispatch.problem import problem_of
+from qrlora_kernels.dispatch.rules import passed_over
 from qrlora_kernels.operands import LinearAdd
 
 
@@ -80,3 +83,24 @@ def test_the_error_bound_rejects_factors_read_beyond_the_gate(kind: Kind) -> Non
     wrong = more.run(composed)
     with pytest.raises(AssertionError, match=r"^y: element"):
         assert_within_bound(case, case.run(composed) | {"y": wrong["y"]})
+
+
+@pytest.mark.parametrize("kind", [VECTOR, CORE, MIXED_VECTOR, MIXED_CORE], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_products_of_halves_a_step_is_one_of_fp32(
+    kind: Kind, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the tokens on that pay for the casts; with a bias always, for its one rounding."""
+    case = draw(kind, 64, 96, 80, 16, dtype).given(bias=None)
+    y, h = step(composed, case.p, FP32)
+    dx, dgate = step(composed, case.gradient(h, True, True), FP32)
+    assert (y.dtype, dx.dtype, dgate.dtype) == (dtype, dtype, case.p.gate.dtype)
+    assert_within_bound(case, {"y": y, "x": dx, "gate": dgate})
+    monkeypatch.setattr(products, "multiplies", lambda device, dtype: False)
+    for problem in map(problem_of, (case.p, case.gradient(h, True, True))):
+        assert [recipe.name for recipe in composed.supports(problem)] == [FP32, ADDMM]
+        assert passed_over("composed", FP32, problem) is None
+        assert passed_over("composed", FP32, problem._replace(m=3)) is not None
+    biased = problem_of(case.p)._replace(m=3, bias=True)
+    assert [recipe.name for recipe in composed.supports(biased)] == [FP32]
+    assert passed_over("composed", FP32, biased) is None

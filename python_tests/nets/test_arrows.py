@@ -54,6 +54,7 @@ ROOM_OF = {
     "autocast": "leaf",
     "files": "leaf",
     "fingerprint": "leaf",
+    "halves": "leaf",
     "version": "leaf",
 }
 # A room may import itself and these. A backend knows no other backend.
@@ -75,7 +76,7 @@ ROOMS: dict[str, set[str]] = {
     "backend cuda": {"problem", "operands", "native", "reference"},
     "backend reference": {"problem", "operands", "reference"},
     "backend triton": {"products", "problem", "operands", "native", "reference"},
-    "products": {"problem", "reference"},
+    "products": {"problem", "reference", "leaf"},
     "core calls": {"operands", "native", "reference"},
     "linalg": {"native", "leaf"},
     "reference": {"operands"},

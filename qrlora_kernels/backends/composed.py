@@ -19,9 +19,20 @@ from ..operands import (
     LowRankGradient,
     as_wide_as_the_gate,
 )
-from ..reference import HALF, accumulation_dtype
+from ..reference import HALF, accumulation_dtype, hidden_dtype
 from ..segments import products_by_adapter, sum_by_adapter, through_cores
-from .products import ADDMM, bases, column_dots, gram, into_fp32, onto, out_of_fp32, through, times
+from .products import (
+    ADDMM,
+    FP32,
+    bases,
+    column_dots,
+    gram,
+    into_fp32,
+    onto,
+    out_of_fp32,
+    through,
+    times,
+)
 
 EFFECTIVE = "effective weight"
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -63,6 +74,9 @@ def _has_effective(problem: Problem) -> bool:
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
+    if recipe == FP32:
+        y, h = low_rank_fwd(_in_fp32(p), ADDMM)
+        return y.to(p.x.dtype), h.to(hidden_dtype(p.x.dtype))
     if p.up.shape[1] != p.gate.shape[-1]:
         p = as_wide_as_the_gate(p)
     if p.down is None:
@@ -79,6 +93,10 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     """dx [M, K] and the gate's gradient."""
     if not (p.need_dx or p.need_dgate):
         return None, None
+    if recipe == FP32:
+        dx, dgate = low_rank_bwd(_gradient_in_fp32(p), ADDMM)
+        dx = None if dx is None else dx.to(p.dy.dtype)
+        return dx, None if dgate is None else dgate.to(p.gate.dtype)
     if p.up.shape[1] != p.gate.shape[-1]:
         p = as_wide_as_the_gate(p)
     fp16 = p.dy.dtype == torch.float16
@@ -96,6 +114,20 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     if p.need_dgate:
         dgate = times(p.scaling, _gate_gradient(p, g)).to(p.gate.dtype)
     return dx, dgate
+
+
+def _in_fp32(p: LowRank) -> LowRank:
+    """The operands as they are multiplied where the library has no products of halves."""
+    x, weight, bias, up, down, gate, index, scaling = p
+    bias, down = (None if t is None else t.float() for t in (bias, down))
+    return LowRank(x.float(), weight.float(), bias, up.float(), down, gate.float(), index, scaling)
+
+
+def _gradient_in_fp32(p: LowRankGradient) -> LowRankGradient:
+    dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate = p
+    down = None if down is None else down.float()
+    wide = dy.float(), weight.float(), up.float(), down, gate.float(), index, h.float()
+    return LowRankGradient(*wide, scaling, need_dx, need_dgate)
 
 
 def _output_form(p: LowRank) -> tuple[Tensor, Tensor]:
@@ -187,7 +219,7 @@ def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None
         for i, (la, rb) in enumerate(zip(left, right, strict=True)):
             t = torch.bmm(la.mT.expand(m, r, n), grads).view(m * r, r)
             torch.mm(t, rb.mT, out=update) if i == 0 else update.addmm_(t, rb.mT)
-        dx = update.view(m, r * k).to(p.x.dtype).addmm_(p.dy, p.weight)
+        dx = onto(recipe, update.view(m, r * k).to(p.x.dtype), p.dy, p.weight.mT, None)
     return dx, da, db
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch.chip import multiplies
 from ..dispatch.problem import Problem
+from ..halves import multiplies
 from ..reference import HALF, accumulation_dtype
 
 # How the base product and a bias meet an update; :func:`bases` says which apply, best first.
@@ -21,26 +21,28 @@ ADDMM, ONEDNN, FP32 = "addmm", "onednn", "fp32"
 
 
 def bases(problem: Problem) -> tuple[str, ...]:
-    """The ways in which x Wᵀ + b accumulates onto an update in one rounding.
+    """The ways in which x Wᵀ + b accumulates onto an update in one rounding, best first.
 
     PyTorch's own products on the CPU add a bias to a half-precision y that is rounded already.
-    oneDNN's does not, where the CPU has half-precision products; else the sum is one of fp32.
+    oneDNN's does not, where the CPU multiplies halves; else the sum is one of fp32, which from a
+    few tokens on is faster than a plain loop over halves as well.
     """
-    on_half_cpu = problem.device.type == "cpu" and problem.dtype in HALF
-    if not (problem.bias and on_half_cpu):
+    if problem.device.type != "cpu" or problem.dtype not in HALF:
         return (ADDMM,)
-    by_onednn = problem.m and problem.k and multiplies("cpu", problem.dtype)
-    return (ONEDNN, FP32) if by_onednn else (FP32,)
+    if not multiplies("cpu", problem.dtype):
+        return (FP32,) if problem.bias else (FP32, ADDMM)
+    if not problem.bias:
+        return (ADDMM,)
+    return (ONEDNN, FP32) if problem.m and problem.k else (FP32,)
 
 
 def onto(how: str, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``update`` [M, N] + x Wᵀ + b, in the update's place where the product allows it."""
     if bias is not None and how == ONEDNN:
         return _linear_bias_add(x, weight, bias, update)
-    if bias is not None and how == FP32:
-        # From 4 tokens on also the faster one.
+    if how == FP32:
         y = torch.addmm(update.float(), x.float(), weight.float().mT)
-        return y.add_(bias).to(x.dtype)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
     y = update.addmm_(x, weight.mT)
     # One pass more, and in half precision one rounding (on CUDA alone); the bias comes last and so
     # cannot drown the update.

@@ -1,4 +1,4 @@
-"""The chips that work runs on: their names, as measurements are filed under, and what they lack."""
+"""The names of the chips that work runs on, as measurements are filed under them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,3 @@ def _cpu() -> str:
         if name:
             return " ".join([name[1].strip(), *isa])
     return platform.processor() or platform.machine()
-
-
-@functools.cache
-def multiplies(device: str, dtype: torch.dtype) -> bool:
-    """Whether the library has products of halves on this kind of device: on a CPU oneDNN's.
-
-    Where it has none PyTorch takes a plain loop.
-    """
-    if device != "cpu":
-        return True
-    one = torch.ones(32, 32, dtype=dtype, device="cpu")
-    try:
-        y = torch.ops.mkldnn._linear_pointwise.binary(one, one, one, one[0], "add")
-    except (AttributeError, RuntimeError):
-        return False
-    return bool((y == 34).all())

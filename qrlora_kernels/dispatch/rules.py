@@ -15,6 +15,7 @@ FEW_TOKENS = 32
 MORE_TOKENS, LIGHT_WEIGHT, LIGHT_RANK = 64, 1 << 16, 64
 MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
 EFFECTIVE_TOKENS = 2
+CAST_TOKENS = 4
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
 
@@ -81,6 +82,19 @@ RULES = (
         "from twice as many tokens as features 384² r = 147 0.84 to 0.89 (LoRA-XS 0.78 to 0.84), r "
         "= 16 0.95 to 0.98, 1024² r = 16 0.98 to 1.01; as many tokens as features 0.95 to 1.03; "
         "half as many 1.03 to 1.14",
+    ),
+    *(
+        Rule(
+            7, backend, recipe, "",
+            lambda p: p.m < CAST_TOKENS and not p.bias,
+            lambda p: f"a loop over halves measures better below {CAST_TOKENS} tokens than the "
+            "casts",
+            "bf16, forward and backward over the frozen layer's loop, fp32 in place of addmm, 384² "
+            "r = 147 to 1024² r = 16, AMD EPYC with AVX2: 4 tokens 1.03 to 1.98 -> 0.23 to 0.94, "
+            "16 1.01 to 1.75 -> 0.08 to 0.41, 128 1.00 to 1.69 -> 0.02 to 0.13; one token of 1024² "
+            "took 1.5 times as long in fp32",
+        )
+        for backend, recipe in (("composed", "fp32"), ("cpu", "fp32 base"))
     ),
     *(
         Rule(

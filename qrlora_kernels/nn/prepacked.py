@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast_enabled, outside_autocast
-from ..dispatch.chip import multiplies
+from ..halves import multiplies
 from ..reference import HALF
 from . import base_weight, offload
 from .derived import Derived
