@@ -245,7 +245,7 @@ def test_a_compiled_call_goes_without() -> None:
     net, x = model(), torch.randn(7, 48)
     want = step(net, x)[0]
     qk.prepack(net)
-    compiled = torch.compile(net, backend="aot_eager")
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(step(compiled, x)[0], want, rtol=2e-2, atol=2e-2)
     assert not any(kept(net).values())
 
@@ -286,3 +286,18 @@ def test_a_wrong_input_has_the_error_that_it_has_without() -> None:
             qk.prepack(net, False)(x)
         assert str(found.value) == str(want.value)
         qk.prepack(net)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
+def test_under_autocast_too(dtype: torch.dtype) -> None:
+    net, x = model(), torch.ones(3, 48, dtype=dtype)
+    for name in (ADAPTED, PLAIN):
+        layer = qk.prepack(net).get_submodule(name)
+        wrong = x if name == ADAPTED else torch.ones(3, 64, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises((TypeError, ValueError, RuntimeError)) as found:
+                layer(wrong)
+            layer = qk.prepack(net, False).get_submodule(name)
+            with pytest.raises(type(found.value)) as want:
+                layer(wrong)
+        assert str(found.value) == str(want.value)

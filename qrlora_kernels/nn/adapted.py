@@ -51,7 +51,7 @@ class Adapted(nn.Module, ByRow):
     _starts: dict[torch.dtype, str | None]  # the same in each dtype that the weight was cast to
     _asked: bool  # whether in some thread rows have adapters of their own
     _off: Tensor | None  # its number while some thread asks for the base's answer
-    _prepack: bool  # whether frozen tensors are kept as calls take them
+    _prepack: bool = False  # whether frozen tensors are kept as calls take them
     _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
     @classmethod

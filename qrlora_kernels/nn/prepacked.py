@@ -49,12 +49,14 @@ def operands(layer: nn.Module, x: Tensor) -> Kept | None:
     call that something other than PyTorch's kernels sees.
     """
     weight = layer._parameters.get("weight")
-    if weight is None or offload.offloads(layer):
+    if torch.compiler.is_compiling() or weight is None or offload.offloads(layer):
         return None
     dtype, wide = dtypes(weight)
-    of_layer = weight.dtype if not autocast_enabled(weight.device.type) else x.dtype
-    if weight.dtype == dtype == wide or x.dtype != of_layer or x.dtype == torch.float64:
-        return None  # in the last two cases the call has its own answer, or error
+    if weight.dtype == dtype == wide:
+        return None
+    recast = autocast_enabled(weight.device.type) and x.is_floating_point()
+    if x.dtype == torch.float64 or not (recast or x.dtype == weight.dtype):
+        return None  # it has its own answer, or error
     kept = keep(layer, "weight", weight)
     if kept is None:
         return None
