@@ -288,6 +288,13 @@ def test_a_wrong_input_has_the_error_that_it_has_without() -> None:
         qk.prepack(net)
 
 
+@pytest.mark.parametrize("wrong", [[1.0] * 48, None, 3])
+def test_what_is_no_tensor_is_refused_as_without(wrong: object) -> None:
+    layer = qk.prepack(model()).get_submodule(ADAPTED)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x must be a torch"):
+        layer(wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
 def test_under_autocast_too(dtype: torch.dtype) -> None:
     net, x = model(), torch.ones(3, 48, dtype=dtype)
