@@ -21,12 +21,11 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
 
     The copies are no part of a state dict, a file or a copy of the model. They are made anew when
     a weight is written to, replaced or cast; :func:`summary` says what they take. A compiled call,
-    an offloaded layer, and a weight that trains again go without.
+    an offloaded or sharded layer, and a weight that trains again go without.
 
     What PyTorch does not count as a write goes unseen: one through ``weight.data``, such as PEFT's
     ``merge_adapter`` makes into the layers below it, and a collective of ``torch.distributed``.
-    After it call :func:`prepack` again, which forgets every copy. ``fully_shard`` writes so too,
-    and its gathered weights would stay: shard a model that is not prepacked.
+    After it call :func:`prepack` again, which forgets every copy.
 
     Parameters
     ----------
@@ -57,9 +56,10 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
     for name, linear in before.items():
         if not on:
             check_on_top(linear, name)
-    for layer in (*adapted, *before.values()):
-        layer.derived.drop()
+    for linear in before.values():
+        linear.derived.drop()
     for layer in adapted:
+        layer.derived.drop()
         layer._prepack = on
     if on:
         for module in plain:

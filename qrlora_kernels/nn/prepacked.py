@@ -46,13 +46,13 @@ def dtypes(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
 def operands(layer: nn.Module, x: Tensor) -> Kept | None:
     """Those of the frozen product x Wᵀ + b; None where the call has nothing to gain or is odd.
 
-    That is a weight which is cast nowhere, asks for a gradient, is computed anew or away, and a
-    call that something other than PyTorch's kernels sees.
+    That is a weight which is cast nowhere, asks for a gradient, is computed anew, gathered or away,
+    and a call that something other than PyTorch's kernels sees.
     """
     weight = layer._parameters.get("weight")
     if torch.compiler.is_compiling() or weight is None or offload.offloads(layer):
         return None
-    if not isinstance(x, Tensor):
+    if base_weight.is_gathered(layer) or not isinstance(x, Tensor):
         return None
     dtype, wide = dtypes(weight)
     if weight.dtype == dtype == wide:
