@@ -60,14 +60,23 @@ def operands(layer: nn.Module, x: Tensor) -> Kept | None:
     recast = autocast_enabled(weight.device.type) and x.is_floating_point()
     if x.dtype == torch.float64 or not (recast or x.dtype == weight.dtype):
         return None  # it has its own answer, or error
+    bias: Tensor | None = layer._parameters.get("bias")
+    if bias is not None and not _fits(layer, bias, weight, recast):
+        return None  # likewise
     kept = keep(layer, "weight", weight)
     if kept is None:
         return None
-    bias: Tensor | None = layer._parameters.get("bias")
     if bias is not None:
         bias = bias.to(dtype).to(wide)  # of few numbers, and it may train
     matrix = kept.t() if base_weight.is_conv1d(layer) else kept
     return Kept(x.to(dtype).to(wide), matrix, bias, {}, dtype)
+
+
+def _fits(layer: nn.Module, bias: Tensor, weight: Tensor, recast: bool) -> bool:
+    """Whether a call without kept weights takes a bias of this dtype."""
+    if vars(layer).get("_bias_dtype") is not None:  # it is brought to the weight's
+        return True
+    return bias.dtype != torch.float64 if recast else bias.dtype == weight.dtype
 
 
 def keep(layer: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
