@@ -288,6 +288,35 @@ def test_a_wrong_input_has_the_error_that_it_has_without() -> None:
         qk.prepack(net)
 
 
+@pytest.mark.parametrize("name", [ADAPTED, PLAIN])
+@pytest.mark.parametrize(
+    ("weight", "bias", "autocast"),
+    [(torch.bfloat16, torch.float32, False), (torch.float32, torch.float64, True)],
+    ids=str,
+)
+def test_a_bias_of_another_dtype_has_the_error_that_it_has_without(
+    name: str, weight: torch.dtype, bias: torch.dtype, autocast: bool
+) -> None:
+    net = model(dtype=weight)
+    layer = net.get_submodule(name)
+    layer.bias.data = layer.bias.data.to(bias)
+    x, said = torch.ones(3, layer.in_features, dtype=weight), []
+    for on in (False, True):
+        qk.prepack(net, on)
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        with cast, pytest.raises((TypeError, ValueError, RuntimeError)) as found:
+            layer(x)
+        said.append((found.type, str(found.value)))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("wrong", [[1.0] * 48, None, 3])
+def test_what_is_no_tensor_is_refused_as_without(wrong: object) -> None:
+    layer = qk.prepack(model()).get_submodule(ADAPTED)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x must be a torch"):
+        layer(wrong)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
 def test_under_autocast_too(dtype: torch.dtype) -> None:
     net, x = model(), torch.ones(3, 48, dtype=dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapters.options import plain_value
-from ..nn.prepacked import PrepackedLinear, can_keep, take_off, take_up
+from ..nn.prepacked import PrepackedLinear, can_keep, check_on_top, take_off, take_up
 from .adapt import adapted_layers
 from .names import check_model, modules
 
@@ -21,7 +21,11 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
 
     The copies are no part of a state dict, a file or a copy of the model. They are made anew when
     a weight is written to, replaced or cast; :func:`summary` says what they take. A compiled call,
-    a merged or an offloaded layer, and a weight that trains again go without.
+    an offloaded or sharded layer, and a weight that trains again go without.
+
+    What PyTorch does not count as a write goes unseen: one through ``weight.data``, such as PEFT's
+    ``merge_adapter`` makes into the layers below it, and a collective of ``torch.distributed``.
+    After it call :func:`prepack` again, which forgets every copy.
 
     Parameters
     ----------
@@ -38,22 +42,34 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
     Raises
     ------
     TypeError, ValueError
-        If there is no frozen linear layer, or an argument is of another type.
+        If there is no frozen linear layer, an argument is of another type, or something that was
+        put on top of a layer since (a parametrisation) has to be taken off first.
     """
     check_model(model)
     on = plain_value("on", "bool", on)
+    here = _once(model)
     adapted = list(adapted_layers(model).values())
-    plain = [m for m in modules(model).values() if isinstance(m, PrepackedLinear) or can_keep(m)]
-    if not (adapted or plain):
+    before = {name: m for name, m in here.items() if isinstance(m, PrepackedLinear)}
+    plain = [module for module in here.values() if can_keep(module)]
+    if not (adapted or before or plain):
         raise ValueError("model must hold frozen linear layers, got none")
-    for layer in adapted:
-        layer._prepack = on
+    for name, linear in before.items():
         if not on:
-            layer.derived.drop()
-    for module in plain:
-        if not isinstance(module, PrepackedLinear):
-            if on:
-                take_up(module)
-        elif not on:
-            take_off(module)
+            check_on_top(linear, name)
+    for linear in before.values():
+        linear.derived.drop()
+    for layer in adapted:
+        layer.derived.drop()
+        layer._prepack = on
+    if on:
+        for module in plain:
+            take_up(module)
+    else:
+        for linear in before.values():
+            take_off(linear)
     return model
+
+
+def _once(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by the first of its names."""
+    return {name: m for m, name in {m: n for n, m in reversed(modules(model).items())}.items()}

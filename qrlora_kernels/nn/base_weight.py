@@ -152,6 +152,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def is_gathered(layer: nn.Module) -> bool:
+    """Whether ``fully_shard`` gathers the layer's weight for each forward.
+
+    It fills the same memory anew and PyTorch counts no write, so that nothing computed from it can
+    be kept. Of the layers whose parameters it manages it tells by a hook on each, from the first
+    forward on.
+    """
+    hooks = layer._state_dict_pre_hooks
+    return bool(hooks) and any(
+        getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+        for hook in hooks.values()
+    )
+
+
 def digest(layer: nn.Module) -> str:
     """The quick digest of the layer's stored weight, which must be present."""
     return digest_of(cast(Tensor, layer.weight))

@@ -117,13 +117,13 @@ class AdapterLinear(Adapted):
     def _adapted(self, x: Tensor) -> Tensor:
         if self._strength == 0.0:
             return self.base_forward(x)
-        if self._prepack and (y := prepacked.forward(self, x)) is not None:
-            return y
         weight = self._parameters.get("weight")
         if weight is None:
             weight = self.weight  # computed anew by a parametrisation
         elif weight.device != self.__dict__[self.factors[0]].device:
             conversion.follow_weight(self)
+        if self._prepack and (y := prepacked.forward(self, x)) is not None:
+            return y
         matrix = weight.t() if self.conv1d else weight
         bias = self.bias if self._bias_dtype is None else self._narrow_bias()
         if self._asked or self._adds_update():

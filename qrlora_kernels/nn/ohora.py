@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..adapters import OHoRA, OHoRAOptions, State
 from ..adapters.ohora import Product
 from ..linalg.kron import Columns, Start
-from . import offload
+from . import base_weight, offload
 from .layer import AdapterLinear
 
 
@@ -108,12 +108,13 @@ class OHoRALinear(AdapterLinear):
         """W − s A₀ ⊗ B₀ᵀ [N, K], kept from call to call; None where a call goes without it.
 
         That is without the option ``fold``, under autocast and a compiler, in a layer that is
-        merged or whose weight is offloaded, and where a frozen tensor asks for a gradient.
+        merged or whose weight is offloaded or sharded, and where a frozen tensor asks for a
+        gradient.
         """
         weight = self._parameters.get("weight")  # none where it is computed anew at every call
         if not self._options.fold or weight is None or self._merge is not None:
             return None
-        if not OHoRA.folds(weight) or offload.offloads(self):
+        if not OHoRA.folds(weight) or offload.offloads(self) or base_weight.is_gathered(self):
             return None
         return self.derived.get("folded", self._fold, weight, self.a0, self.b0)
 

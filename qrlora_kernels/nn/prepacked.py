@@ -18,6 +18,7 @@ from ..autocast import autocast_enabled, outside_autocast
 from ..halves import multiplies
 from ..reference import HALF
 from . import base_weight, offload
+from .become import shallow_copy, without_hooks_of_accelerate
 from .derived import Derived
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ def dtypes(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
 def operands(layer: nn.Module, x: Tensor) -> Kept | None:
     """Those of the frozen product x Wᵀ + b; None where the call has nothing to gain or is odd.
 
-    That is a weight which is cast nowhere, asks for a gradient, is computed anew or away, and a
-    call that something other than PyTorch's kernels sees.
+    That is a weight which is cast nowhere, asks for a gradient, is computed anew, gathered or away,
+    and a call that something other than PyTorch's kernels sees.
     """
     weight = layer._parameters.get("weight")
     if torch.compiler.is_compiling() or weight is None or offload.offloads(layer):
+        return None
+    if base_weight.is_gathered(layer) or not isinstance(x, Tensor):
         return None
     dtype, wide = dtypes(weight)
     if weight.dtype == dtype == wide:
@@ -57,14 +60,23 @@ def operands(layer: nn.Module, x: Tensor) -> Kept | None:
     recast = autocast_enabled(weight.device.type) and x.is_floating_point()
     if x.dtype == torch.float64 or not (recast or x.dtype == weight.dtype):
         return None  # it has its own answer, or error
+    bias: Tensor | None = layer._parameters.get("bias")
+    if bias is not None and not _fits(layer, bias, weight, recast):
+        return None  # likewise
     kept = keep(layer, "weight", weight)
     if kept is None:
         return None
-    bias: Tensor | None = layer._parameters.get("bias")
     if bias is not None:
         bias = bias.to(dtype).to(wide)  # of few numbers, and it may train
     matrix = kept.t() if base_weight.is_conv1d(layer) else kept
     return Kept(x.to(dtype).to(wide), matrix, bias, {}, dtype)
+
+
+def _fits(layer: nn.Module, bias: Tensor, weight: Tensor, recast: bool) -> bool:
+    """Whether a call without kept weights takes a bias of this dtype."""
+    if vars(layer).get("_bias_dtype") is not None:  # it is brought to the weight's
+        return True
+    return bias.dtype != torch.float64 if recast else bias.dtype == weight.dtype
 
 
 def keep(layer: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
@@ -129,9 +141,23 @@ class PrepackedLinear(nn.Module):
         self.derived.drop()  # before there are two of everything
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.derived.drop()  # now: what it holds of the weight forbids PyTorch to swap it
+        super()._load_from_state_dict(*args)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles in the layer's place: a plain one."""
+        check_on_top(self)
+        plain = without_hooks_of_accelerate(shallow_copy(self))
+        take_off(cast(PrepackedLinear, plain))
+        return plain
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the class it was made of: a made class cannot be found by its name."""
-        return _blank, (self.over,), super().__reduce_ex__(max(protocol, 2))[2]
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if "over" not in vars(type(self)):  # a class on top of ours knows how to be found
+            return reduced
+        return _blank, (self.over,), reduced[2]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -144,8 +170,15 @@ _MADE: dict[type, type] = {}
 def _class_over(before: type) -> Any:
     if before not in _MADE:
         body = {"over": before, "__module__": __name__, "__doc__": PrepackedLinear.__doc__}
+        if base_weight.plain_base(before) is not nn.Linear:
+            body["forward"] = _forward_of_x
         _MADE[before] = type(f"Prepacked{before.__name__}", (PrepackedLinear, before), body)
     return _MADE[before]
+
+
+def _forward_of_x(self: PrepackedLinear, x: Tensor) -> Tensor:
+    """As ``Conv1D`` is called: its argument has another name than that of ``nn.Linear``."""
+    return PrepackedLinear.forward(self, x)
 
 
 def _blank(before: type[nn.Module]) -> nn.Module:
@@ -159,12 +192,24 @@ def take_up(linear: nn.Module) -> None:
     made = _class_over(type(linear))
     linear.__class__ = made
     vars(linear)["derived"] = Derived()
+    offload.rebind(linear)
 
 
 def take_off(linear: PrepackedLinear) -> None:
-    """Give the layer its class back and forget what it kept."""
+    """Give the layer, which :func:`check_on_top` has passed, its class back."""
     vars(linear).pop("derived", None)
     linear.__class__ = linear.over  # type: ignore[assignment]
+    offload.rebind(linear)
+
+
+def check_on_top(linear: PrepackedLinear, name: str = "a prepacked layer") -> None:
+    """Raise where the layer's class is no more the one that :func:`take_up` gave it."""
+    if "over" not in vars(type(linear)):
+        raise TypeError(
+            f"{name} must have the class that prepack gave it, got "
+            f"{base_weight.full_name(type(linear))}: something stands on top of it, such as a "
+            "parametrisation, and has to be taken off first"
+        )
 
 
 def can_keep(module: nn.Module) -> bool:
@@ -175,4 +220,7 @@ def can_keep(module: nn.Module) -> bool:
         return False
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return not (weight.requires_grad or "derived" in vars(module) or offload.is_away(module))
+    if weight.requires_grad or offload.is_away(module):
+        return False
+    # A layer of another library may have names of its own that would be hidden.
+    return not (hasattr(module, "derived") or hasattr(module, "over"))
