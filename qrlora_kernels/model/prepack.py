@@ -7,7 +7,7 @@ from torch import nn
 from ..adapters.options import plain_value
 from ..nn.prepacked import PrepackedLinear, can_keep, check_on_top, take_off, take_up
 from .adapt import adapted_layers
-from .names import check_model, modules
+from .names import check_model
 
 
 def prepack(model: nn.Module, on: bool = True) -> nn.Module:
@@ -23,9 +23,9 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
     a weight is written to, replaced or cast; :func:`summary` says what they take. A compiled call,
     an offloaded or sharded layer, and a weight that trains again go without.
 
-    What PyTorch does not count as a write goes unseen: one through ``weight.data``, such as PEFT's
-    ``merge_adapter`` makes into the layers below it, and a collective of ``torch.distributed``.
-    After it call :func:`prepack` again, which forgets every copy.
+    What PyTorch does not count as a write goes unseen: one through ``weight.data``, and a
+    collective of ``torch.distributed``. After it call :func:`prepack` again, which forgets every
+    copy. The layers below PEFT's adapters, into which its ``merge_adapter`` writes so, are left.
 
     Parameters
     ----------
@@ -47,10 +47,10 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
     """
     check_model(model)
     on = plain_value("on", "bool", on)
-    here = _once(model)
+    here = dict(model.named_modules())
     adapted = list(adapted_layers(model).values())
     before = {name: m for name, m in here.items() if isinstance(m, PrepackedLinear)}
-    plain = [module for module in here.values() if can_keep(module)]
+    plain = [m for name, m in here.items() if not _is_written_to(name) and can_keep(m)]
     if not (adapted or before or plain):
         raise ValueError("model must hold frozen linear layers, got none")
     for name, linear in before.items():
@@ -70,6 +70,6 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
     return model
 
 
-def _once(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by the first of its names."""
-    return {name: m for m, name in {m: n for n, m in reversed(modules(model).items())}.items()}
+def _is_written_to(name: str) -> bool:
+    """Whether a module of this name lies below a wrapper of PEFT."""
+    return name.rpartition(".")[2] == "base_layer"

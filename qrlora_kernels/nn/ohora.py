@@ -114,7 +114,9 @@ class OHoRALinear(AdapterLinear):
         weight = self._parameters.get("weight")  # none where it is computed anew at every call
         if not self._options.fold or weight is None or self._merge is not None:
             return None
-        if not OHoRA.folds(weight) or offload.offloads(self) or base_weight.is_gathered(self):
+        if not OHoRA.folds(weight) or offload.offloads(self):
+            return None
+        if self._state_dict_pre_hooks and base_weight.is_gathered(self):
             return None
         return self.derived.get("folded", self._fold, weight, self.a0, self.b0)
 
