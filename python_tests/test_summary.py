@@ -60,8 +60,8 @@ def test_the_rate_to_train_at_is_there(adapter):
 
 
 def test_each_backend_and_its_reason_are_told_once_with_the_tokens():
-    text = str(qk.summary(model(rank=4), tokens=77, show=False))
-    assert text.count("backend at 77 tokens") == 1
+    text = str(qk.summary(model(rank=4), tokens=9, show=False))
+    assert text.count("backend at 9 tokens") == 1
     assert "for 2 of 2 layers" in text
 
 

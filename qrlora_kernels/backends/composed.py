@@ -74,9 +74,9 @@ def _has_effective(problem: Problem) -> bool:
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
+    dtype = p.x.dtype
     if recipe == FP32:
-        y, h = low_rank_fwd(_in_fp32(p), ADDMM)
-        return y.to(p.x.dtype), h.to(hidden_dtype(p.x.dtype))
+        p = _in_fp32(p)
     if p.up.shape[1] != p.gate.shape[-1]:
         p = as_wide_as_the_gate(p)
     if p.down is None:
@@ -86,17 +86,17 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     if recipe == EFFECTIVE:
         return F.linear(p.x, _effective(p), p.bias), h
     mid = _through_gate(h, p.gate, p.index, p.scaling)
-    return through(recipe, mid, p.up, p.x, p.weight, p.bias), h
+    y = through(recipe, mid, p.up, p.x, p.weight, p.bias)
+    return (y.to(dtype), h.to(hidden_dtype(dtype))) if recipe == FP32 else (y, h)
 
 
 def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] and the gate's gradient."""
     if not (p.need_dx or p.need_dgate):
         return None, None
+    dtype, of_gate = p.dy.dtype, p.gate.dtype
     if recipe == FP32:
-        dx, dgate = low_rank_bwd(_gradient_in_fp32(p), ADDMM)
-        dx = None if dx is None else dx.to(p.dy.dtype)
-        return dx, None if dgate is None else dgate.to(p.gate.dtype)
+        p = _gradient_in_fp32(p)
     if p.up.shape[1] != p.gate.shape[-1]:
         p = as_wide_as_the_gate(p)
     fp16 = p.dy.dtype == torch.float16
@@ -112,7 +112,9 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
             update = out_of_fp32(mid, p.down) if fp16 else torch.mm(mid, p.down)
             dx = update.addmm_(p.dy, p.weight)
     if p.need_dgate:
-        dgate = times(p.scaling, _gate_gradient(p, g)).to(p.gate.dtype)
+        dgate = times(p.scaling, _gate_gradient(p, g)).to(of_gate)
+    if dx is not None and recipe == FP32:
+        dx = dx.to(dtype)
     return dx, dgate
 
 
