@@ -318,7 +318,7 @@ def test_what_is_no_tensor_is_refused_as_without(wrong: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64])
-def test_under_autocast_too(dtype: torch.dtype) -> None:
+def test_a_wrong_dtype_under_autocast_has_the_error_that_it_has_without(dtype: torch.dtype) -> None:
     net, x = model(), torch.ones(3, 48, dtype=dtype)
     for name in (ADAPTED, PLAIN):
         layer = qk.prepack(net).get_submodule(name)

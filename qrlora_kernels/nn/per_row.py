@@ -169,6 +169,7 @@ def _trains(rows: Rows) -> bool:
 
 
 def _note(module: nn.Module, unfinished: bool) -> None:
+    """Keep ``module`` asking after its context where a checkpoint may come back to it."""
     if unfinished == (module in _unfinished):
         return
     with _lock:
