@@ -65,13 +65,18 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
             "forward of its own (a quantised layer, an adapter, a wrapper, or a prepacked layer: "
             "adapt first, or qk.prepack(model, False))"
         )
-    if any(one.__name__ == "FSDPModule" for one in type(linear).__mro__):
+    if is_sharded(linear):
         raise TypeError(
             f"{name} must not be sharded yet, got {full_name(type(linear))}: adapt the model "
             "before fully_shard"
         )
     if not offload.is_away(linear):
         check_weight(linear.weight, f"{name}.weight")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on the module itself."""
+    return any(one.__name__ == "FSDPModule" for one in type(module).__mro__)
 
 
 def computes_plainly(linear: nn.Module) -> bool:
@@ -150,6 +155,27 @@ def whole(tensor: Tensor) -> Tensor:
     """``tensor``, gathered from all ranks if ``fully_shard`` spread it: all of them must call."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, which every rank has whole, as ``like`` lies: whole, or this rank's part of it."""
+    if not hasattr(like, "full_tensor") or hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def reshard(root: nn.Module) -> None:
+    """Let each rank hold its parts alone again.
+
+    After a forward without a backward ``fully_shard`` leaves whole parameters in the modules: what
+    is written to them is lost, and who hands one to NumPy stops it from freeing their memory.
+    """
+    for module in root.modules():
+        if is_sharded(module):
+            cast(Any, module).reshard()
 
 
 def is_gathered(layer: nn.Module) -> bool:
