@@ -5,6 +5,7 @@ from typing import Any
 
 from . import backends, functional, kernels, linalg, nn
 from .bank import AdapterBank, per_example
+from .export import to_lora
 from .model import (
     adapt,
     adapted_layers,
@@ -53,6 +54,7 @@ __all__ = [
     "scale",
     "set_rank",
     "summary",
+    "to_lora",
     "tune",
     "unload",
     "unmerge",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,34 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` in UTF-8 in place of ``path``."""
     with _replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A folder to write in; what lies in it afterwards takes its place in ``folder``.
+
+    After an error ``folder`` is as it was. Weights are put in place before the files that speak of
+    them, whose names come first in the alphabet.
+
+    Raises
+    ------
+    NotADirectoryError
+        If ``folder`` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{uuid.uuid4().hex}.tmp"  # on the same disk, for renames
+    try:
+        draft.mkdir()
+        yield draft
+        for file in sorted(draft.iterdir(), reverse=True):
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
