@@ -5,7 +5,7 @@ from typing import Any
 
 from . import backends, functional, kernels, linalg, nn
 from .bank import AdapterBank, per_example
-from .export import to_lora
+from .export import to_lora, to_merged
 from .model import (
     adapt,
     adapted_layers,
@@ -55,6 +55,7 @@ __all__ = [
     "set_rank",
     "summary",
     "to_lora",
+    "to_merged",
     "tune",
     "unload",
     "unmerge",

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[Path]:
+def filling(folder: Path, instead_of: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write in; what lies in it afterwards takes its place in ``folder``.
 
     After an error ``folder`` is as it was. Weights are put in place before the files that speak of
-    them, whose names come first in the alphabet.
+    them, whose names come first in the alphabet. What fits a pattern of ``instead_of`` and was not
+    written anew is taken away.
 
     Raises
     ------
@@ -58,8 +59,12 @@ def filling(folder: Path) -> Iterator[Path]:
     try:
         draft.mkdir()
         yield draft
-        for file in sorted(draft.iterdir(), reverse=True):
-            os.replace(file, folder / file.name)
+        written = sorted((file.name for file in draft.iterdir()), reverse=True)
+        for name in written:
+            os.replace(draft / name, folder / name)
+        for old in [file for pattern in instead_of for file in folder.glob(pattern)]:
+            if old.name not in written:
+                old.unlink()
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         if made and not any(folder.iterdir()):

@@ -138,7 +138,7 @@ def _of_model(root: nn.Module) -> Source:
     layers = require_adapted(root)
     under_peft.refuse_others(root)
     _refuse_shared(root, layers)
-    counts = _owners(root)
+    known = owners(root)
     updates = {
         name: Update(
             layer.adapter,
@@ -146,7 +146,7 @@ def _of_model(root: nn.Module) -> Source:
             layer.options,
             layer._strength,
             layer.conv1d,
-            counts[id(layer.base_weight)] > (0 if layer.merged else 1),
+            known[id(layer.base_weight)] > (0 if layer.merged else 1),
         )
         for name, layer in layers.items()
     }
@@ -165,7 +165,7 @@ def _of_model(root: nn.Module) -> Source:
     return Source(updates, heads, root)
 
 
-def _owners(root: nn.Module) -> Counter[int]:
+def owners(root: nn.Module) -> Counter[int]:
     """How many modules have each parameter."""
     return Counter(id(p) for m in root.modules() for p in m._parameters.values() if p is not None)
 
@@ -249,7 +249,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
     under_peft.refuse_others(base)
     here = modules(base)
     layers: dict[str, Any] = under_peft.layers_of(base, name)
-    counts = _owners(base)
+    known = owners(base)
     updates: dict[str, Update] = {}
     for layer_name, layer in layers.items():
         layer.compare(name)  # that it was loaded over its base
@@ -260,7 +260,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
             layer.options[name],
             layer.scaling[name],
             is_conv1d(linear),
-            counts[id(linear.weight)] > 1,
+            known[id(linear.weight)] > 1,
         )
     taken = [*wrapped, *(n for n, m in here.items() if isinstance(m, ByRow))]
     in_full = [n for n, p in parameters(base).items() if p.requires_grad and not under(n, taken)]
