@@ -5,7 +5,7 @@ from typing import Any
 
 from . import backends, functional, kernels, linalg, nn
 from .bank import AdapterBank, per_example
-from .export import to_lora, to_merged
+from .export import from_lora_xs, to_lora, to_merged
 from .model import (
     adapt,
     adapted_layers,
@@ -41,6 +41,7 @@ __all__ = [
     "combine",
     "count_parameters",
     "disabled",
+    "from_lora_xs",
     "functional",
     "kernels",
     "linalg",

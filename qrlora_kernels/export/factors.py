@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..linalg import truncated_svd
 from ..reference import HALF
-from .source import TO_MERGED, Update
+from .beside import TO_MERGED
+from .source import Update
 
 DTYPES = (torch.float32, *HALF)
 ROUNDING = 2.0**-7  # of a matrix, in the norm: more than any half precision rounds in its range

@@ -17,9 +17,10 @@ from ..files import as_path, filling, save_tensors, write_text
 from ..linalg.checks import check_choice
 from ..model.manifest import for_file
 from ..model.names import under
+from .beside import TO_MERGED, state_of
 from .factors import check_dtype, padded, pairs_of
 from .servers import Draft, Form, Server, check
-from .source import TO_MERGED, Source, source_of, state_of
+from .source import Source, source_of
 from .under_peft import PREFIX
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

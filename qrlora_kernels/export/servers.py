@@ -16,8 +16,9 @@ from typing import Literal
 
 from torch import nn
 
+from .beside import TO_MERGED
 from .factors import Pair
-from .source import TO_MERGED, Source
+from .source import Source
 
 Form = Literal["padded", "pattern"]
 Server = Literal["peft", "vllm", "sglang", "llama.cpp"]

@@ -17,15 +17,13 @@ from ..model import memory
 from ..model.adapt import require_adapted, trained
 from ..model.comparing import refuse_sharded
 from ..model.manifest import AdapterFile, read
-from ..model.names import buffers, modules, parameters, under, unwrapped
+from ..model.names import modules, parameters, under, unwrapped
 from ..model.targets import refuse_flattened
-from ..model.tensors import values_of
 from ..nn.base_weight import is_conv1d
 from ..nn.per_row import ByRow
 from . import under_peft
+from .beside import TO_MERGED, Heads, state_of, tell_statistics, whole_modules
 
-Heads = dict[str, State]
-TO_MERGED = "write the merged model with qk.to_merged"
 UNSHARDED = "save_adapter here, and export from the model before it is sharded or wrapped"
 
 
@@ -161,7 +159,7 @@ def _of_model(root: nn.Module) -> Source:
         if id(p) not in own and (p.requires_grad or name in brought)
     ]
     heads = {name: state_of(root, name) for name in whole_modules(root, in_full, updates)}
-    _tell_statistics(root, heads)
+    tell_statistics(root, heads)
     return Source(updates, heads, root)
 
 
@@ -187,56 +185,6 @@ def _tell_changed(layers: list[str]) -> None:
             "file belongs over the weights that the model has now",
             stacklevel=5,
         )
-
-
-def _tell_statistics(root: nn.Module, heads: Iterable[str]) -> None:
-    running = [
-        name
-        for name in buffers(root)
-        if name.endswith((".running_mean", ".running_var")) and not under(name, [*heads])
-    ]
-    if running:
-        warnings.warn(
-            f"no LoRA file holds running statistics, got {', '.join(running[:3])}: the base's are "
-            f"used. To keep these, {TO_MERGED}",
-            stacklevel=5,
-        )
-
-
-# --- what trained in full
-
-
-def whole_modules(root: nn.Module, in_full: Iterable[str], layers: Iterable[str]) -> list[str]:
-    """The modules that hold the parameters ``in_full``, as large as may be.
-
-    Raises
-    ------
-    ValueError
-        If one holds an adapted layer too, or is one: a bias, say.
-    """
-    wanted, everything, layers = set(in_full), list(parameters(root)), list(layers)
-    found: list[str] = []
-    for name in in_full:
-        owner = name.rpartition(".")[0]
-        inside = [n for n in layers if not owner or under(n, [owner]) or under(owner, [n])]
-        if inside:
-            raise ValueError(
-                f"{name} was trained in full, and no LoRA file holds a parameter of a module with "
-                f"adapted layers ({inside[0]}): {TO_MERGED}"
-            )
-        while parent := owner.rpartition(".")[0]:
-            if not all(n in wanted for n in everything if under(n, [parent])):
-                break
-            owner = parent
-        found.append(owner)
-    return [n for n in dict.fromkeys(found) if not under(n.rpartition(".")[0], found)]
-
-
-def state_of(root: nn.Module, name: str) -> State:
-    """The tensors of the module called ``name``, by their names in it."""
-    held = {**buffers(root), **parameters(root)}
-    of_module = {n: t for n, t in held.items() if under(n, [name])}
-    return {n.removeprefix(f"{name}."): t for n, t in values_of(root, of_module).items()}
 
 
 # --- under PEFT

@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import State
 from ..model.names import modules, under
 from ..nn import AdapterLinear
 from ..nn.per_row import ByRow
+from .beside import Heads
 
-Heads = dict[str, State]
 PREFIX = "base_model.model."
 
 

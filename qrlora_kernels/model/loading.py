@@ -64,15 +64,24 @@ def load_adapter(
     TypeError
         If a layer can no longer be adapted, because something stands on top of it.
     """
+    check_loadable(model)
+    progress = plain_value("progress", "bool", progress)
+    strict = plain_value("strict", "bool", strict)
+    return load(model, read(path), progress, strict)
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Raise where nothing that is loaded would train or find its place."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "load_adapter must not be called under torch.inference_mode: nothing would train"
         )
     check_model(model)
     refuse_flattened(model)
-    progress = plain_value("progress", "bool", progress)
-    strict = plain_value("strict", "bool", strict)
-    file = read(path)
+
+
+def load(model: nn.Module, file: AdapterFile, progress: bool, strict: bool) -> nn.Module:
+    """Adapt ``model`` with what ``file`` holds, wherever that came from."""
     root = unwrapped(model)
     refuse_sharded(root)
     prepared = prepare(root, file, progress)
