@@ -5,7 +5,7 @@ from typing import Any
 
 from . import backends, functional, kernels, linalg, nn
 from .bank import AdapterBank, per_example
-from .export import from_lora_xs, to_lora, to_merged
+from .export import from_lora_xs, to_lora, to_merged, to_mlx
 from .model import (
     adapt,
     adapted_layers,
@@ -57,6 +57,7 @@ __all__ = [
     "summary",
     "to_lora",
     "to_merged",
+    "to_mlx",
     "tune",
     "unload",
     "unmerge",
