@@ -102,4 +102,4 @@ def test_mlx_itself(tied: bool, tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path / "base")
     qk.to_mlx(model, tmp_path / "lora")
     served = load_adapters(load_model(tmp_path / "base")[0], str(tmp_path / "lora"))
-    assert distance(answer(served), logits(model), logits(plain)) < 1e-3
+    assert distance(answer(served), logits(model), logits(plain)) < 1e-4
