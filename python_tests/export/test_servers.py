@@ -207,6 +207,13 @@ def test_a_file_knows_no_shapes_of_other_layers(tmp_path: Path) -> None:
 # --- llama.cpp
 
 
+def test_a_file_does_not_know_whether_the_output_is_tied(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    qk.save_adapter(adapt(llama(), {"lm_head": 2}), file, factors="stored")
+    said = refusal(lambda: qk.to_lora(file, tmp_path / "lora", for_="llama.cpp"))
+    assert "only the model knows whether its output is tied" in said
+
+
 def test_llama_cpp_has_no_tied_output(tmp_path: Path) -> None:
     model = adapt(llama(tied=True), {Q: 2, "lm_head": 3})
     assert "no tensor for lm_head" in refused(tmp_path, model, tmp_path, for_="llama.cpp")

@@ -58,6 +58,35 @@ def test_a_part_of_a_module_goes_with_the_rest_of_it(tmp_path: Path) -> None:
     assert distance(answer, logits(model), logits(BASES["bert"]())) < 1e-4
 
 
+def test_a_part_of_a_module_in_a_file(tmp_path: Path) -> None:
+    """PEFT would end in a KeyError for the rest, which only the model has."""
+    model = adapted("bert", "lora_xs", trainable=[])
+    model.classifier.bias.requires_grad_(True)
+    qk.save_adapter(model, tmp_path / "a.safetensors")
+    said = refusal(lambda: qk.to_lora(tmp_path / "a.safetensors", tmp_path / "lora"))
+    assert "holds a part of a module, without classifier.weight" in said
+    assert files_in(tmp_path / "lora") == []
+
+
+def test_a_bias_in_a_file(tmp_path: Path) -> None:
+    model = adapted("bert", "lora_xs")
+    model.bert.encoder.layer[0].attention.self.query.bias.requires_grad_(True)
+    qk.save_adapter(model, tmp_path / "a.safetensors")
+    said = refusal(lambda: qk.to_lora(tmp_path / "a.safetensors", tmp_path / "lora"))
+    assert "query.bias, and no LoRA file holds a parameter" in said
+
+
+def test_a_changed_base_in_a_file_is_told(tmp_path: Path) -> None:
+    model = adapt(llama(), {Q: 2}, "lora_xs")
+    with torch.no_grad():
+        model.get_submodule(Q).weight.add_(0.01)
+    with pytest.warns(UserWarning, match="changed after their adapters began"):
+        qk.save_adapter(model, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=f"base weights of {Q} were changed") as told:
+        qk.to_lora(tmp_path / "a.safetensors", tmp_path / "lora")
+    assert told[0].filename == __file__
+
+
 def test_a_tied_embedding_that_trains(tmp_path: Path) -> None:
     """Both of its names are written: PEFT gives each wrapped module a copy."""
     model = adapt(llama(tied=True), {Q: 3}, trainable=["embed_tokens"])

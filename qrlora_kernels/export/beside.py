@@ -60,3 +60,13 @@ def tell_statistics(root: nn.Module, heads: Iterable[str]) -> None:
             f"used. To keep these, {TO_MERGED}",
             stacklevel=5,
         )
+
+
+def tell_changed(layers: list[str]) -> None:
+    """Name the layers whose adapter is over another weight than it began with."""
+    if layers:
+        warnings.warn(
+            f"the base weights of {', '.join(layers)} were changed after their adapters began; the "
+            "file belongs over the weights that the adapter has now",
+            stacklevel=5,
+        )

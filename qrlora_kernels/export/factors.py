@@ -10,7 +10,7 @@ from torch import Tensor
 from ..linalg import truncated_svd
 from ..reference import HALF
 from .beside import TO_MERGED
-from .source import Update
+from .records import Update
 
 DTYPES = (torch.float32, *HALF)
 ROUNDING = 2.0**-7  # of a matrix, in the norm: more than any half precision rounds in its range

@@ -19,8 +19,9 @@ from ..model.manifest import for_file
 from ..model.names import under
 from .beside import TO_MERGED, state_of
 from .factors import check_dtype, padded, pairs_of
+from .records import Source
 from .servers import Draft, Form, Server, check
-from .source import Source, source_of
+from .source import source_of
 from .under_peft import PREFIX
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

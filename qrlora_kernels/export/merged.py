@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 from ..adapters.options import plain_value
 from ..files import as_path, filling, save_tensors, write_text
-from ..model.adapt import require_adapted
+from ..model.adapt import adapted_layers, require_adapted
 from ..model.comparing import refuse_sharded
 from ..model.lifecycle import named
 from ..model.manifest import for_file
 from ..model.names import modules, parameters, unwrapped
 from ..model.targets import refuse_flattened
-from ..model.tensors import value_of
+from ..model.tensors import values_of
 from ..nn import AdapterLinear, merging, switch
 from . import under_peft
-from .source import UNSHARDED, owners
+from .source import UNSHARDED, tied_layers
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
@@ -94,7 +94,7 @@ def to_merged(
             f"path must hold no adapter, which would be loaded on top of the merged model, got "
             f"{folder} with an adapter_config.json"
         )
-    apart = _tied_layers(root)
+    apart = tied_layers(root, adapted_layers(root))
     entries = _as_stored(root, _without_aliases(root, _entries(root), keep=bool(apart)))
     shards = list(_shards(entries, largest))
     with filling(folder, EARLIER) as files, tqdm(total=len(entries), disable=not progress) as bar:
@@ -132,16 +132,6 @@ def _checked(model: nn.Module) -> nn.Module:
     return root
 
 
-def _tied_layers(root: nn.Module) -> list[str]:
-    """Adapted layers whose original weight is another module's too."""
-    known = owners(root)
-    return [
-        name
-        for name, layer in require_adapted(root).items()
-        if known[id(layer.base_weight)] > (0 if layer.merged else 1)
-    ]
-
-
 # --- the tensors
 
 
@@ -167,7 +157,11 @@ def _entries_of(root: nn.Module, prefix: str, module: nn.Module) -> Iterator[tup
         if isinstance(module, AdapterLinear) and key == "weight":
             yield name, Entry(outline, partial(_merged, prefix, module))
         else:
-            yield name, Entry(outline, partial(value_of, root, name))
+            yield name, Entry(outline, partial(_value, root, name, tensor))
+
+
+def _value(root: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    return values_of(root, {name: tensor})[name]
 
 
 def _merged(name: str, layer: AdapterLinear) -> Tensor:

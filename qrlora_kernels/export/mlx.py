@@ -15,7 +15,8 @@ from ..files import as_path, filling, save_tensors, write_text
 from .beside import TO_MERGED
 from .factors import check_dtype, padded, pairs_of
 from .lora import check_truncate, tell_truncated
-from .source import Source, source_of
+from .records import Source
+from .source import source_of
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 SAME_NAME = re.compile(r"model\.layers\.\d+\..*|lm_head")  # in transformers and in MLX

@@ -18,7 +18,7 @@ from torch import nn
 
 from .beside import TO_MERGED
 from .factors import Pair
-from .source import Source
+from .records import Source
 
 Form = Literal["padded", "pattern"]
 Server = Literal["peft", "vllm", "sglang", "llama.cpp"]
@@ -170,6 +170,11 @@ def _check_llama_cpp(draft: Draft) -> None:
                 f"llama.cpp has no tensor for {name}, whose weight is another module's too: leave "
                 f"it out of the adapter, or {TO_MERGED}"
             )
+    if draft.source.root is None and any(_leaf(name) == "lm_head" for name in draft.pairs):
+        raise ValueError(
+            "only the model knows whether its output is tied, which llama.cpp does not read: give "
+            "the model in place of the file"
+        )
     if draft.source.base_name is None:
         _say("the base's name is not known: give llama.cpp's converter --base")
 

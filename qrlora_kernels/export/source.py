@@ -1,97 +1,31 @@
-"""What is exported, wherever it comes from: the updates by layer, and what trained beside them."""
+"""Where an adapter to export comes from: a model, a model under PEFT, a bank or a file."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..adapters import AnyAdapter, Options, State
 from ..bank import AdapterBank
 from ..model import memory
 from ..model.adapt import require_adapted, trained
 from ..model.comparing import refuse_sharded
-from ..model.manifest import AdapterFile, read
+from ..model.manifest import read
 from ..model.names import modules, parameters, under, unwrapped
 from ..model.targets import refuse_flattened
+from ..nn import AdapterLinear
 from ..nn.base_weight import is_conv1d
 from ..nn.per_row import ByRow
 from . import under_peft
-from .beside import TO_MERGED, Heads, state_of, tell_statistics, whole_modules
+from .beside import TO_MERGED, state_of, tell_changed, tell_statistics, whole_modules
+from .of_file import of_file
+from .records import Source, Update
 
 UNSHARDED = "save_adapter here, and export from the model before it is sharded or wrapped"
-
-
-@dataclass(frozen=True)
-class Update:
-    """The update of one layer.
-
-    Attributes
-    ----------
-    adapter : type
-        Of ``qrlora_kernels.adapters``.
-    tensors : dict of Tensor
-        What trains and the frozen factors.
-    options : Options
-    strength : float
-        s in front of it, the run-time strength included.
-    conv1d : bool
-        Whether the layer's weight is stored as [K, N].
-    tied : bool
-        Whether the layer's weight is another module's too.
-    """
-
-    adapter: AnyAdapter
-    tensors: State
-    options: Options
-    strength: float
-    conv1d: bool
-    tied: bool = False
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(A [r, K], B [N, r]) with ΔW = B A; TypeError where there are none."""
-        return self.adapter.lora_factors(self.tensors, self.options, self.strength)
-
-    def delta(self) -> Tensor:
-        """ΔW [N, K]."""
-        return self.adapter.delta(self.tensors, self.options, self.strength)
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter to export.
-
-    Attributes
-    ----------
-    updates : dict of Update
-        By the names of the layers in the base.
-    heads : dict of dict of Tensor
-        By the name of the module, the tensors of what trained in full by their names in it.
-    root : nn.Module or None
-        The model, without wrappers; None where there is only a file.
-    """
-
-    updates: dict[str, Update]
-    heads: Heads = field(default_factory=dict)
-    root: nn.Module | None = None
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """Those of the base by name, without what lies inside an adapted layer."""
-        if self.root is None:
-            return {}
-        here = modules(self.root)
-        return {n: m for n, m in here.items() if n in self.updates or not under(n, [*self.updates])}
-
-    @property
-    def base_name(self) -> str | None:
-        """Where the base came from, if the model says so."""
-        return getattr(getattr(self.root, "config", None), "_name_or_path", None) or None
 
 
 def source_of(given: Any, adapter: str | None) -> Source:
@@ -114,7 +48,7 @@ def source_of(given: Any, adapter: str | None) -> Source:
         return _of_bank(given, adapter)
     if isinstance(given, (str, os.PathLike)):
         _refuse_name(adapter, "a file")
-        return _of_file(read(given))
+        return of_file(read(given))
     refuse_flattened(given, UNSHARDED)
     root = unwrapped(given)
     refuse_sharded(root, UNSHARDED)
@@ -136,7 +70,7 @@ def _of_model(root: nn.Module) -> Source:
     layers = require_adapted(root)
     under_peft.refuse_others(root)
     _refuse_shared(root, layers)
-    known = owners(root)
+    tied = tied_layers(root, layers)
     updates = {
         name: Update(
             layer.adapter,
@@ -144,11 +78,11 @@ def _of_model(root: nn.Module) -> Source:
             layer.options,
             layer._strength,
             layer.conv1d,
-            known[id(layer.base_weight)] > (0 if layer.merged else 1),
+            name in tied,
         )
         for name, layer in layers.items()
     }
-    _tell_changed([name for name, layer in layers.items() if layer.base_changed()])
+    tell_changed([name for name, layer in layers.items() if layer.base_changed()])
     own = {id(p) for layer in layers.values() for p in trained(layer)}
     own |= {id(layer.weight) for layer in layers.values()}
     record = memory.recorded(root)
@@ -163,9 +97,16 @@ def _of_model(root: nn.Module) -> Source:
     return Source(updates, heads, root)
 
 
-def owners(root: nn.Module) -> Counter[int]:
+def _owners(root: nn.Module) -> Counter[int]:
     """How many modules have each parameter."""
     return Counter(id(p) for m in root.modules() for p in m._parameters.values() if p is not None)
+
+
+def tied_layers(root: nn.Module, layers: Mapping[str, AdapterLinear]) -> set[str]:
+    """Those whose weight, before it was merged, is another module's too."""
+    known = _owners(root)
+    own = {name: 0 if layer.merged else 1 for name, layer in layers.items()}
+    return {name for name, layer in layers.items() if known[id(layer.base_weight)] > own[name]}
 
 
 def _refuse_shared(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -178,15 +119,6 @@ def _refuse_shared(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _tell_changed(layers: list[str]) -> None:
-    if layers:
-        warnings.warn(
-            f"the base weights of {', '.join(layers)} were changed after their adapters began; the "
-            "file belongs over the weights that the model has now",
-            stacklevel=5,
-        )
-
-
 # --- under PEFT
 
 
@@ -197,7 +129,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
     under_peft.refuse_others(base)
     here = modules(base)
     layers: dict[str, Any] = under_peft.layers_of(base, name)
-    known = owners(base)
+    known = _owners(base)
     updates: dict[str, Update] = {}
     for layer_name, layer in layers.items():
         layer.compare(name)  # that it was loaded over its base
@@ -214,6 +146,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
     in_full = [n for n, p in parameters(base).items() if p.requires_grad and not under(n, taken)]
     in_full += [n for n in under_peft.trained_inside(base) if n not in in_full]
     heads = {n: state_of(base, n) for n in whole_modules(base, in_full, updates)}
+    tell_statistics(base, heads | wrapped)
     return Source(updates, heads | wrapped, base)
 
 
@@ -243,43 +176,3 @@ def _of_bank(bank: AdapterBank, adapter: str | None) -> Source:
 def _head_of(name: str, heads: Iterable[str]) -> str:
     """The head that the tensor ``name`` lies in, else the module that owns it."""
     return next((head for head in heads if under(name, [head])), name.rpartition(".")[0])
-
-
-# --- a file
-
-
-def _of_file(file: AdapterFile) -> Source:
-    updates: dict[str, Update] = {}
-    for name, entry in file.layers.items():
-        if not entry.stored_factors:
-            raise ValueError(
-                f"{file.path} rebuilds the factors of {name} from its base: load it with "
-                "load_adapter and give the model, or save it with factors='stored'"
-            )
-        tensors = file.tensors_of(name)
-        scaling = entry.options.scaling_of(entry.kind.adapter.rank(tensors))
-        updates[name] = Update(
-            entry.kind.adapter,
-            tensors,
-            entry.options,
-            scaling * entry.options.strength,
-            entry.weight["conv1d"],
-        )
-    return Source(updates, _heads_in(file, updates))
-
-
-def _heads_in(file: AdapterFile, layers: Mapping[str, Update]) -> Heads:
-    heads: Heads = {}
-    for name in sorted(file.thawed):
-        owner, _, key = name.rpartition(".")
-        if any(under(layer, [owner]) for layer in layers) or not owner:
-            raise ValueError(
-                f"{file.path} holds {name}, and no LoRA file holds a parameter of a module with "
-                f"adapted layers: load it with load_adapter and {TO_MERGED}"
-            )
-        heads.setdefault(owner, {})[key] = file.extra[name]
-    for name in file.extra.keys() - file.thawed:
-        owner, _, key = name.rpartition(".")
-        if owner in heads:  # statistics of what trained
-            heads[owner][key] = file.extra[name]
-    return heads
