@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,17 @@ def test_a_model_in_data_parallel(group: None, tmp_path: Path) -> None:
     readers.assert_same(readers.by_peft(tmp_path / "lora"), meant(model))
     qk.to_merged(wrapped, tmp_path / "merged")
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(llama().state_dict())
+
+
+def test_lora_files_need_neither_peft_nor_transformers(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules |= {{"peft": None, "transformers": None}}
+import torch, qrlora_kernels as qk
+model = qk.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), ["0"], rank=2, progress=False)
+qk.to_lora(model, {str(tmp_path / "lora")!r}, for_="vllm")
+qk.to_mlx(model, {str(tmp_path / "mlx")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(qk.__file__).parents[1])
+    assert files_in(tmp_path / "lora") == ["adapter_config.json", "adapter_model.safetensors"]
+    assert files_in(tmp_path / "mlx") == ["adapter_config.json", "adapters.safetensors"]
