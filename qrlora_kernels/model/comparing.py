@@ -209,7 +209,7 @@ def check_others(root: nn.Module, file: AdapterFile, strict: bool) -> None:
     )
     if strict:
         raise ValueError(said)
-    warnings.warn(said, stacklevel=3)
+    warnings.warn(said, stacklevel=4)
 
 
 def _others(root: nn.Module, frozen: dict[str, str], record: Adaptation) -> list[str]:

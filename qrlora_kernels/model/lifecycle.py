@@ -40,7 +40,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         already = layer.merged
         try:
-            with _named(name):
+            with named(name):
                 layer.merge()
         except ValueError:
             for one in done:
@@ -77,7 +77,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
         switch.check_on(layers.values(), "unload with merge=True")
         _check_owners(model, layers)
         for name, layer in layers.items():
-            with _named(name):
+            with named(name):
                 merging.merged_parameter(layer)  # that it can be done, before anything changes
     root, record = unwrapped(model), memory.begin(model)
     for layer in layers.values():
@@ -135,7 +135,7 @@ def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
                 owners[id(p)].append(f"{names[id(module)]}.{key}")
     for name, layer in layers.items():
         if not layer.merged:
-            with _named(name):
+            with named(name):
                 merging.require_stored_weight(layer)
         others = [n for n in owners[id(layer.base_weight)] if n != f"{name}.weight"]
         if others and not layer.merged:
@@ -146,7 +146,8 @@ def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
+    """Put the layer's name in front of what a ValueError inside says."""
     try:
         yield
     except ValueError as error:

@@ -68,17 +68,27 @@ def load_adapter(
     TypeError
         If a layer can no longer be adapted, because something stands on top of it.
     """
+    check_loadable(model)
+    progress = plain_value("progress", "bool", progress)
+    strict = plain_value("strict", "bool", strict)
+    base_weight.reshard(model)
+    file = _read_together(path) if sharded(unwrapped(model)) else read(path)
+    return load(model, file, progress, strict)
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Raise where nothing that is loaded would train or find its place."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "load_adapter must not be called under torch.inference_mode: nothing would train"
         )
     check_model(model)
     refuse_flattened(model)
-    progress = plain_value("progress", "bool", progress)
-    strict = plain_value("strict", "bool", strict)
+
+
+def load(model: nn.Module, file: AdapterFile, progress: bool, strict: bool) -> nn.Module:
+    """Adapt ``model`` with what ``file`` holds, wherever that came from."""
     root = unwrapped(model)
-    base_weight.reshard(root)
-    file = _read_together(path) if sharded(root) else read(path)
     check_sharded(root, file)
     prepared = prepare(root, file, progress)
     check_extra(root, file)
