@@ -14,8 +14,8 @@ from ..adapters.options import Options, plain_value
 from ..files import as_path
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear, switch
+from ..nn.base_weight import is_elsewhere
 from ..nn.become import become, restore
-from ..nn.offload import is_away
 from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, check_model, modules, parameters, unwrapped, within
@@ -130,7 +130,7 @@ def start_layers(
     Ranks that share the work must agree on all options, also on those that no start sees, as a
     strength: their models would differ.
     """
-    if any(is_away(layer) for layer in layers.values()):
+    if any(is_elsewhere(layer) for layer in layers.values()):
         batches = [{name: layer} for name, layer in layers.items()]
     else:
         batches = [layers]

@@ -25,8 +25,8 @@ from .tensors import value_of
 
 
 def sharded(root: nn.Module) -> list[str]:
-    """The names of the parameters that ``fully_shard`` spread over the ranks."""
-    return [name for name, p in parameters(root).items() if hasattr(p, "full_tensor")]
+    """The names of the parameters that ``fully_shard`` or ZeRO-3 spread over the ranks."""
+    return [name for name, p in parameters(root).items() if base_weight.is_part(p)]
 
 
 def refuse_sharded(root: nn.Module, way_out: str) -> None:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..adapters.options import plain_value
 from ..files import save_tensors
-from ..nn import AdapterLinear
-from ..nn.base_weight import present, reshard, whole
+from ..nn import AdapterLinear, zero3
+from ..nn.base_weight import is_part, present, reshard, whole
 from .adapt import adapter_type, require_adapted, trained
 from .known import known_of
 from .manifest import (
@@ -57,8 +57,8 @@ def save_adapter(
     Parameters
     ----------
     model : nn.Module
-        With adapted layers, merged or not, wrapped or not. Of a model sharded by ``fully_shard``
-        every rank calls it, and rank 0 writes.
+        With adapted layers, merged or not, wrapped or not. Of a model that ``fully_shard`` or
+        DeepSpeed's ZeRO-3 spread every rank calls it, and rank 0 writes.
     path : str or path
         Its folder is made if it does not exist; in a folder, the file is ``adapter.safetensors``.
     factors : "auto", "stored" or "rebuild"
@@ -79,7 +79,8 @@ def save_adapter(
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
     progress = plain_value("progress", "bool", progress)
-    write(model, path, contents(model, factors, progress))
+    with zero3.gathered(p for p in model.parameters() if p.requires_grad):
+        write(model, path, contents(model, factors, progress))
 
 
 def write(model: nn.Module, path: str | os.PathLike[str], content: Contents) -> None:
@@ -168,7 +169,8 @@ def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Fact
         {} if layer.adapter.rebuilt_from else known.digests(layer),
     )
     if changed:
-        content.changed[name] = weight
+        # ZeRO-3 takes away again what it gathered.
+        content.changed[name] = weight.clone() if hasattr(weight, "ds_shape") else weight
 
 
 def _follow(layer: AdapterLinear, factors: Factors) -> bool:
@@ -205,7 +207,7 @@ def _add_others(content: Contents, root: nn.Module, layers: dict[str, AdapterLin
     extra |= {n: p for n, p in held.items() if id(p) in changed}
     names = _names_of(extra)
     first = {name for name, *_ in names}
-    values = {n: whole(t) for n, t in values_of(root, extra).items() if n in first}
+    values = {n: t for n, t in values_of(root, extra).items() if n in first}
     # Of an offloaded layer the parameter is another tensor than the weight that was brought in.
     changed_too = {f"{name}.weight": weight for name, weight in content.changed.items()}
     values |= {n: w for n, w in changed_too.items() if n in first or n not in extra}
@@ -216,9 +218,11 @@ def _add_others(content: Contents, root: nn.Module, layers: dict[str, AdapterLin
     }
     content.extra, content.thawed = values, thawed.keys() & first
     content.tied = {other: name for name, *others in names for other in others}
-    content.frozen = {
-        n: sampled(whole(t)) for n, t in values_of(root, rest).items() if not t.is_meta
-    }
+    content.frozen = {}
+    for name, p in rest.items():  # one by one: they may be gathered for it
+        (value,) = values_of(root, {name: p}).values()
+        if not value.is_meta:
+            content.frozen[name] = sampled(value)
 
 
 def _names_of(tensors: dict[str, Tensor]) -> list[list[str]]:
@@ -233,7 +237,7 @@ def _names_of(tensors: dict[str, Tensor]) -> list[list[str]]:
 
 
 def _write(model: nn.Module, path: Path, tensors: dict[str, Tensor], metadata: Any) -> None:
-    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    sharded = any(is_part(p) for p in model.parameters())
     if not sharded or dist.get_rank() == 0:
         save_tensors(path, tensors, metadata)
     if sharded:

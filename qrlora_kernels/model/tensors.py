@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import offload
-from ..nn.base_weight import spread
+from ..nn.base_weight import spread, whole
 from .names import modules
 
 
@@ -31,8 +31,8 @@ def value_of(root: nn.Module, name: str) -> Tensor:
 
 
 def values_of(root: nn.Module, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``named`` tensors of ``root``, those that are away from where they are kept."""
-    return {n: value_of(root, n) if t.is_meta else t.detach() for n, t in named.items()}
+    """``named`` tensors of ``root``, whole, those that are away from where they are kept."""
+    return {n: value_of(root, n) if t.is_meta else whole(t).detach() for n, t in named.items()}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fingerprint import quick_digest
-from . import offload
+from . import offload, zero3
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,7 +70,7 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
             f"{name} must not be sharded yet, got {full_name(type(linear))}: adapt the model "
             "before fully_shard"
         )
-    if not offload.is_away(linear):
+    if not is_elsewhere(linear):
         check_weight(linear.weight, f"{name}.weight")
 
 
@@ -140,9 +140,15 @@ def gradient(linear: nn.Module) -> Tensor | None:
 
 @contextmanager
 def present(*layers: nn.Module) -> Iterator[None]:
-    """Inside, the weights of ``layers`` hold data, also of those that are offloaded."""
-    with offload.brought_in(layers):
+    """Inside, the weights of ``layers`` hold data, also of those that are offloaded or spread."""
+    own = (p for layer in layers for p in layer._parameters.values())
+    with offload.brought_in(layers), zero3.gathered(own):
         yield
+
+
+def is_elsewhere(layer: nn.Module) -> bool:
+    """Whether the layer's weight comes in for each forward alone: offloaded, or in ZeRO-3."""
+    return offload.is_away(layer) or zero3.is_spread(layer.weight)
 
 
 def replace_weight(layer: nn.Module, weight: nn.Parameter) -> None:
@@ -151,8 +157,16 @@ def replace_weight(layer: nn.Module, weight: nn.Parameter) -> None:
     offload.keep(layer, "weight", weight)
 
 
+def is_part(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of ``tensor`` alone: by ``fully_shard`` or ZeRO-3."""
+    return hasattr(tensor, "full_tensor") or zero3.is_spread(tensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """``tensor``, gathered from all ranks if ``fully_shard`` spread it: all of them must call."""
+    """``tensor``, gathered from all ranks where it is spread over them: all of them must call."""
+    if zero3.is_spread(tensor):
+        with zero3.gathered([cast(nn.Parameter, tensor)]):
+            return tensor.detach().clone()
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
