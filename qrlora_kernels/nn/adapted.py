@@ -11,7 +11,7 @@ from ..adapters import Options, State
 from ..dispatch.problem import Choice, Problem
 from ..linalg import StartRunner
 from ..reference import accumulation_dtype
-from . import asking, base_weight, merging, offload
+from . import asking, base_weight, merging, offload, quantised
 from .derived import Derived
 from .per_row import ByRow
 
@@ -199,7 +199,10 @@ class Adapted(nn.Module, ByRow):
         return self.adapter.lora_factors(self._tensors(), self._options, self._strength)
 
     def began_from(self) -> tuple[Tensor, State, float]:
-        return self.base_weight, self.frozen_now(), self._strength
+        weight: Tensor = self.base_weight
+        if quantised.is_quantised(weight):
+            weight = base_weight.matrix(self)
+        return weight, self.frozen_now(), self._strength
 
     def base_changed(self) -> bool:
         """Whether the weight is another than the one that the factors came from."""

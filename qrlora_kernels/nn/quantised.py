@@ -239,6 +239,8 @@ _KINDS: dict[tuple[str, str], type[Quantised]] = {
 
 
 def _kind(weight: Any) -> type[Quantised] | None:
+    if type(weight) in (Tensor, nn.Parameter):  # and a compiler asks no further
+        return None
     for one in type(weight).__mro__:
         found = _KINDS.get((one.__module__.partition(".")[0], one.__name__))
         if found is not None:
@@ -270,7 +272,7 @@ def make_plain(layer: nn.Module) -> None:
 BESIDE = ("SCB", "weight_format")  # what bitsandbytes' int8 layers save beside their weight
 _KEPT_BY_LAYERS = (
     "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage",
-    "support_avx512bf16_for_cpu", "state", "index",
+    "support_avx512bf16_for_cpu", "state", "index", "extra_repr",
 )  # fmt: skip
 
 

@@ -91,8 +91,10 @@ def loading(
     if prefix + "weight" in state and len(found) == len(layer.factors):
         # A whole state: the factors came from the weight that lies beside them, whether it was
         # taken or not (PyTorch loads nothing into a weight that is away).
-        weight = layer.weight if layer._quantised else state[prefix + "weight"]
-        layer._start = base_weight.digest(layer, weight.to(layer.weight.dtype))
+        weight = layer.weight
+        if not layer._quantised:
+            weight = state[prefix + "weight"].to(weight.dtype)
+        layer._start = base_weight.digest(layer, weight)
 
 
 def _refusal(layer: AdapterLinear, state: Any, prefix: str, saved: Any) -> str:
