@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qrlora_kernels as qk
+from qrlora_kernels.functional import low_rank_onto
 from qrlora_kernels.nn import ADAPTERS as LAYERS
 from qrlora_kernels.nn import base_weight, dequantising
 from qrlora_kernels.nn.become import become, shallow_copy
@@ -196,6 +197,22 @@ def test_a_small_update_survives(kind, adapter):
         own.scaling = 1e-30 * own.scaling
         still = own(tokens)
     assert update_gain(moved, still, update) == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("kind", ["bnb_int8", "int8"])
+def test_a_small_update_onto_the_product_of_the_library(kind):
+    """Which comes unrounded of an fp32 input, without a dense weight."""
+    layer, own = adapted(kind, "qr")
+    gate = 1e-4 * torch.randn(6)
+    tokens = x(tokens=8192)
+    update = (tokens.double() @ own.r.double().t() * gate.double()) @ own.q.double().t()
+    with torch.no_grad():
+        y0 = layer(tokens.float())
+        assert y0.dtype == torch.float32
+        y = low_rank_onto(y0, tokens, own.r.bfloat16(), own.q.bfloat16(), gate)
+        exact = tokens.double() @ dense(layer).t() + layer.bias.double()
+        assert (y0 - exact).norm() <= (3e-7 if kind == "bnb_int8" else 3e-3) * exact.norm()
+    assert update_gain(y, y0.bfloat16(), update) == pytest.approx(1, abs=0.06)
 
 
 @of_each_kind
