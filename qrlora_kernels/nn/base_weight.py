@@ -223,6 +223,16 @@ def quantised(layer: nn.Module) -> Quantised:
     return found
 
 
+def recovered(weight: nn.Parameter) -> nn.Parameter:
+    """A weight that was quantised, with the class that a pickle has lost, if it has."""
+    return weight if few_bits.is_quantised(weight) else few_bits.recovered(weight)
+
+
+def takes_any_bias(kind: type) -> bool:
+    """Whether layers of this class cast their bias themselves, as those of bitsandbytes do."""
+    return few_bits.is_layer(plain_base(kind) or kind)
+
+
 def check_quantised(layer: nn.Module, name: str) -> None:
     """Raise unless the layer's weight, which is quantised, stands for a dense one."""
     found = quantised(layer)

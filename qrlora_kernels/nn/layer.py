@@ -278,6 +278,7 @@ class AdapterLinear(Adapted):
         super().__setstate__(state)
         self._off, self._asked = None, False  # no thread asks anything of the copy
         self.derived = Derived()  # a shallow copy has the original's
+        merging.recover(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``, which comes here for every assignment of a parameter."""

@@ -136,6 +136,15 @@ def _merged_weight(layer: AdapterLinear, dequantize: bool | torch.dtype) -> Tens
     return merged
 
 
+def recover(layer: AdapterLinear) -> None:
+    """After a pickle: let what was a quantised weight be one."""
+    if layer._quantised:
+        layer._parameters["weight"] = base_weight.recovered(layer.weight)
+    elif layer._merge is not None and layer._merge.dequantised:
+        original = base_weight.recovered(layer._merge.original)
+        layer._merge = layer._merge._replace(original=original)
+
+
 # --- the weight that the factors came from
 
 

@@ -5,6 +5,7 @@ The libraries are known by the names of their types and never imported.
 
 from __future__ import annotations
 
+import sys
 from inspect import signature
 from typing import Any, ClassVar, cast
 
@@ -80,10 +81,7 @@ class Quantised:
 
     def is_in_state(self, tensor: Tensor, key: str) -> bool:
         """Whether ``tensor`` in a state dict has the bits that are here."""
-        here, there = self.in_state()[key], tensor.detach().as_subclass(Tensor)
-        return (here.dtype, here.shape) == (there.dtype, there.shape) and bool(
-            torch.equal(here, there.to(here.device))
-        )
+        return quick_digest(self.in_state()[key]) == quick_digest(tensor.as_subclass(Tensor))
 
 
 class FourBit(Quantised):
@@ -256,6 +254,15 @@ def quantised(weight: Any, layer: nn.Module | None = None) -> Quantised | None:
     """``weight`` as what it is, if it is quantised; ``layer``: the one that it is the weight of."""
     kind = _kind(weight)
     return None if kind is None else kind(weight, layer)
+
+
+def recovered(weight: nn.Parameter) -> nn.Parameter:
+    """A parameter that was bitsandbytes' before it was pickled, which keeps what hangs on it."""
+    kinds = sys.modules["bitsandbytes.nn"]
+    kind = kinds.Params4bit if hasattr(weight, "quant_state") else kinds.Int8Params
+    again: nn.Parameter = weight.data.as_subclass(kind)
+    vars(again).update(vars(weight))
+    return again
 
 
 def make_plain(layer: nn.Module) -> None:
