@@ -157,9 +157,14 @@ def test_training_and_eval_mode_give_the_same(kind, adapter, train):
 @pytest.mark.parametrize("asked", [torch.bfloat16, torch.float16])
 def test_under_autocast(kind, dtype, asked):
     layer, own = adapted(kind, "qr", dtype)
-    with torch.autocast("cpu", asked):
-        want, got = layer(x(torch.float32)), own(x(torch.float32))
-    assert (got.float() - want.float()).norm() <= 1e-2 * want.float().norm()
+    for given in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", asked):
+            want, got = layer(x(given)), own(x(given))
+            with qk.disabled(own):
+                alone = own(x(given))
+        assert kind not in SAME or torch.equal(alone, want)
+        for one in (alone, got):
+            assert (one.float() - want.float()).norm() <= 1e-2 * want.float().norm()
     got.float().sum().backward()
     assert own.lam.grad.abs().sum() > 0
 
@@ -176,6 +181,16 @@ def test_x_of_another_dtype(kind, dtype):
     assert y.dtype == dtype
     assert x0.grad.dtype == dtype
     assert (y - exact).norm() <= 1e-2 * exact.norm()
+
+
+def test_int8_weights_are_not_rounded_for_an_fp32_input():
+    """Of a half-precision model: the library's product of it is that with codes times scales."""
+    layer, own = adapted("int8", "qr", torch.bfloat16)
+    layer.bias.data = layer.bias.data.float()
+    want = layer(x(torch.float32))
+    with qk.disabled(own):
+        got = own(x(torch.float32))
+    assert (got - want).norm() <= 1e-6 * want.norm()
 
 
 @of_each_kind
@@ -320,6 +335,10 @@ def test_no_dense_weight_is_kept_by_prepack(kind):
         want = model(x())
         assert torch.equal(qk.prepack(model)(x()), want)
     assert all(m.derived.nbytes() == {} for m in (model.first, model.second))
+    plain = net(kind)
+    before = type(plain.first)
+    qk.prepack(plain.requires_grad_(False))
+    assert type(plain.first) is before
 
 
 # --- the layer

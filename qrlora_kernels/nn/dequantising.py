@@ -66,7 +66,7 @@ def by_dense(layer: Any, x: Tensor, product: Product) -> Tensor:
 
     def make() -> Tensor:
         with torch.no_grad():
-            return weight.dense(own).to(dtype)
+            return weight.recast(own, dtype)
 
     dense = make()
     bias = None if layer.bias is None else layer.bias.to(dtype)

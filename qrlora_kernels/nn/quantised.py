@@ -60,6 +60,10 @@ class Quantised:
         """The dtype of the library's own product with ``x``."""
         return x.dtype
 
+    def recast(self, own: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """:meth:`dense` in ``own``, as autocast casts it to ``dtype`` in the library's product."""
+        return self.dense(own).to(dtype)
+
     def fingerprint(self) -> str:
         """Hexadecimal digest of the parts, for files."""
         return digest_of(self.parts(), self._outline())
@@ -215,6 +219,9 @@ class TorchAO(Quantised):
     def is_in_state(self, tensor: Tensor, key: str) -> bool:
         other = quantised(tensor)
         return other is not None and other.digest() == self.digest()
+
+    def recast(self, own: torch.dtype, dtype: torch.dtype) -> Tensor:
+        return self.dense(dtype)  # it is in the dtype of x at no time
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         dense: Tensor
