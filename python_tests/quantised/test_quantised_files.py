@@ -83,6 +83,15 @@ def test_scales_count(kind, tmp_path):
         qk.load_adapter(other, tmp_path / "a")
 
 
+def test_the_offset_of_nested_scales_counts():
+    first, second = (net("nf4_nested").first for _ in range(2))
+    digests = [base_weight.exact_digest(layer, layer.weight) for layer in (first, second)]
+    assert digests[0] == digests[1]
+    second.weight.quant_state.offset.add_(1e-3)
+    assert base_weight.exact_digest(second, second.weight) != digests[0]
+    assert base_weight.digest(second) != base_weight.digest(first)
+
+
 @pytest.mark.parametrize(
     ("kind", "other"),
     [("nf4", "fp4"), ("bnb_int8", None), ("int8", "float8"), (None, "nf4"), (None, "int8_groups")],

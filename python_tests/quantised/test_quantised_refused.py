@@ -104,10 +104,10 @@ def test_int4_that_needs_a_gpu_is_taken_up_to_the_call():
         asked.append(x)
         return x @ torch.linspace(-1, 1, n * k, dtype=x.dtype).view(n, k).t()
 
-    from qrlora_kernels.nn import quantised
+    from qrlora_kernels.nn import kinds, quantised
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantised.F, "linear", product)
+        patch.setattr(kinds.F, "linear", product)
         found = quantised.quantised(layer.weight, layer).dense(torch.float32)
     assert torch.equal(asked[0], torch.eye(k, dtype=torch.bfloat16))
     want = torch.linspace(-1, 1, n * k, dtype=torch.bfloat16).view(n, k)

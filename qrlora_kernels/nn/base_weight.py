@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..fingerprint import fingerprint, quick_digest
 from . import offload
 from . import quantised as few_bits
-from .quantised import Quantised
+from .kinds import Quantised
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
