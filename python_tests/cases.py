@@ -57,7 +57,7 @@ class Case:
     def forward(self, backend: ModuleType) -> tuple[Tensor, Tensor | None]:
         """y and, where the operation keeps one, h."""
         made = step(backend, self.p)
-        return (made, None) if isinstance(self.p, Kron) else made
+        return (made, None) if isinstance(self.p, Kron) else made[:2]  # it may hand on more
 
     def backward(self, backend: ModuleType, h: Tensor | None, *needs: bool) -> tuple[Any, ...]:
         return step(backend, self.gradient(h, *needs))

@@ -211,8 +211,9 @@ def test_another_base_outside_the_adapted_layers_is_named_and_refused_if_strict(
         qk.load_adapter(other, path, strict=True)
     assert type(other[0]) is nn.Linear
     assert all(torch.equal(before[n], t) for n, t in other.state_dict().items())
-    with pytest.warns(UserWarning, match=r"beside the adapted layers: 0\.bias, 3\.weight$"):
+    with pytest.warns(UserWarning, match=r"beside the adapted layers: 0\.bias, 3\.weight$") as told:
         qk.load_adapter(other, path)
+    assert told[0].filename == __file__
 
 
 def test_a_head_that_the_file_brings_is_no_reason_to_refuse(tmp_path, recwarn):

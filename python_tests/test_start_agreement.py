@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qrlora_kernels as qk
 from qrlora_kernels.linalg import distributed_start, kron_factors, pivoted_qr, truncated_svd
 
-SHARED = "must be the same on all ranks that share a start"
+SHARED = "must be the same on all ranks"
 Call = Callable[[int, str], Any]
 
 

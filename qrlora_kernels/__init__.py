@@ -5,6 +5,7 @@ from typing import Any
 
 from . import backends, functional, kernels, linalg, nn
 from .bank import AdapterBank, per_example
+from .export import from_lora_xs, to_lora, to_merged, to_mlx
 from .model import (
     adapt,
     adapted_layers,
@@ -40,6 +41,7 @@ __all__ = [
     "combine",
     "count_parameters",
     "disabled",
+    "from_lora_xs",
     "functional",
     "kernels",
     "linalg",
@@ -53,6 +55,9 @@ __all__ = [
     "scale",
     "set_rank",
     "summary",
+    "to_lora",
+    "to_merged",
+    "to_mlx",
     "tune",
     "unload",
     "unmerge",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,39 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` in UTF-8 in place of ``path``."""
     with _replacing(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def filling(folder: Path, instead_of: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write in; what lies in it afterwards takes its place in ``folder``.
+
+    After an error ``folder`` is as it was. Weights are put in place before the files that speak of
+    them, whose names come first in the alphabet. What fits a pattern of ``instead_of`` and was not
+    written anew is taken away.
+
+    Raises
+    ------
+    NotADirectoryError
+        If ``folder`` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{uuid.uuid4().hex}.tmp"  # on the same disk, for renames
+    try:
+        draft.mkdir()
+        yield draft
+        written = sorted((file.name for file in draft.iterdir()), reverse=True)
+        for name in written:
+            os.replace(draft / name, folder / name)
+        for old in [file for pattern in instead_of for file in folder.glob(pattern)]:
+            if old.name not in written:
+                old.unlink()
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager

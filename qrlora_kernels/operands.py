@@ -32,7 +32,7 @@ class LowRank(NamedTuple):
 
 
 class LowRankGradient(NamedTuple):
-    """What the backward of :class:`LowRank` takes: h [M, r] is all that the forward keeps."""
+    """What the backward of :class:`LowRank` takes: h [M, r] is what the forward keeps for it."""
 
     dy: Tensor
     weight: Tensor

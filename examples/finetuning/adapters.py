@@ -35,7 +35,7 @@ def attach(model: nn.Module, settings: Settings) -> nn.Module:
         wrapped = baselines.attach(encoder, names, settings.adapter, options)
         model.set_submodule(ENCODER, wrapped)
         return model
-    return qk.adapt(
+    qk.adapt(
         model,
         [f"{ENCODER}.{name}" for name in names],
         adapter=settings.adapter,
@@ -43,6 +43,7 @@ def attach(model: nn.Module, settings: Settings) -> nn.Module:
         progress=settings.progress,
         **options,
     )
+    return qk.prepack(model)  # under autocast no call casts a frozen weight again
 
 
 def trained_numbers(model: nn.Module) -> tuple[int, int]:
@@ -67,7 +68,7 @@ def save(model: nn.Module, settings: Settings) -> None:
 def load(model: nn.Module, settings: Settings) -> nn.Module:
     """Adapt a fresh model with what :func:`save` wrote."""
     if METHODS[settings.adapter].provider == "package":
-        return qk.load_adapter(model, settings.adapter_file)
+        return qk.prepack(qk.load_adapter(model, settings.adapter_file))
     model = attach(model, settings)
     load_trained(model, settings.adapter_file)
     return model

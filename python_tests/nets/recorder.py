@@ -34,6 +34,7 @@ MEANT = {
     ("triton", "addmm base"): {"Triton launch", LIBRARY},
     ("composed", "addmm"): {"composed"},
     ("composed", "effective weight"): {"composed"},
+    ("composed", "effective weight, kept"): {"composed"},
     ("composed", "onednn"): {"composed"},
     ("composed", "fp32"): {"composed"},
     ("reference", "plain"): {"reference"},

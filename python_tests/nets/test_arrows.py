@@ -30,6 +30,7 @@ ROOM_OF = {
     "model": "model",
     "peft": "peft",
     "bank": "bank",
+    "export": "export",
     "nn": "nn",
     "adapters": "adapters",
     "functional": "public",
@@ -59,8 +60,20 @@ ROOM_OF = {
 }
 # A room may import itself and these. A backend knows no other backend.
 ROOMS: dict[str, set[str]] = {
-    "top": {"bank", "model", "nn", "names", "dispatch", "public", "linalg", "native", "leaf"},
+    "top": {
+        "export",
+        "bank",
+        "model",
+        "nn",
+        "names",
+        "dispatch",
+        "public",
+        "linalg",
+        "native",
+        "leaf",
+    },
     "peft": {"bank", "model", "nn", "adapters", "public", "linalg", "reference", "leaf"},
+    "export": {"bank", "model", "nn", "adapters", "linalg", "reference", "leaf"},
     "bank": {"model", "nn", "adapters", "linalg", "leaf"},
     "model": {"nn", "adapters", "dispatch", "problem", "linalg", "reference", "leaf"},
     "nn": {"adapters", "public", "dispatch", "problem", "linalg", "reference", "leaf"},

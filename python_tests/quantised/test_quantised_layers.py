@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import qrlora_kernels as qk
 from qrlora_kernels.functional import low_rank_onto
 from qrlora_kernels.nn import ADAPTERS as LAYERS
-from qrlora_kernels.nn import base_weight, dequantising
+from qrlora_kernels.nn import base_weight, dequantising, quantised
 from qrlora_kernels.nn.become import become, shallow_copy
 
 of_each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -369,7 +369,7 @@ def test_casts_of_the_model(kind, adapter, dtype):
     got = model(x(dtype))
     assert got.dtype == dtype
     assert (got.float() - want.float()).norm() <= 2e-2 * want.float().norm()
-    held = base_weight.held(model.first.weight)
+    held = quantised.held(model.first.weight)
     assert torch.equal(held, bits)
     assert not model.first.base_changed()
 

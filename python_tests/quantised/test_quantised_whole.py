@@ -96,6 +96,36 @@ def test_a_transformers_model(kind, llama, tmp_path):
     assert (model(IDS).logits.double() - want.double()).norm() <= 3e-2 * want.double().norm()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao"])
+def test_it_is_written_merged_and_dense(kind, llama, tmp_path):
+    """And read by transformers alone; layers that were not adapted are dense there too."""
+    transformers = pytest.importorskip("transformers")
+    model = move(qk.adapt(llama(kind), ["q_proj", "down_proj"], rank=8, progress=False))
+    want = model(IDS).logits
+    with pytest.raises(ValueError, match=r"must be dense to be written merged.*dequantize=True"):
+        qk.to_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    qk.to_merged(model, tmp_path / "merged", dequantize=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert plain.dtype == torch.bfloat16
+    assert type(plain.model.layers[0].self_attn.k_proj) is nn.Linear
+    assert (plain(IDS).logits.double() - want.double()).norm() <= 3e-2 * want.double().norm()
+    assert torch.equal(model(IDS).logits, want)
+
+
+def test_it_is_written_as_a_lora(llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = move(qk.adapt(llama("nf4"), ["q_proj", "down_proj"], rank=8, progress=False))
+    with torch.no_grad():
+        for layer in qk.adapted_layers(model).values():
+            layer.lam.mul_(10)
+    qk.to_lora(model, tmp_path / "lora")
+    other = peft.PeftModel.from_pretrained(llama("nf4"), tmp_path / "lora").train()
+    want, base = model(IDS).logits.double(), llama("nf4")(IDS).logits.double()
+    assert (want - base).norm() > 3e-2 * base.norm()
+    assert (other(IDS).logits.double() - want).norm() <= 2e-2 * want.norm()
+
+
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_a_model_is_pickled(kind):
     """bitsandbytes' weights lose their class there, and keep what hangs on them."""

@@ -1,7 +1,7 @@
 """The adapters composed of library products, with no pass over y or dx added.
 
-A recipe is the way in which the base product meets the update (``products.bases``), or
-``EFFECTIVE``: one product by W + ΔW, which is made anew in each step.
+A recipe is the way in which the base product meets the update (``products.bases``), or one product
+by W + ΔW: ``EFFECTIVE`` makes it anew in each step, ``KEPT`` hands the forward's to the backward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .products import (
     times,
 )
 
-EFFECTIVE = "effective weight"
+EFFECTIVE, KEPT = "effective weight", "effective weight, kept"
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
@@ -55,6 +55,9 @@ def supports(problem: Problem) -> list[Recipe] | str:
     recipes = [Recipe("composed", how, reason, code) for how in bases(problem)]
     if _has_effective(problem):
         recipes.insert(0, Recipe("composed", EFFECTIVE, "one product by W + ΔW, made anew", code))
+        if problem.step == "fwd":
+            reason = "one product by W + ΔW, for the backward too"
+            recipes.insert(0, Recipe("composed", KEPT, reason, code))
     return recipes
 
 
@@ -72,8 +75,8 @@ def _has_effective(problem: Problem) -> bool:
 # --- low rank -----------------------------------------------------------------------------------
 
 
-def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
-    """y [M, N] and h [M, r]."""
+def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, ...]:
+    """y [M, N] and h [M, r]; by ``KEPT`` W + ΔW [N, K] after them."""
     dtype = p.x.dtype
     if recipe == FP32:
         p = _in_fp32(p)
@@ -83,15 +86,17 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
         return _output_form(p)
     fp16 = p.x.dtype == torch.float16
     h = into_fp32(p.x, p.down.mT) if fp16 else F.linear(p.x, p.down)
-    if recipe == EFFECTIVE:
-        return F.linear(p.x, _effective(p), p.bias), h
+    if recipe in (EFFECTIVE, KEPT):
+        effective = _effective(p)
+        results = F.linear(p.x, effective, p.bias), h
+        return results if recipe == EFFECTIVE else (*results, effective)
     mid = _through_gate(h, p.gate, p.index, p.scaling)
     y = through(recipe, mid, p.up, p.x, p.weight, p.bias)
     return (y.to(dtype), h.to(hidden_dtype(dtype))) if recipe == FP32 else (y, h)
 
 
 def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
-    """dx [M, K] and the gate's gradient."""
+    """dx [M, K] and the gate's gradient; by ``KEPT`` ``p.weight`` is the forward's W + ΔW."""
     if not (p.need_dx or p.need_dgate):
         return None, None
     dtype, of_gate = p.dy.dtype, p.gate.dtype
@@ -102,8 +107,8 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     fp16 = p.dy.dtype == torch.float16
     g = into_fp32(p.dy, p.up) if fp16 else torch.mm(p.dy, p.up)
     dx = dgate = None
-    if p.need_dx and recipe == EFFECTIVE:
-        dx = torch.mm(p.dy, _effective(p))
+    if p.need_dx and recipe in (EFFECTIVE, KEPT):
+        dx = torch.mm(p.dy, _effective(p) if recipe == EFFECTIVE else p.weight)
     elif p.need_dx:
         mid = _back_through_gate(g, p.gate, p.index, p.scaling)
         if p.down is None:

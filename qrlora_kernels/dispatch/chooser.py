@@ -199,12 +199,14 @@ def by_rules(problem: Problem) -> tuple[Recipe, str]:
     raise AssertionError("the reference supports every problem")
 
 
-def run(p: Operands, backend: str | None) -> Any:
-    """Run a step on the chosen backend."""
+def run(p: Operands, backend: str | None, choice: Choice | None = None) -> Any:
+    """Run a step on the chosen backend; ``choice`` is that of the forward which a backward goes on
+    from, with what it made in the weight's place."""
     # On the path of every call that goes to a backend: what is called here is counted (T7).
     problem = problem_of(p)
-    forced = backend or _forced or os.environ.get("QRLORA_BACKEND") or None
-    choice = _choose(problem, forced, torch.get_num_threads() if tuning.table else 0)
+    if choice is None:
+        forced = backend or _forced or os.environ.get("QRLORA_BACKEND") or None
+        choice = _choose(problem, forced, torch.get_num_threads() if tuning.table else 0)
     name = PUBLIC_NAMES[problem.op, problem.gate], problem.step
     _last.pop(name, None)
     _last[name] = choice

@@ -15,6 +15,7 @@ FEW_TOKENS = 32
 MORE_TOKENS, LIGHT_WEIGHT, LIGHT_RANK = 64, 1 << 16, 64
 MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
 EFFECTIVE_TOKENS = 2
+KEPT_WEIGHT, KEPT_RANK = 1 << 16, 0.25
 CAST_TOKENS = 4
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
@@ -45,6 +46,12 @@ def _streams_base(p: Problem) -> bool:
 def _tokens_side(p: Problem) -> int:
     """The features against which tokens save: W + ΔW costs N·K·r, forward M·N·r, backward M·K·r."""
     return p.k if p.step == "fwd" else p.n
+
+
+def _keeps_effective(p: Problem) -> bool:
+    """Whether W + ΔW for both steps is ahead, and takes half of what x and y do at most."""
+    large = p.n * p.k >= KEPT_WEIGHT and p.r >= KEPT_RANK * min(p.n, p.k)
+    return large and p.m >= p.k and p.m * (p.n + p.k) >= 2 * p.n * p.k
 
 
 RULES = (
@@ -82,6 +89,16 @@ RULES = (
         "from twice as many tokens as features 384² r = 147 0.84 to 0.89 (LoRA-XS 0.78 to 0.84), r "
         "= 16 0.95 to 0.98, 1024² r = 16 0.98 to 1.01; as plain products 0.95 to 1.03 from as many "
         "tokens as features to a third more, 1.02 to 1.16 from a half to two thirds",
+    ),
+    Rule(
+        8, "composed", "effective weight, kept", "low_rank",
+        lambda p: not _keeps_effective(p),
+        lambda p: "W + ΔW is kept for ranks from a quarter of the features, where x and y take "
+        "twice its memory or more",
+        "fp32, forward and backward with W + ΔW kept over the update onto the base's, AMD EPYC "
+        "with AVX2, one thread and two: 384² r = 147 0.96 with as many tokens as features, 0.86 to "
+        "0.91 with half as many more, 1024² r = 256 and 512 0.87 to 0.95 and 0.84 to 0.91, 1536 × "
+        "384 r = 150 0.98 to 1.00; the forward alone 0.98 to 1.11 and 0.94 to 1.00",
     ),
     *(
         Rule(

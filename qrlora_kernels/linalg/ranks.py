@@ -122,8 +122,8 @@ def _compare(first: Claim, other: Claim, rank: int) -> None:
 def _require_same(name: str, first: str, other: str, rank: int) -> None:
     if first != other:
         raise ValueError(
-            f"{name} must be the same on all ranks that share a start, got {first} on rank 0 and "
-            f"{other} on rank {rank}"
+            f"{name} must be the same on all ranks, got {first} on rank 0 and {other} on rank "
+            f"{rank}"
         )
 
 

@@ -15,7 +15,7 @@ from ..files import as_path
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear, switch
 from ..nn import quantised as few_bits
-from ..nn.base_weight import is_quantised, shape_of
+from ..nn.base_weight import is_quantised
 from ..nn.become import become, restore
 from ..nn.offload import is_away
 from . import advice, heads, memory, notices, tensors
@@ -292,7 +292,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     counts = {"adapter": 0, "other": 0, "frozen": 0}
     for parameter in model.parameters():
         kind = "adapter" if id(parameter) in own else "other"
-        counts[kind if parameter.requires_grad or kind == "adapter" else "frozen"] += shape_of(
-            parameter
-        ).numel()
+        which = kind if parameter.requires_grad or kind == "adapter" else "frozen"
+        counts[which] += few_bits.shape_of(parameter).numel()
     return counts

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..nn import QRLinear
-from ..nn.base_weight import shape_of
+from ..nn.quantised import shape_of
 
 LARGE = 1 / 3  # of the weight: more than this in factors is worth a word
 

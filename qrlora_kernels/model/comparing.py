@@ -24,14 +24,33 @@ from .names import modules, named_tensors, parameters
 from .tensors import value_of
 
 
-def refuse_sharded(
-    root: nn.Module, way_out: str = "load the adapter, then call fully_shard"
-) -> None:
+def sharded(root: nn.Module) -> list[str]:
+    """The names of the parameters that ``fully_shard`` spread over the ranks."""
+    return [name for name, p in parameters(root).items() if hasattr(p, "full_tensor")]
+
+
+def refuse_sharded(root: nn.Module, way_out: str) -> None:
     """Raise if the model's tensors are spread over ranks, as a file's are not."""
-    sharded = [name for name, p in parameters(root).items() if hasattr(p, "full_tensor")]
-    if sharded:
+    if spread := sharded(root):
         raise ValueError(
-            f"model must not be sharded yet, got {sharded[0]} as a part of each rank: {way_out}"
+            f"model must not be sharded yet, got {spread[0]} as a part of each rank: {way_out}"
+        )
+
+
+def check_sharded(root: nn.Module, file: AdapterFile) -> None:
+    """Raise where a sharded model would have to get other parameters than it has."""
+    if not sharded(root):
+        return
+    here, named = modules(root), parameters(root)
+    fits = all(
+        name in here and same(file.tensors_of(name), here[name], entry)
+        for name, entry in file.layers.items()
+    )
+    if not fits or any(name in named and not named[name].requires_grad for name in file.thawed):
+        refuse_sharded(
+            root,
+            f"adapt it as {file.path} was, the same layers, ranks and trainable=, or load the "
+            "adapter, and then call fully_shard",
         )
 
 
@@ -68,10 +87,12 @@ def _state(
         _check_can_become(layer, name, entry)
         weight = layer.base_weight if isinstance(layer, AdapterLinear) else layer.weight
         assert isinstance(weight, Tensor)
+        weight = base_weight.whole(weight)
         device = weight.device
         # An earlier file's weight goes before this file comes; the model may have been cast since.
         if f"{name}.weight" in record.replaced:
-            weight = record.replaced[f"{name}.weight"].to(weight)
+            before = record.replaced[f"{name}.weight"]
+            weight = base_weight.whole(before).to(weight)
         _check_weight(layer, weight, name, entry, file)
         own = {key: file.tensors[f"{name}.{key}"].to(device) for key in entry.keys}
         _check_finite({f"{name}.{key}": tensor for key, tensor in own.items()}, file)
@@ -83,7 +104,8 @@ def _state(
 
 def _check_can_become(layer: nn.Module, name: str, entry: Entry) -> None:
     if isinstance(layer, AdapterLinear):
-        over(layer)  # that nothing stands on top of it
+        if not base_weight.is_sharded(layer):  # which stays as it is, or was refused
+            over(layer)  # that nothing stands on top of it
         if isinstance(layer, entry.kind):
             return
         layer = layer.to_linear(merge=False)
@@ -189,7 +211,7 @@ def check_others(root: nn.Module, file: AdapterFile, strict: bool) -> None:
     )
     if strict:
         raise ValueError(said)
-    warnings.warn(said, stacklevel=3)
+    warnings.warn(said, stacklevel=4)
 
 
 def _others(root: nn.Module, frozen: dict[str, str], record: Adaptation) -> list[str]:

@@ -48,7 +48,7 @@ def merge(model: nn.Module, dequantize: bool | torch.dtype = False) -> nn.Module
     for name, layer in layers.items():
         already = layer.merged
         try:
-            with _named(name):
+            with named(name):
                 layer.merge(dequantize)
         except ValueError:
             for one in done:
@@ -88,7 +88,7 @@ def unload(
         switch.check_on(layers.values(), "unload with merge=True")
         _check_owners(model, layers)
         for name, layer in layers.items():
-            with _named(name):
+            with named(name):
                 # That it can be done, before anything changes.
                 merging.merged_parameter(layer, dequantize)
     root, record = unwrapped(model), memory.begin(model)
@@ -147,7 +147,7 @@ def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
                 owners[id(p)].append(f"{names[id(module)]}.{key}")
     for name, layer in layers.items():
         if not layer.merged:
-            with _named(name):
+            with named(name):
                 merging.require_stored_weight(layer)
         others = [n for n in owners[id(layer.base_weight)] if n != f"{name}.weight"]
         if others and not layer.merged:
@@ -158,7 +158,8 @@ def _check_owners(model: nn.Module, layers: dict[str, AdapterLinear]) -> None:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
+    """Put the layer's name in front of what a ValueError inside says."""
     try:
         yield
     except ValueError as error:

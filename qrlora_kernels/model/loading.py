@@ -9,11 +9,13 @@ from torch import nn
 
 from ..adapters import State
 from ..adapters.options import plain_value
+from ..fingerprint import quick_digest
+from ..linalg.ranks import Ranks, require_agreement, several_ranks
 from ..nn import AdapterLinear, base_weight, switch
 from ..nn.become import restore
 from . import lifecycle, memory, tensors
 from .adapt import adapted_layers, attach, freeze_all_but_adapters, thaw
-from .comparing import check_extra, check_others, prepare, refuse_sharded, same
+from .comparing import check_extra, check_others, check_sharded, prepare, same, sharded
 from .manifest import AdapterFile, read
 from .memory import Adaptation
 from .names import check_model, modules, named_tensors, unwrapped
@@ -33,9 +35,10 @@ def load_adapter(
 
     Everything is read and checked before the first layer changes: after an error the model is as it
     was. Layers that are adapted already take the numbers into the parameters they have, where kind
-    and shapes agree, so that an optimizer goes on with them. In a model that had no adapter all
-    else is frozen, save the parameters that were trained beside it. What the file overwrites there
-    comes back with the next file or with ``unload(merge=False)``.
+    and shapes agree, so that an optimizer goes on with them; so does a model that ``fully_shard``
+    spread over ranks, each of which calls this and takes its part. In a model that had no adapter
+    all else is frozen, save the parameters that were trained beside it. What the file overwrites
+    there comes back with the next file or with ``unload(merge=False)``.
 
     Parameters
     ----------
@@ -59,22 +62,34 @@ def load_adapter(
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is no complete adapter file or of a newer format, the model is sharded, or it is
-        not the base: a layer is missing or its weight has another shape, dtype or content.
+        If the file is no complete adapter file or of a newer format, the model is sharded and not
+        adapted as the file's was, or it is not the base: a layer is missing or its weight has
+        another shape, dtype or content.
     TypeError
         If a layer can no longer be adapted, because something stands on top of it.
     """
+    check_loadable(model)
+    progress = plain_value("progress", "bool", progress)
+    strict = plain_value("strict", "bool", strict)
+    base_weight.reshard(model)
+    file = _read_together(path) if sharded(unwrapped(model)) else read(path)
+    return load(model, file, progress, strict)
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Raise where nothing that is loaded would train or find its place."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "load_adapter must not be called under torch.inference_mode: nothing would train"
         )
     check_model(model)
     refuse_flattened(model)
-    progress = plain_value("progress", "bool", progress)
-    strict = plain_value("strict", "bool", strict)
-    file = read(path)
+
+
+def load(model: nn.Module, file: AdapterFile, progress: bool, strict: bool) -> nn.Module:
+    """Adapt ``model`` with what ``file`` holds, wherever that came from."""
     root = unwrapped(model)
-    refuse_sharded(root)
+    check_sharded(root, file)
     prepared = prepare(root, file, progress)
     check_extra(root, file)
     check_others(root, file, strict)
@@ -83,6 +98,18 @@ def load_adapter(
         switch.check_on(adapted_layers(root).values(), "load_adapter with other adapters")
     _apply(root, file, prepared)
     return model
+
+
+def _read_together(path: str | os.PathLike[str]) -> AdapterFile:
+    """What all ranks read; an error of one is raised on all, or the others would wait for it."""
+    if not several_ranks():
+        return read(path)
+    ranks = Ranks()
+    file = ranks.together(lambda: read(path))
+    tensors = file.tensors | file.extra
+    digests = {f"{name} in the file": quick_digest(t) for name, t in tensors.items()}
+    require_agreement(ranks, (), digests)
+    return file
 
 
 def _apply(root: nn.Module, file: AdapterFile, prepared: dict[str, State]) -> None:

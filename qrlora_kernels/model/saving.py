@@ -18,7 +18,7 @@ from ..adapters.options import plain_value
 from ..files import save_tensors
 from ..nn import AdapterLinear
 from ..nn import quantised as few_bits
-from ..nn.base_weight import present, whole
+from ..nn.base_weight import present, reshard, whole
 from .adapt import adapter_type, require_adapted, trained
 from .known import known_of
 from .manifest import (
@@ -134,6 +134,7 @@ def contents(model: nn.Module, factors: Factors = "auto", progress: bool = False
     """What :func:`save_adapter` writes; tensors may be those of the model."""
     refuse_flattened(model, UNFLATTEN)
     root, layers = unwrapped(model), require_adapted(model)
+    reshard(root)
     content = Contents()
     for name, layer in tqdm(layers.items(), "save", disable=not progress):
         with present(layer):

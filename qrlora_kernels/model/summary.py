@@ -10,9 +10,9 @@ from torch import nn
 
 from ..adapters.options import plain_value
 from ..nn import AdapterLinear
-from ..nn.base_weight import nbytes
 from ..nn.derived import kept_bytes
 from ..nn.offload import is_away
+from ..nn.quantised import nbytes
 from .adapt import count_parameters, require_adapted
 from .advice import LARGE, trained_at
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import offload
+from ..nn.base_weight import spread
 from .names import modules
 
 
@@ -42,7 +43,7 @@ def put(root: nn.Module, name: str, value: Tensor) -> None:
     if offload.is_away(owner, key):
         offload.keep(owner, key, value.to(tensor.dtype, copy=True))
     else:
-        tensor.copy_(value)
+        tensor.copy_(spread(value, tensor))
 
 
 def settle(root: nn.Module, names: Iterable[str]) -> None:

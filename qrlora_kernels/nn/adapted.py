@@ -94,7 +94,7 @@ class Adapted(nn.Module, ByRow):
             offload.settle(self, name)  # from a hook that was hung on the layer since
             have = self._parameters.get(name)
             if have is not None and have.shape == state[name].shape:
-                have.copy_(state[name])
+                have.copy_(base_weight.spread(state[name], have))
             else:
                 self.register_parameter(name, nn.Parameter(state[name].to(dtype)))
         self._set_options(self._options)

@@ -72,7 +72,7 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
             "forward of its own (a quantised layer of an unknown kind, an adapter, a wrapper, or a "
             "prepacked layer: adapt first, or qk.prepack(model, False))"
         )
-    if any(one.__name__ == "FSDPModule" for one in type(linear).__mro__):
+    if is_sharded(linear):
         raise TypeError(
             f"{name} must not be sharded yet, got {full_name(type(linear))}: adapt the model "
             "before fully_shard"
@@ -81,6 +81,11 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
         check_quantised(linear, f"{name}.weight")
     elif not offload.is_away(linear):
         check_weight(linear.weight, f"{name}.weight")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on the module itself."""
+    return any(one.__name__ == "FSDPModule" for one in type(module).__mro__)
 
 
 def computes_plainly(linear: nn.Module) -> bool:
@@ -182,6 +187,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """``value``, which every rank has whole, as ``like`` lies: whole, or this rank's part of it."""
+    if not hasattr(like, "full_tensor") or hasattr(value, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def reshard(root: nn.Module) -> None:
+    """Let each rank hold its parts alone again.
+
+    After a forward without a backward ``fully_shard`` leaves whole parameters in the modules: what
+    is written to them is lost, and who hands one to NumPy stops it from freeing their memory.
+    """
+    for module in root.modules():
+        if is_sharded(module):
+            cast(Any, module).reshard()
+
+
 def is_gathered(layer: nn.Module) -> bool:
     """Whether ``fully_shard`` gathers the layer's weight for each forward.
 
@@ -249,30 +275,6 @@ def dtype_of(layer: nn.Module, weight: Tensor | None = None) -> torch.dtype:
     weight = cast(Tensor, layer.weight) if weight is None else weight
     found = few_bits.quantised(weight, layer)
     return weight.dtype if found is None else found.dtype
-
-
-def shape_of(weight: Tensor) -> torch.Size:
-    """The shape of the matrix that ``weight`` is or stands for, as its layer stores it."""
-    found = few_bits.quantised(weight)
-    return weight.shape if found is None else found.shape
-
-
-def kind_of(weight: Tensor) -> str:
-    """The dtype of ``weight`` as a file names it, or in which few bits it is."""
-    found = few_bits.quantised(weight)
-    return str(weight.dtype).removeprefix("torch.") if found is None else found.kind
-
-
-def nbytes(weight: Tensor) -> int:
-    """What ``weight`` takes in memory."""
-    found = few_bits.quantised(weight)
-    return weight.numel() * weight.element_size() if found is None else found.nbytes()
-
-
-def held(weight: Tensor) -> Tensor:
-    """``weight``, or of a quantised one the tensor that holds its codes."""
-    found = few_bits.quantised(weight)
-    return weight if found is None else max(found.parts().values(), key=Tensor.numel)
 
 
 def features(kind: type) -> dict[str, Any]:

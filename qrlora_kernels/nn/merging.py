@@ -102,13 +102,17 @@ def require_stored_weight(layer: AdapterLinear) -> None:
         )
 
 
-def require_dense(layer: AdapterLinear, dequantize: bool | torch.dtype) -> None:
-    """Raise where the update would go into a quantised weight, which is too coarse for it."""
+def check_dequantize(dequantize: bool | torch.dtype) -> None:
     if not isinstance(dequantize, bool) and dequantize not in base_weight.SUPPORTED_DTYPES:
         raise TypeError(
             "dequantize must be True, False, torch.float16, bfloat16, float32 or float64, got "
             f"{dequantize!r}"
         )
+
+
+def require_dense(layer: AdapterLinear, dequantize: bool | torch.dtype) -> None:
+    """Raise where the update would go into a quantised weight, which is too coarse for it."""
+    check_dequantize(dequantize)
     if layer._quantised and not dequantize:
         raise ValueError(
             "weight must be dense to be merged, got one of the kind "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .kinds import EightBit, FourBit, Quantised, TorchAO
@@ -39,6 +40,30 @@ def quantised(weight: Any, layer: nn.Module | None = None) -> Quantised | None:
     """``weight`` as what it is, if it is quantised; ``layer``: the one that it is the weight of."""
     kind = _kind(weight)
     return None if kind is None else kind(weight, layer)
+
+
+def shape_of(weight: Tensor) -> torch.Size:
+    """The shape of the matrix that ``weight`` is or stands for, as its layer stores it."""
+    found = quantised(weight)
+    return weight.shape if found is None else found.shape
+
+
+def kind_of(weight: Tensor) -> str:
+    """The dtype of ``weight`` as a file names it, or in which few bits it is."""
+    found = quantised(weight)
+    return str(weight.dtype).removeprefix("torch.") if found is None else found.kind
+
+
+def nbytes(weight: Tensor) -> int:
+    """What ``weight`` takes in memory."""
+    found = quantised(weight)
+    return weight.numel() * weight.element_size() if found is None else found.nbytes()
+
+
+def held(weight: Tensor) -> Tensor:
+    """``weight``, or of a quantised one the tensor that holds its codes."""
+    found = quantised(weight)
+    return weight if found is None else max(found.parts().values(), key=Tensor.numel)
 
 
 def recovered(weight: nn.Parameter) -> nn.Parameter:

@@ -1,4 +1,6 @@
-"""Low rank over a frozen layer, y = x Wᵀ + b + s · gate(h) upᵀ, saving only h [M, r] for backward.
+"""Low rank over a frozen layer, y = x Wᵀ + b + s · gate(h) upᵀ, saving h [M, r] for backward.
+
+A recipe whose forward has made W + ΔW may have it saved too, where it is small (rule 8).
 
 QR-LoRA and LoRA-XS are this operation with another gate; ``operands.LowRank`` has the shapes.
 """
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast
-from ..dispatch.chooser import perform, pinned_backend
+from ..dispatch.chooser import perform, pinned_backend, run
 from ..dispatch.problem import Choice
 from ..operands import LowRank, LowRankGradient
 from ..reference import hidden_dtype, low_rank_ref
@@ -108,14 +110,17 @@ class LowRankFunction(torch.autograd.Function):
         """``made``: y and h where a native call has made them, or who is to make them of what the
         native core has checked; None where the operator does both."""
         operands = (x, weight, bias, up, down, gate, index, scaling)
+        handed_on: list[Tensor] = []  # W + ΔW
         if made is None:
             y, h = low_rank_fwd(*operands, backend)
         elif type(made) is Choice:
-            y, h = perform(made, "low_rank_fwd", LowRank(*operands))
+            y, h, *handed_on = perform(made, "low_rank_fwd", LowRank(*operands))
         else:
             y, h = made  # type: ignore[misc]
-        ctx.save_for_backward(weight, up, down, gate, index, h)
-        ctx.scaling, ctx.backend = scaling, backend
+        if not ctx.needs_input_grad[0]:
+            handed_on = []  # it is for dx
+        ctx.save_for_backward(weight, up, down, gate, index, h, *handed_on)
+        ctx.scaling, ctx.backend, ctx.made = scaling, backend, made if handed_on else None
         return y
 
     @staticmethod
@@ -124,8 +129,12 @@ class LowRankFunction(torch.autograd.Function):
         need_dx, _, need_dbias, _, _, need_dgate, *_ = ctx.needs_input_grad
         dx = dgate = None
         if need_dx or need_dgate:
-            operands = (dy, *ctx.saved_tensors, ctx.scaling, need_dx, need_dgate)
+            weight, up, down, gate, index, h, *handed_on = ctx.saved_tensors
+            frozen = (weight, up, down, gate, index, h)
+            operands = (dy, *frozen, ctx.scaling, need_dx, need_dgate)
             done = eager.ask(_backward, LowRankGradient, operands, ctx.backend)
+            if type(done) is list and need_dx and handed_on:
+                done = [ctx.made, *handed_on]
             dx, dgate = done if type(done) is tuple else _by_step(done, operands, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, None, dbias, None, None, dgate, None, None, None, None
@@ -138,13 +147,18 @@ def _by_step(
     done: list[Any] | None, operands: tuple[Any, ...], backend: str | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [..., K] and the gate's gradient; ``done``: who makes them of what the native core has
-    checked, or None where the operator does both."""
+    checked, and W + ΔW where the forward hands it on, or None where the operator does both."""
     dy, *rest = operands
     rows = flatten(dy, "dy")
     if done is None:
         dx, dgate = low_rank_bwd(rows, *rest, backend)
     else:
-        dx, dgate = perform(done[0], "low_rank_bwd", LowRankGradient(rows, *rest))
+        choice, *handed_on = done
+        p = LowRankGradient(rows, *rest)
+        if handed_on:
+            dx, dgate = run(p._replace(weight=handed_on[0]), backend, choice)
+        else:
+            dx, dgate = perform(choice, "low_rank_bwd", p)
     need_dx, need_dgate = rest[-2:]
     return restore(dx, dy) if need_dx else None, dgate if need_dgate else None
 
@@ -178,7 +192,7 @@ def _by_library(done: list[Any], operands: tuple[Any, ...]) -> Tensor:
     if record:
         y = _record(*operands, None, choice)
     else:
-        y, _ = perform(choice, "low_rank_fwd", LowRank(*operands))
+        y, *_ = perform(choice, "low_rank_fwd", LowRank(*operands))
     # The view is taken of what was recorded: one made within may not be written in place.
     return restore(y, x)
 

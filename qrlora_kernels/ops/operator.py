@@ -73,6 +73,7 @@ class Operator:
         self.tensors = {
             text.split()[1]: i for i, text in enumerate(arguments) if text.startswith("Tensor")
         }
+        self._results = schema.rpartition("->")[2].count("Tensor")
         self._tensors_of = itemgetter(*self.tensors.values())
         # The index comes after the gates that it is an index of.
         self._gates_at = self.tensors["gate"] if "index" in self.tensors else None
@@ -127,7 +128,8 @@ class Operator:
             results = run(p, backend)
         if isinstance(results, Tensor):
             return results
-        return tuple([placeholder(rows) if t is None else t for t in results])
+        asked = results[: self._results]  # a recipe may hand on more, which no schema has
+        return tuple([placeholder(rows) if t is None else t for t in asked])
 
     def _readable(self, operands: Sequence[Any]) -> list[Any]:
         """With a copy in the place of each tensor that stands for something not yet done."""
