@@ -316,16 +316,54 @@ def test_hooks_around_it_see_what_else_is_kept():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "int4_groups"])
+@of_each_kind
 def test_compiled_in_one_graph(kind):
     _, own = adapted(kind, "qr")
     move(own)
-    want = own(x())
     compiled = torch.compile(own, fullgraph=True, backend="aot_eager")
     got = compiled(x())
-    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(got, own(x()), rtol=1e-2, atol=1e-2)
     got.sum().backward()
     assert own.lam.grad.abs().sum() > 0
+
+
+@of_each_kind
+def test_whoever_else_calls_it(kind):
+    model = move(adapt(net(kind)))
+    want = model(x())
+    with torch.inference_mode():
+        assert torch.equal(model(x()), want)
+    assert torch.equal(torch.jit.trace(model, (x(),), check_trace=False)(x()), want)
+    x0 = x().requires_grad_()
+    model(x0).float().sum().backward()
+    found = torch.func.grad(lambda x0: model(x0).float().sum())(x())
+    torch.testing.assert_close(found, x0.grad, rtol=5e-2, atol=5e-2)
+    assert model(x()[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb_int8", "int4_groups"])
+def test_exported(kind):
+    model = move(adapt(net(kind))).eval()
+    if kind == "int4_groups":
+        exported = torch.export.export(model, (x(),)).module()
+        assert torch.equal(exported(x()), model(x()))
+        return
+    with pytest.raises(TypeError, match=r"weight must be the quantised one.*torch\.export"):
+        torch.export.export(model, (x(),))
+
+
+@of_each_kind
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(2, 63).bfloat16(), "x must have 64 features"),
+        (torch.ones(2, 64, dtype=torch.int64), "x must be float16"),
+    ],
+)
+def test_an_x_that_does_not_fit_is_named(kind, wrong, message):
+    _, own = adapted(kind, "qr")
+    with pytest.raises((TypeError, ValueError), match=message):
+        own(wrong)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bnb_int8", "int8"])

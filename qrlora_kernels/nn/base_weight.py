@@ -244,8 +244,14 @@ def is_quantised(layer: nn.Module) -> bool:
 
 def quantised(layer: nn.Module) -> Quantised:
     """The quantised weight of ``layer``, which has one."""
-    found = few_bits.quantised(layer._parameters["weight"], layer)
-    assert found is not None
+    weight = layer._parameters["weight"]
+    found = few_bits.quantised(weight, layer)
+    if found is None:
+        raise TypeError(
+            "weight must be the quantised one that the layer was adapted over, got a "
+            f"{type(weight).__name__} that has lost what its library keeps beside it (torch.export "
+            "of bitsandbytes' layers does so)"
+        )
     return found
 
 

@@ -191,6 +191,7 @@ class EightBit(Quantised):
     def dense(self, dtype: torch.dtype) -> Tensor:
         scales = self._scales()
         assert scales is not None
+        scales = scales.to(self.weight.device)  # which a move of the model leaves where they are
         return self.weight.data.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
 
 

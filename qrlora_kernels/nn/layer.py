@@ -118,12 +118,12 @@ class AdapterLinear(Adapted):
         if self._strength == 0.0:
             return self.base_forward(x)
         weight = self._parameters.get("weight")
-        if self._quantised:
-            return dequantising.forward(self, x)
         if weight is None:
             weight = self.weight  # computed anew by a parametrisation
         elif weight.device != self.__dict__[self.factors[0]].device:
             conversion.follow_weight(self)
+        if self._quantised:
+            return dequantising.forward(self, x)
         if self._prepack and (y := prepacked.forward(self, x)) is not None:
             return y
         matrix = weight.t() if self.conv1d else weight
