@@ -114,6 +114,14 @@ def test_int4_that_needs_a_gpu_is_taken_up_to_the_call():
     assert torch.equal(found, want.float())
 
 
+@pytest.mark.parametrize("kind", ["nf4", "bnb_int8", "int8"])
+def test_quantised_weights_that_are_offloaded(kind):
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = accelerate.cpu_offload(net(kind), torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"first\.weight must not be quantised and offloaded"):
+        adapt(model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_weight_does_not_train(kind):
     with pytest.raises(ValueError, match=r"trainable must not reach a quantised weight.*second"):
