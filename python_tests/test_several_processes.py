@@ -1,0 +1,86 @@
+"""examples/several_processes.py: two processes reach the single-process losses, save and reload."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import several_processes
+import torch
+from finetuning.model import model_folder
+from transformers import BertConfig, BertModel
+
+SCRIPT = Path(several_processes.__file__)
+RUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAUNCH = (
+    sys.executable, "-m", "accelerate.commands.launch",
+    "--multi_gpu", "--num_processes", "2", "--main_process_port", "0",
+)  # fmt: skip
+WORDS = ["good", "fine", "great", "warm", "bad", "dull", "poor", "cold", "film", "plot"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small model with the packaged one's words, and sentences, as options of the script."""
+    folder = tmp_path_factory.mktemp("several")
+    model = folder / "model"
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertModel(BertConfig(num_hidden_layers=2, **shape)).save_pretrained(model)
+    for file in Path(model_folder("")).glob("*token*"):
+        shutil.copy(file, model)
+    shutil.copy(Path(model_folder("")) / "vocab.txt", model)
+    drawn = random.Random(0)
+    rows = []
+    for i in range(64):
+        sentence = " ".join([*drawn.sample(WORDS, 4), WORDS[4 * (i % 2)]])
+        rows.append(f"{sentence} {i}\t{('yes', 'no')[i % 2]}")
+    (folder / "data.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
+    return [
+        "--model", str(model), "--data", str(folder / "data.tsv"), "--steps", "11",
+        "--batch-size", "8",
+    ]  # fmt: skip
+
+
+def losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed)]
+
+
+@pytest.mark.parametrize(
+    ("how", "adapter", "start"),
+    [("ddp", "lora_xs", RUN), ("fsdp2", "qr", RUN), ("accelerate", "ohora", LAUNCH)],
+)
+def test_two_processes_reach_the_losses_of_one(
+    how: str,
+    adapter: str,
+    start: tuple[str, ...],
+    given: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if how == "accelerate":
+        pytest.importorskip("accelerate")
+    arguments = [*given, "--adapter", adapter]
+    assert several_processes.main([*arguments, "--how", "alone", "--out", str(tmp_path / "1")]) == 0
+    alone = losses(capsys.readouterr().out)
+    assert abs(alone[-1] - alone[0]) > 1e-3  # it trains: there is something to agree on
+    command = [*start, str(SCRIPT), *arguments, "--how", how, "--out", str(tmp_path / "2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(done.stdout) == pytest.approx(alone, abs=2e-6)
+    assert done.stdout.count("predictions agree") == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("ddp", "torchrun"), ("fsdp2", "torchrun"), ("accelerate", "launch")]
+)
+def test_one_process_alone_is_told_who_starts_several(
+    how: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert several_processes.main(["--how", how]) == 2
+    assert said in capsys.readouterr().err
