@@ -5,10 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .ops import kron, low_rank
+from .ops import kron, low_rank, onto
 from .ops import linear_add as sums
 
-__all__ = ["kron_linear", "linear_add", "lora_xs_linear", "mixed_low_rank_linear", "qr_linear"]
+__all__ = [
+    "kron_linear", "linear_add", "lora_xs_linear", "low_rank_onto", "mixed_low_rank_linear",
+    "qr_linear",
+]  # fmt: skip
 
 
 def qr_linear(
@@ -260,3 +263,38 @@ def linear_add(
     if has_torch_function(operands):
         return handle_torch_function(linear_add, operands, *operands, backend=backend)
     return sums.call(*operands, backend)
+
+
+def low_rank_onto(
+    y0: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, scaling: float = 1.0
+) -> Tensor:
+    """A low-rank update added to a base product that somebody else made, with one rounding.
+
+    Equivalent to ``y0 + scaling * ((x @ a.T) * gate) @ b.T`` or, of a square gate, ``(x @ a.T) @
+    gate``, with fp32 accumulation: ``low_rank_onto(base(x.float()), x, ...)`` for int8 weights.
+
+    Parameters
+    ----------
+    y0 : Tensor [..., N]
+        The base product with its bias: in x's dtype, or fp32 over half-precision x. A rounded one
+        has lost most of what a small update would change.
+    x : Tensor [..., K]
+        Any number of leading dimensions and any strides; fp16, bf16, fp32 or fp64.
+    a, b : Tensor [r, K], [N, r]
+        The frozen factors, as :func:`mixed_low_rank_linear` takes them.
+    gate : Tensor [r] or [r, r]
+        The trainable λ (QR-LoRA) or core (LoRA-XS); x's dtype, or fp32 over half precision.
+
+    Returns
+    -------
+    Tensor [..., N] in x's dtype
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an operand's type, shape, dtype or device does not fit the others; the message names it.
+    """
+    tensors = (y0, x, a, b, gate)
+    if has_torch_function(tensors):
+        return handle_torch_function(low_rank_onto, tensors, *tensors, scaling)
+    return onto.call(*tensors, scaling)

@@ -112,7 +112,7 @@ def _check_start(
     scaling = entry.options.scaling_of(rank) * entry.options.strength
     wanted = {
         "scaling": (scaling, layer._strength),
-        "base": (entry.weight["fingerprint"], known.fingerprint(layer.base_weight)),
+        "base": (entry.weight["fingerprint"], known.fingerprint(layer, layer.base_weight)),
     }
     for what, (have, want) in wanted.items():
         if have != want:

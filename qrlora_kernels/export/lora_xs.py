@@ -23,13 +23,12 @@ from tqdm import tqdm
 from ..adapters import LoRAXSOptions
 from ..adapters.options import plain_value
 from ..files import as_path
-from ..fingerprint import fingerprint
 from ..model.comparing import refuse_sharded
 from ..model.loading import check_loadable, load
 from ..model.manifest import AdapterFile, Entry, all_finite, describe_weight
 from ..model.names import canonical, modules, unwrapped
-from ..nn import AdapterLinear, LoRAXSLinear
-from ..nn.base_weight import is_conv1d, is_linear_like, present
+from ..nn import AdapterLinear, LoRAXSLinear, base_weight
+from ..nn.base_weight import is_linear_like, present
 from .under_peft import plain_name
 
 # An underscore joins it to the module's name; newer releases of PEFT leave the adapter's name in.
@@ -200,15 +199,15 @@ def _as_file(root: nn.Module, found: Checkpoint, progress: bool) -> AdapterFile:
         with present(layer):
             held = layer.base_weight if isinstance(layer, AdapterLinear) else layer.weight
             assert isinstance(held, Tensor)
-            weight = held.detach()
+            dtype = base_weight.dtype_of(layer, held)
             if not random:
-                matrix = weight.t() if is_conv1d(layer) else weight
+                matrix = base_weight.matrix(layer, held)
                 _check_base(name, matrix, parts["A"], parts["B"])
-            described = describe_weight(layer, weight, fingerprint(weight))
+            described = describe_weight(layer, held, base_weight.exact_digest(layer, held))
         layers[name] = Entry(LoRAXSLinear, options, True, described, {})
-        core = torch.promote_types(weight.dtype, torch.float32)
-        tensors[f"{name}.a"] = parts["A"].to(weight.dtype)
-        tensors[f"{name}.b"] = parts["B"].to(weight.dtype)
+        core = torch.promote_types(dtype, torch.float32)
+        tensors[f"{name}.a"] = parts["A"].to(dtype)
+        tensors[f"{name}.b"] = parts["B"].to(dtype)
         tensors[f"{name}.core"] = parts["mapping"].mT.contiguous().to(core)
     heads = frozenset(found.heads)
     return AdapterFile(found.folder, layers, found.heads, heads, {}, None, tensors)

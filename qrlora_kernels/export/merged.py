@@ -26,7 +26,7 @@ from ..model.manifest import for_file
 from ..model.names import modules, parameters, unwrapped
 from ..model.targets import refuse_flattened
 from ..model.tensors import values_of
-from ..nn import AdapterLinear, merging, switch
+from ..nn import AdapterLinear, merging, quantised, switch
 from . import under_peft
 from .source import UNSHARDED, tied_layers
 
@@ -54,6 +54,7 @@ def to_merged(
     path: str | os.PathLike[str],
     max_shard_size: int = SHARD_BYTES,
     progress: bool = False,
+    dequantize: bool | torch.dtype = False,
 ) -> None:
     """Write the model with every update inside its weight, as a checkpoint of its own.
 
@@ -75,6 +76,9 @@ def to_merged(
         Bytes of a file; a checkpoint of more gets several and an index.
     progress : bool
         Show a bar over the tensors.
+    dequantize : bool or torch.dtype
+        Write quantised weights, adapted or not, as dense ones in this dtype, or with True in the
+        model's; the config then says nothing of quantising.
 
     Raises
     ------
@@ -82,20 +86,21 @@ def to_merged(
         If ``path`` is a file.
     TypeError, ValueError
         If an argument is wrong, no layer is adapted, the model has no config of transformers, is
-        under PEFT or sharded, a merged weight would not be finite or is computed anew at every
-        forward, the adapters are off in :func:`disabled`, or the folder holds an adapter, which
-        would be loaded on top. Nothing is written.
+        under PEFT, sharded or quantised without ``dequantize``, a merged weight would not be finite
+        or is computed anew at every forward, the adapters are off in :func:`disabled`, or the
+        folder holds an adapter, which would be loaded on top. Nothing is written.
     """
     largest, progress = _shard_size(max_shard_size), plain_value("progress", "bool", progress)
     folder = as_path("path", path)
     root = _checked(model)
+    dtype = _dense_dtype(root, dequantize)
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"path must hold no adapter, which would be loaded on top of the merged model, got "
             f"{folder} with an adapter_config.json"
         )
     apart = tied_layers(root, adapted_layers(root))
-    entries = _as_stored(root, _without_aliases(root, _entries(root), keep=bool(apart)))
+    entries = _as_stored(root, _without_aliases(root, _entries(root, dtype), keep=bool(apart)))
     shards = list(_shards(entries, largest))
     with filling(folder, EARLIER) as files, tqdm(total=len(entries), disable=not progress) as bar:
         _write_weights(files, entries, shards, bar)
@@ -132,30 +137,49 @@ def _checked(model: nn.Module) -> nn.Module:
     return root
 
 
+def _dense_dtype(root: nn.Module, dequantize: bool | torch.dtype) -> torch.dtype:
+    """What quantised weights are to be written in, if there are any."""
+    merging.check_dequantize(dequantize)
+    few = [name for name, p in parameters(root).items() if quantised.is_quantised(p)]
+    if few and dequantize is False:
+        raise ValueError(
+            f"model must be dense to be written merged, got quantised weights, {few[0]} among "
+            f"{len(few)}: give dequantize=True to write them dense"
+        )
+    own: torch.dtype = next(p.dtype for n, p in parameters(root).items() if n not in few)
+    return own if isinstance(dequantize, bool) else dequantize
+
+
 # --- the tensors
 
 
-def _entries(root: nn.Module) -> dict[str, Entry]:
-    """Everything that the plain model's state dict would hold."""
+def _entries(root: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
+    """Everything that the plain model's state dict would hold, quantised weights in ``dtype``."""
     ignored = getattr(root, "_keys_to_ignore_on_save", None) or ()
     return {
         name: entry
         for prefix, module in modules(root).items()
-        for name, entry in _entries_of(root, prefix, module)
+        for name, entry in _entries_of(root, prefix, module, dtype)
         if name not in ignored
     }
 
 
-def _entries_of(root: nn.Module, prefix: str, module: nn.Module) -> Iterator[tuple[str, Entry]]:
+def _entries_of(
+    root: nn.Module, prefix: str, module: nn.Module, dtype: torch.dtype
+) -> Iterator[tuple[str, Entry]]:
     own = module.trainables if isinstance(module, AdapterLinear) else ()
     held: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
     for key, tensor in held.items():
         if tensor is None or key in own or key in module._non_persistent_buffers_set:
             continue
         name = f"{prefix}.{key}" if prefix else key
-        outline = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        few = quantised.quantised(tensor, module)
+        written = tensor.dtype if few is None else dtype
+        outline = torch.empty(quantised.shape_of(tensor), dtype=written, device="meta")
         if isinstance(module, AdapterLinear) and key == "weight":
-            yield name, Entry(outline, partial(_merged, prefix, module))
+            yield name, Entry(outline, partial(_merged, prefix, module, written))
+        elif few is not None:
+            yield name, Entry(outline, partial(few.dense, written))
         else:
             yield name, Entry(outline, partial(_value, root, name, tensor))
 
@@ -164,9 +188,9 @@ def _value(root: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return values_of(root, {name: tensor})[name]
 
 
-def _merged(name: str, layer: AdapterLinear) -> Tensor:
+def _merged(name: str, layer: AdapterLinear, dtype: torch.dtype) -> Tensor:
     with named(name):
-        return merging.merged_parameter(layer).data
+        return merging.merged_parameter(layer, dtype).data
 
 
 def _without_aliases(root: nn.Module, entries: dict[str, Entry], keep: bool) -> dict[str, Entry]:
@@ -246,6 +270,7 @@ def _write_weights(
 def _write_configs(files: Path, root: nn.Module, untied: bool) -> None:
     config: Any = copy.deepcopy(root.config)
     config.architectures = [type(root).__name__]
+    vars(config).pop("quantization_config", None)
     dtype = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 4.56
     setattr(config, dtype, str(root.dtype).removeprefix("torch."))
     if untied:

@@ -14,7 +14,8 @@ from ..adapters.options import Options, plain_value
 from ..files import as_path
 from ..linalg import StartRunner
 from ..nn import ADAPTERS, AdapterLinear, switch
-from ..nn.base_weight import is_elsewhere
+from ..nn import quantised as few_bits
+from ..nn.base_weight import is_elsewhere, is_quantised
 from ..nn.become import become, restore
 from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
@@ -125,12 +126,13 @@ def adapt(
 def start_layers(
     layers: dict[str, nn.Module], kind: type[AdapterLinear], options: Options, run: StartRunner
 ) -> dict[str, State]:
-    """Of all layers as one batch, or one by one where their weights do not fit into memory.
+    """Of all layers as one batch, or one by one where their weights do not fit into memory, as
+    dense ones of quantised layers might not.
 
     Ranks that share the work must agree on all options, also on those that no start sees, as a
     strength: their models would differ.
     """
-    if any(is_elsewhere(layer) for layer in layers.values()):
+    if any(is_elsewhere(layer) or is_quantised(layer) for layer in layers.values()):
         batches = [{name: layer} for name, layer in layers.items()]
     else:
         batches = [layers]
@@ -154,7 +156,14 @@ def _check_disjoint(
     """Refuse to train a weight in full that an adapter freezes, by its name or by a tie."""
     frozen = {id(layer.weight): name for name, layer in layers.items()}
     for name, parameter in parameters(root).items():
-        if within(name, trainable) and id(parameter) in frozen:
+        if not within(name, trainable):
+            continue
+        if few_bits.is_quantised(parameter):
+            raise ValueError(
+                f"trainable must not reach a quantised weight, got {name}: leave it out when the "
+                "model is quantised (transformers: llm_int8_skip_modules, modules_to_not_convert)"
+            )
+        if id(parameter) in frozen:
             raise ValueError(
                 f"trainable must not reach the weight of an adapted layer, got {name}, which is "
                 f"the weight of {frozen[id(parameter)]}"
@@ -282,7 +291,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     counts = {"adapter": 0, "other": 0, "frozen": 0}
     for parameter in model.parameters():
         kind = "adapter" if id(parameter) in own else "other"
-        counts[kind if parameter.requires_grad or kind == "adapter" else "frozen"] += (
-            parameter.numel()
-        )
+        which = kind if parameter.requires_grad or kind == "adapter" else "frozen"
+        counts[which] += few_bits.shape_of(parameter).numel()
     return counts

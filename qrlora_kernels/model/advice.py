@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from ..nn import QRLinear
+from ..nn.quantised import shape_of
 
 LARGE = 1 / 3  # of the weight: more than this in factors is worth a word
 
@@ -36,7 +37,7 @@ def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:
         for layer in layers.values()
         if isinstance(layer, QRLinear) and layer.options.rank is None
     ]
-    weights = sum(layer.weight.numel() for layer in ruled)
+    weights = sum(shape_of(layer.weight).numel() for layer in ruled)
     factors = sum(layer.q.numel() + layer.r.numel() for layer in ruled)
     warn_if_large(weights, factors, [layer.rank for layer in ruled], "rank=, max_rank=")
 

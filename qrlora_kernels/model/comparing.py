@@ -90,14 +90,16 @@ def _state(
         weight = base_weight.whole(weight)
         device = weight.device
         # An earlier file's weight goes before this file comes; the model may have been cast since.
-        before = record.replaced.get(f"{name}.weight", weight)
-        weight = base_weight.whole(before).to(weight)
+        if f"{name}.weight" in record.replaced:
+            before = record.replaced[f"{name}.weight"]
+            weight = base_weight.whole(before).to(weight)
         _check_weight(layer, weight, name, entry, file)
         own = {key: file.tensors[f"{name}.{key}"].to(device) for key in entry.keys}
         _check_finite({f"{name}.{key}": tensor for key, tensor in own.items()}, file)
         own = {k: t.to(torch.int64) if t.dtype == torch.int32 else t for k, t in own.items()}
-        matrix = weight.t() if base_weight.is_conv1d(layer) else weight
-        return own | _factors(name, entry, matrix.detach(), own)
+        if entry.stored_factors:
+            return own
+        return own | _rebuilt(name, entry, base_weight.matrix(layer, weight), own)
 
 
 def _check_can_become(layer: nn.Module, name: str, entry: Entry) -> None:
@@ -114,11 +116,13 @@ def _check_weight(
     layer: nn.Module, weight: Tensor, name: str, entry: Entry, file: AdapterFile
 ) -> None:
     brought = f"{name}.weight" in file.extra
-    have = describe_weight(layer, weight, "" if brought else fingerprint(weight))
+    digest = "" if brought else base_weight.exact_digest(layer, weight)
+    have = describe_weight(layer, weight, digest)
     for key in ("conv1d", "shape", "dtype", "fingerprint"):
         want = entry.weight[key]
         if have[key] != want and not (brought and key == "fingerprint"):
-            way_out = f": cast the model with model.to(torch.{want})" if key == "dtype" else ""
+            casts = key == "dtype" and hasattr(torch, want) and hasattr(torch, have[key])
+            way_out = f": cast the model with model.to(torch.{want})" if casts else ""
             raise ValueError(
                 f"{name}.weight is not the weight the adapter was trained over: its {key} must be "
                 f"{want}, got {have[key]}{way_out}"
@@ -131,10 +135,8 @@ def _check_finite(named: dict[str, Tensor], file: AdapterFile) -> None:
         raise ValueError(f"{file.path} holds NaN or infinite numbers in {', '.join(bad)}")
 
 
-def _factors(name: str, entry: Entry, weight: Tensor, own: State) -> State:
+def _rebuilt(name: str, entry: Entry, weight: Tensor, own: State) -> State:
     adapter = entry.kind.adapter
-    if entry.stored_factors:
-        return {key: own[key] for key in adapter.factors}
     try:
         kept = {key: own[key] for key in adapter.rebuilt_from}
         factors = adapter.rebuild(weight, entry.options, kept)
@@ -220,7 +222,7 @@ def _others(root: nn.Module, frozen: dict[str, str], record: Adaptation) -> list
         if name in here:
             tensor = record.replaced.get(name, here[name])
             tensor = value_of(root, name) if tensor.is_meta else base_weight.whole(tensor)
-            tensor = tensor.to(meant.get(name, tensor.dtype))
+            tensor = tensor.to(meant[name]) if name in meant else tensor
             if tensor.is_meta or sampled(tensor) == digest:
                 continue
         found.append(name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..fingerprint import fingerprint, quick_digest
-from ..nn import AdapterLinear
+from ..nn import AdapterLinear, base_weight
 
 State = tuple[str, ...]
 
@@ -25,9 +25,9 @@ class Known:
         self._factors: dict[str, str] = {}
         self._rebuilds: bool | None = None
 
-    def fingerprint(self, weight: Tensor) -> str:
+    def fingerprint(self, layer: AdapterLinear, weight: Tensor) -> str:
         if self._weight is None:
-            self._weight = fingerprint(weight)
+            self._weight = base_weight.exact_digest(layer, weight)
         return self._weight
 
     def digests(self, layer: AdapterLinear) -> dict[str, str]:
@@ -48,8 +48,9 @@ _known: WeakKeyDictionary[AdapterLinear, Known] = WeakKeyDictionary()
 
 def known_of(layer: AdapterLinear, weight: Tensor) -> Known:
     """What is known of ``layer`` as it is; ``weight`` is its base weight as it stores it."""
-    tensors = (weight, *(getattr(layer, name) for name in layer.factors))
-    state = (str(layer.options), *map(quick_digest, tensors))
+    factors = (getattr(layer, name) for name in layer.factors)
+    digest = base_weight.digest(layer, weight)
+    state = (str(layer.options), digest, *map(quick_digest, factors))
     have = _known.get(layer)
     if have is None or have.state != state:
         have = _known[layer] = Known(state)
@@ -57,7 +58,7 @@ def known_of(layer: AdapterLinear, weight: Tensor) -> Known:
 
 
 def _rebuilds(layer: AdapterLinear, weight: Tensor) -> bool:
-    matrix = weight.detach().t() if layer.conv1d else weight.detach()
+    matrix = base_weight.matrix(layer, weight)
     try:
         kept = {key: getattr(layer, key) for key in layer.adapter.rebuilt_from}
         made = layer.adapter.rebuild(matrix, layer.options, kept)

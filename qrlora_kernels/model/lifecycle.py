@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from ..adapters import State
 from ..adapters.options import plain_value
 from ..linalg import StartRunner
 from ..nn import AdapterLinear, base_weight, merging, offload, switch
-from ..nn.base_weight import present, replace_weight
+from ..nn.base_weight import present, put
 from ..nn.become import over, restore
 from . import heads, memory, tensors, watch
 from .adapt import require_adapted
@@ -20,19 +21,26 @@ from .memory import Adaptation
 from .names import modules, named_tensors, parameters, unwrapped
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, dequantize: bool | torch.dtype = False) -> nn.Module:
     """Merge every adapted layer; see :meth:`AdapterLinear.merge`.
 
     Saving the model then saves a plain one. ``unmerge`` goes back, ``unload`` takes the adapters
     off for good.
 
+    Parameters
+    ----------
+    model : nn.Module
+    dequantize : bool or torch.dtype
+        Let quantised layers hold the dense merged weight, in this dtype, or with True in that of
+        the weight that was quantised.
+
     Raises
     ------
     ValueError
-        If no layer is adapted, a layer's weight is tied to another module's or computed anew at
-        every forward (pruning, parametrisations), a merged weight would not be finite, or the
-        adapters are off in :func:`disabled`. The message names the layer and every weight is as it
-        was.
+        If no layer is adapted, a weight is quantised and ``dequantize`` is not asked for, a layer's
+        weight is tied to another module's or computed anew at every forward (pruning,
+        parametrisations), a merged weight would not be finite, or the adapters are off in
+        :func:`disabled`. The message names the layer and every weight is as it was.
     """
     layers = require_adapted(model)
     _check_owners(model, layers)
@@ -41,7 +49,7 @@ def merge(model: nn.Module) -> nn.Module:
         already = layer.merged
         try:
             with named(name):
-                layer.merge()
+                layer.merge(dequantize)
         except ValueError:
             for one in done:
                 one.unmerge()
@@ -57,12 +65,15 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def unload(model: nn.Module, merge: bool = True) -> nn.Module:
+def unload(
+    model: nn.Module, merge: bool = True, dequantize: bool | torch.dtype = False
+) -> nn.Module:
     """Take every adapter off: with the update merged in, or to what the model was before.
 
     The layers get their classes back, and parameters ask for a gradient that did before ``adapt``.
     Without ``merge``, what an adapter file overwrote, such as a task head, comes back too; with it
-    the file's stays, since the model is to answer as the adapted one did.
+    the file's stays, since the model is to answer as the adapted one did. A quantised layer that is
+    merged with ``dequantize``, see :func:`merge`, becomes an ``nn.Linear``.
 
     Raises
     ------
@@ -78,14 +89,15 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
         _check_owners(model, layers)
         for name, layer in layers.items():
             with named(name):
-                merging.merged_parameter(layer)  # that it can be done, before anything changes
+                # That it can be done, before anything changes.
+                merging.merged_parameter(layer, dequantize)
     root, record = unwrapped(model), memory.begin(model)
     for layer in layers.values():
-        weight = merging.merged_parameter(layer) if merge else layer.base_weight
+        weight = merging.merged_parameter(layer, dequantize) if merge else layer.base_weight
         layer.unmerge()
         restore(layer)
         if merge:
-            replace_weight(layer, weight)
+            put(layer, weight)
     _put_back(root, record, replaced=not merge)
     memory.forget(root)
     return model

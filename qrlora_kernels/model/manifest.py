@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..adapters.options import Options
 from ..files import as_path
 from ..fingerprint import digest_of
-from ..nn import AdapterLinear, base_weight
+from ..nn import AdapterLinear, base_weight, quantised
 from ..version import __version__
 from .adapt import adapter_type
 from .names import canonical
@@ -134,10 +134,10 @@ def metadata_of(manifest: Manifest, tensors: dict[str, Tensor]) -> dict[str, str
 
 def describe_weight(layer: nn.Module, weight: Tensor, digest: str) -> Manifest:
     """The base weight of ``layer``; ``weight`` as the layer stores it, and its fingerprint."""
-    shape = weight.t().shape if base_weight.is_conv1d(layer) else weight.shape
+    shape = quantised.shape_of(weight)
     return {
-        "shape": list(shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(reversed(shape) if base_weight.is_conv1d(layer) else shape),
+        "dtype": quantised.kind_of(weight),
         "conv1d": base_weight.is_conv1d(layer),
         "fingerprint": digest,
     }
@@ -156,7 +156,8 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def sampled(tensor: Tensor) -> str:
-    """A digest of dtype, shape and some elements at fixed places, the first and last included."""
+    """A digest of dtype, shape and some elements (of a quantised weight, codes) at fixed places."""
+    tensor = quantised.held(tensor)
     flat = tensor.detach().reshape(-1)
     at = torch.linspace(0, max(flat.numel() - 1, 0), SAMPLES, dtype=torch.float64).long().unique()
     some = flat[at.to(flat.device)] if flat.numel() else flat

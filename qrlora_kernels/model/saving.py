@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..adapters.options import plain_value
 from ..files import save_tensors
 from ..nn import AdapterLinear, zero3
+from ..nn import quantised as few_bits
 from ..nn.base_weight import is_part, present, reshard, whole
 from .adapt import adapter_type, require_adapted, trained
 from .known import known_of
@@ -164,11 +165,16 @@ def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Fact
         adapter_type(layer.kind),
         layer.options,
         not follow,
-        describe_weight(layer, weight, known.fingerprint(weight)),
+        describe_weight(layer, weight, known.fingerprint(layer, weight)),
         # Factors that nothing small gives back must come back bit for bit.
         {} if layer.adapter.rebuilt_from else known.digests(layer),
     )
     if changed:
+        if few_bits.is_quantised(weight):
+            raise ValueError(
+                f"{name} must have the quantised weight that its adapter began with, got another, "
+                "which a file does not hold: call qk.refresh(model) and train again"
+            )
         # ZeRO-3 takes away again what it gathered.
         content.changed[name] = weight.clone() if hasattr(weight, "ds_shape") else weight
 

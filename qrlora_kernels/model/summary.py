@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.options import plain_value
 from ..nn import AdapterLinear
 from ..nn.derived import kept_bytes
 from ..nn.offload import is_away
+from ..nn.quantised import nbytes
 from .adapt import count_parameters, require_adapted
 from .advice import LARGE, trained_at
 
@@ -166,7 +167,7 @@ def summary(model: nn.Module, tokens: int = 2048, show: bool = True) -> Summary:
     layers = require_adapted(model)
     changed = [name for name, layer in layers.items() if layer.base_changed()]
     rows = [_row_of(name, layer, tokens) for name, layer in layers.items()]
-    held = sum(_nbytes(t) for t in (*model.parameters(), *model.buffers()))
+    held = sum(nbytes(t) for t in (*model.parameters(), *model.buffers()))
     counts, kept = count_parameters(model), kept_bytes(model)
     result = Summary(rows, counts, held, tokens, changed, kept)
     if show:
@@ -184,13 +185,9 @@ def _row_of(name: str, layer: AdapterLinear, tokens: int) -> LayerSummary:
         layer.rank,
         None if is_away(layer) else layer.energy_kept(),
         layer.trained_parameters(),
-        sum(_nbytes(getattr(layer, key)) for key in layer.factors),
-        _nbytes(layer.weight),
+        sum(nbytes(getattr(layer, key)) for key in layer.factors),
+        nbytes(layer.weight),
         choice.name,
         choice.reason,
         sum(layer.derived.nbytes().values()),
     )
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

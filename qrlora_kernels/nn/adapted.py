@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import Options, State
+from ..dispatch.problem import Choice, Problem
 from ..linalg import StartRunner
-from ..reference import HALF
-from . import base_weight, merging, offload
+from ..reference import accumulation_dtype
+from . import asking, base_weight, merging, offload, quantised
 from .derived import Derived
 from .per_row import ByRow
 
@@ -34,6 +35,7 @@ class Adapted(nn.Module, ByRow):
         "_asked",
         "_bias_dtype",
         "_prepack",
+        "_quantised",
         "derived",
     )
     conv1d: ClassVar[bool] = False  # whether the weight is stored as [K, N]
@@ -52,6 +54,7 @@ class Adapted(nn.Module, ByRow):
     _asked: bool  # whether in some thread rows have adapters of their own
     _off: Tensor | None  # its number while some thread asks for the base's answer
     _prepack: bool = False  # whether frozen tensors are kept as calls take them
+    _quantised: bool = False  # whether the weight is kept in few bits by another library
     _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
     @classmethod
@@ -74,6 +77,7 @@ class Adapted(nn.Module, ByRow):
             parameter.requires_grad_(False)
         self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
         self._asked, self._prepack = False, False
+        self._quantised = base_weight.is_quantised(self)
         self.derived = Derived()
         self.take_state(state)
 
@@ -83,7 +87,7 @@ class Adapted(nn.Module, ByRow):
 
         An optimizer that holds them goes on with these.
         """
-        dtype = torch.float32 if self.weight.dtype in HALF else self.weight.dtype
+        dtype = accumulation_dtype(base_weight.dtype_of(self))
         for name in self.factors:
             vars(self)[name] = state[name]
         for name in self.trainables:
@@ -125,11 +129,22 @@ class Adapted(nn.Module, ByRow):
     def scaling(self, value: float) -> None:
         self.options = self._options.with_scaling(value, self.rank)
 
+    def _adds_update(self) -> bool:
+        """Whether the update is computed apart instead of by the fused operator."""
+        return not self._fuses or (self.training and self._options.dropout > 0.0)
+
     # --- the weight
 
     def matrix(self) -> Tensor:
-        """The frozen weight as W [N, K] (a view)."""
+        """The frozen weight as W [N, K]: a view, or the dense one that a quantised stands for."""
+        if self._quantised:
+            return base_weight.matrix(self)
         return self.weight.t() if self.conv1d else self.weight
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The original weight, merged or not."""
+        return merging.original(self)
 
     @property
     def merged(self) -> bool:
@@ -183,7 +198,32 @@ class Adapted(nn.Module, ByRow):
         """
         return self.adapter.lora_factors(self._tensors(), self._options, self._strength)
 
+    def began_from(self) -> tuple[Tensor, State, float]:
+        weight: Tensor = self.base_weight
+        if quantised.is_quantised(weight):
+            weight = base_weight.matrix(self)
+        return weight, self.frozen_now(), self._strength
+
+    def base_changed(self) -> bool:
+        """Whether the weight is another than the one that the factors came from."""
+        return merging.base_changed(self)
+
     def energy_kept(self) -> float | None:
         """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
         with base_weight.present(self):
             return self.adapter.energy(self.matrix(), self._tensors(), self._options)
+
+    # --- the backends
+
+    def explain(self, tokens: int = 2048, step: str = "fwd") -> Choice:
+        """The backend and recipe that a ``step`` ("fwd" or "bwd") over ``tokens`` tokens takes, and
+        why."""
+        return asking.explain(self, tokens, step)
+
+    def problem(self, tokens: int, step: str = "fwd") -> Problem:
+        """What a ``step`` over ``tokens`` tokens asks the backends to do, in the present mode."""
+        return asking.problem(self, tokens, step)
+
+    def steps(self) -> tuple[str, ...]:
+        """The steps that backends are asked for, in the present mode."""
+        return asking.steps(self)

@@ -8,13 +8,13 @@ import torch
 
 from ..dispatch.chooser import choose
 from ..dispatch.problem import Choice, Problem, joined, layout_of
-from . import prepacked
+from . import dequantising, prepacked
 
 if TYPE_CHECKING:
-    from .layer import AdapterLinear
+    from .adapted import Adapted
 
 
-def shown(layer: AdapterLinear, base: str) -> str:
+def shown(layer: Adapted, base: str) -> str:
     """The layer in one line, after the line ``base`` of the class that it had."""
     base = base or f"in_features={layer.in_features}, out_features={layer.out_features}"
     merged = ", merged" if layer.merged else ""
@@ -24,27 +24,31 @@ def shown(layer: AdapterLinear, base: str) -> str:
     )
 
 
-def explain(layer: AdapterLinear, tokens: int, step: str) -> Choice:
+def explain(layer: Adapted, tokens: int, step: str) -> Choice:
     if layer.merged:
         return Choice("merged", "", "a plain linear layer with the update inside its weight")
     return choose(problem(layer, tokens, step))
 
 
-def problem(layer: AdapterLinear, tokens: int, step: str) -> Problem:
+def problem(layer: Adapted, tokens: int, step: str) -> Problem:
     if step not in steps(layer):
         raise ValueError(f"step must be one of {steps(layer)} for this layer, got {step!r}")
     n, k = layer.out_features, layer.in_features
     op, r = (layer.operation, layer.rank) if not layer._adds_update() else ("linear_add", n)
     asked = Problem(op, layer.weight.device, _dtype(layer), tokens, n, k, r, step)
-    return joined(asked._replace(layout=layout_of(layer.matrix()), bias=layer.bias is not None))
+    if not layer._quantised:  # else it is dequantised in rows
+        asked = asked._replace(layout=layout_of(layer.matrix()))
+    return joined(asked._replace(bias=layer.bias is not None))
 
 
-def steps(layer: AdapterLinear) -> tuple[str, ...]:
+def steps(layer: Adapted) -> tuple[str, ...]:
     """Those that backends are asked for: the gradients of a sum are plain products."""
     return ("fwd",) if layer._adds_update() else ("fwd", "bwd")
 
 
-def _dtype(layer: AdapterLinear) -> torch.dtype:
+def _dtype(layer: Adapted) -> torch.dtype:
     """That of a call's operands: autocast recasts all but fp64."""
+    if layer._quantised:
+        return dequantising.dtype_in(layer)
     dtype, product = prepacked.dtypes(layer.weight)
     return product if layer._prepack else dtype

@@ -1,7 +1,7 @@
 """The frozen weight under an adapter: which layers have one, and where it is.
 
-The one place that tells kinds of layers and of weights apart. Other libraries are known by the
-names of their types and never imported.
+The one place that tells kinds of layers and of weights apart: plain ones, Conv1D's, offloaded,
+sharded and quantised ones. Other libraries are known by the names of their types.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..fingerprint import quick_digest
+from ..fingerprint import fingerprint, quick_digest
 from . import offload, zero3
+from . import quantised as few_bits
+from .kinds import Quantised
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,10 +25,15 @@ SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def plain_base(kind: type) -> type | None:
     """The class whose forward is the plain linear product among those that ``kind`` comes from.
 
-    That is ``nn.Linear`` or GPT-2's ``Conv1D``, which stores its weight as [K, N].
+    That is ``nn.Linear``, GPT-2's ``Conv1D``, which stores its weight as [K, N], or a layer of
+    bitsandbytes.
     """
     for one in kind.__mro__:
-        if one is nn.Linear or (one.__name__ == "Conv1D" and issubclass(one, nn.Module)):
+        if (
+            few_bits.is_layer(one)
+            or one is nn.Linear
+            or (one.__name__ == "Conv1D" and issubclass(one, nn.Module))
+        ):
             # torch.nn.Conv1d is spelled otherwise.
             return one
     return None
@@ -34,7 +41,7 @@ def plain_base(kind: type) -> type | None:
 
 def is_conv1d(module: nn.Module) -> bool:
     kind = plain_base(type(module))
-    return kind is not None and kind is not nn.Linear
+    return kind is not None and not issubclass(kind, nn.Linear)
 
 
 def is_linear_like(module: nn.Module) -> bool:
@@ -62,15 +69,17 @@ def check_base(linear: nn.Module, name: str = "linear") -> None:
     if not computes_plainly(linear):
         raise TypeError(
             f"{name} must compute a plain linear product, got {full_name(type(linear))} with a "
-            "forward of its own (a quantised layer, an adapter, a wrapper, or a prepacked layer: "
-            "adapt first, or qk.prepack(model, False))"
+            "forward of its own (a quantised layer of an unknown kind, an adapter, a wrapper, or a "
+            "prepacked layer: adapt first, or qk.prepack(model, False))"
         )
     if is_sharded(linear):
         raise TypeError(
             f"{name} must not be sharded yet, got {full_name(type(linear))}: adapt the model "
             "before fully_shard"
         )
-    if not is_elsewhere(linear):
+    if is_quantised(linear):
+        check_quantised(linear, f"{name}.weight")
+    elif not is_elsewhere(linear):
         check_weight(linear.weight, f"{name}.weight")
 
 
@@ -112,23 +121,34 @@ def check_weight(weight: object, name: str) -> None:
         )
     if type(weight.data) is not Tensor:
         raise TypeError(
-            f"{name} must be an ordinary tensor, got {type(weight.data).__name__} (quantised and "
-            "distributed weights are not supported; adapt the model before fully_shard)"
+            f"{name} must be an ordinary tensor, got {type(weight.data).__name__} (distributed "
+            "weights and quantised ones of this kind are not supported; adapt the model before "
+            "fully_shard)"
         )
     if weight.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
     if weight.dtype not in SUPPORTED_DTYPES:
         raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {weight.dtype} (quantised "
-            "weights are not supported)"
+            f"{name} must be float16, bfloat16, float32 or float64, got {weight.dtype} (of "
+            "quantised weights those of bitsandbytes and torchao are supported)"
         )
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{name} must be a matrix with elements, got shape {list(weight.shape)}")
 
 
-def matrix(linear: nn.Module) -> Tensor:
-    """The base's weight as W [N, K], merged or not: for Conv1D a transposed view, never a copy."""
-    weight = cast(Tensor, getattr(linear, "base_weight", linear.weight)).detach()
+def matrix(linear: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The base's weight as W [N, K], merged or not: for Conv1D a transposed view, never a copy.
+
+    Of a quantised one the dense weight that it stands for. ``weight``: another one that the layer
+    stores or has stored, in the place of its base's.
+    """
+    if weight is None:
+        weight = cast(Tensor, getattr(linear, "base_weight", linear.weight))
+    found = few_bits.quantised(weight, linear)
+    if found is not None:
+        with torch.no_grad():
+            return found.dense(found.dtype)
+    weight = weight.detach()
     return weight.t() if is_conv1d(linear) else weight
 
 
@@ -155,6 +175,16 @@ def replace_weight(layer: nn.Module, weight: nn.Parameter) -> None:
     """Let ``weight`` be the layer's, here or where its weight is kept while it is away."""
     layer.weight = weight
     offload.keep(layer, "weight", weight)
+
+
+def put(layer: nn.Module, weight: nn.Parameter) -> None:
+    """Let ``weight`` be the plain layer's: an ``nn.Linear`` from then on, if it was quantised and
+    ``weight`` is dense."""
+    was = is_quantised(layer)
+    replace_weight(layer, weight)
+    if was and not is_quantised(layer):
+        few_bits.make_plain(layer)
+        offload.rebind(layer)
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -206,13 +236,65 @@ def is_gathered(layer: nn.Module) -> bool:
     )
 
 
-def digest(layer: nn.Module) -> str:
-    """The quick digest of the layer's stored weight, which must be present."""
-    return digest_of(cast(Tensor, layer.weight))
+def digest(layer: nn.Module, weight: Tensor | None = None) -> str:
+    """The quick digest of the layer's stored weight, which must be present, or of ``weight``."""
+    weight = cast(Tensor, layer.weight) if weight is None else weight
+    found = few_bits.quantised(weight, layer)
+    return quick_digest(whole(weight)) if found is None else found.digest()
 
 
-def digest_of(weight: Tensor) -> str:
-    return quick_digest(whole(weight))
+def exact_digest(layer: nn.Module, weight: Tensor) -> str:
+    """The fingerprint of ``weight`` as ``layer`` stores it: of the few bits, if quantised."""
+    found = few_bits.quantised(weight, layer)
+    return fingerprint(weight) if found is None else found.fingerprint()
+
+
+# --- quantised weights
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    return few_bits.is_quantised(layer._parameters.get("weight"))
+
+
+def quantised(layer: nn.Module) -> Quantised:
+    """The quantised weight of ``layer``, which has one."""
+    weight = layer._parameters["weight"]
+    found = few_bits.quantised(weight, layer)
+    if found is None:
+        raise TypeError(
+            "weight must be the quantised one that the layer was adapted over, got a "
+            f"{type(weight).__name__} that has lost what its library keeps beside it (torch.export "
+            "of bitsandbytes' layers does so)"
+        )
+    return found
+
+
+def recovered(weight: nn.Parameter) -> nn.Parameter:
+    """A weight that was quantised, with the class that a pickle has lost, if it has."""
+    return weight if few_bits.is_quantised(weight) else few_bits.recovered(weight)
+
+
+def takes_any_bias(kind: type) -> bool:
+    """Whether layers of this class cast their bias themselves, as those of bitsandbytes do."""
+    return few_bits.is_layer(plain_base(kind) or kind)
+
+
+def check_quantised(layer: nn.Module, name: str) -> None:
+    """Raise unless the layer's weight, which is quantised, stands for a dense one."""
+    found = quantised(layer)
+    if offload.offloads(layer):
+        raise TypeError(f"{name} must not be quantised and offloaded, got {found.kind}")
+    if layer._parameters["weight"].is_meta:  # type: ignore[union-attr]
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
+    if why := found.unready():
+        raise ValueError(f"{name} must be a quantised weight that an adapter can read, got {why}")
+
+
+def dtype_of(layer: nn.Module, weight: Tensor | None = None) -> torch.dtype:
+    """The dtype of the matrix that the layer's weight is or stands for."""
+    weight = cast(Tensor, layer.weight) if weight is None else weight
+    found = few_bits.quantised(weight, layer)
+    return weight.dtype if found is None else found.dtype
 
 
 def features(kind: type) -> dict[str, Any]:

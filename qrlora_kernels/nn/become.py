@@ -132,7 +132,8 @@ def restore(layer: AdapterLinear) -> nn.Module:
     Its weight stays what it is now: merged or not.
     """
     before = over(layer)
-    if layer.bias is not None and layer.bias.dtype != layer.weight.dtype:
+    differs = layer.bias is not None and layer.bias.dtype != layer.weight.dtype
+    if differs and layer.bias is not None and not base_weight.takes_any_bias(before):
         # Another parameter: a copy of the layer may share this one.
         narrow = layer.bias.detach().to(layer.weight.dtype)
         layer.bias = nn.Parameter(narrow, requires_grad=layer.bias.requires_grad)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..fingerprint import quick_digest
 from ..reference import HALF
-from . import merging
+from . import base_weight, merging
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
@@ -63,7 +62,9 @@ def account_kept(layer: AdapterLinear, fn: Change) -> Iterator[None]:
         # A parametrisation may have taken the weight away for a while.
         weight = layer._parameters.get("weight", layer._merge.weight)
         assert weight is not None
-        layer._merge = merging.Merge(weight, _converted(layer._merge.original, fn))
+        layer._merge = layer._merge._replace(
+            weight=weight, original=_converted(layer._merge.original, fn)
+        )
     if changed is False and not layer.base_weight.is_meta:
         _begin_in(layer, dtype, target)
 
@@ -75,7 +76,8 @@ def _begin_in(layer: AdapterLinear, before: torch.dtype, now: torch.dtype) -> No
     """
     if layer._start != layer._starts.get(before):
         layer._starts = {before: layer._start}  # loaded or refreshed since
-    layer._start = layer._starts.setdefault(now, quick_digest(layer.base_weight))
+    now_stored = base_weight.digest(layer, layer.base_weight)
+    layer._start = layer._starts.setdefault(now, now_stored)
 
 
 def _converted(weight: nn.Parameter, fn: Change) -> nn.Parameter:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters import Options, State
-from ..dispatch.problem import Choice, Problem
 from ..functional import linear_add
 from ..linalg import StartRunner
 from ..reference import HALF
@@ -18,6 +17,7 @@ from . import (
     asking,
     base_weight,
     conversion,
+    dequantising,
     merging,
     nested,
     offload,
@@ -122,6 +122,8 @@ class AdapterLinear(Adapted):
             weight = self.weight  # computed anew by a parametrisation
         elif weight.device != self.__dict__[self.factors[0]].device:
             conversion.follow_weight(self)
+        if self._quantised:
+            return dequantising.forward(self, x)
         if self._prepack and (y := prepacked.forward(self, x)) is not None:
             return y
         matrix = weight.t() if self.conv1d else weight
@@ -159,17 +161,18 @@ class AdapterLinear(Adapted):
         return self.adapter.fused(x, matrix, bias, self._tensors(), self._strength)
 
     def base_forward(self, x: Tensor) -> Tensor:
-        """What the layer would answer without its adapter, bit for bit."""
+        """What the layer would answer without its adapter, bit for bit.
+
+        Over a quantised weight by the dense one, as with the adapter.
+        """
+        if self._quantised:
+            return dequantising.base(self, x)
         if self._prepack and (kept := prepacked.base(self, x)) is not None:
             return kept
-        if self._bias_dtype is not None:
+        if self._bias_dtype is not None or (self._merge is not None and self._merge.dequantised):
             return F.linear(x, self.matrix(), self._narrow_bias())
         y: Tensor = type(self).over.forward(self, x)
         return y
-
-    def _adds_update(self) -> bool:
-        """Whether the update is computed apart instead of by the fused operator."""
-        return not self._fuses or (self.training and self._options.dropout > 0.0)
 
     # --- a bias that trains
 
@@ -185,13 +188,8 @@ class AdapterLinear(Adapted):
 
     # --- merge
 
-    @property
-    def base_weight(self) -> nn.Parameter:
-        """The original weight, merged or not."""
-        return merging.original(self)
-
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, dequantize: bool | torch.dtype = False) -> None:
         """Replace the weight by W + ΔW; the original is kept for :meth:`unmerge`.
 
         The layer then costs exactly a frozen linear, and its state dict is that of a plain one;
@@ -199,28 +197,42 @@ class AdapterLinear(Adapted):
         would drop an update that is small against W; the same layer always gives the same bits. No
         effect on a merged layer.
 
+        Parameters
+        ----------
+        dequantize : bool or torch.dtype
+            Over a quantised weight, merge into the dense one that it stands for, in this dtype, or
+            with True in that of the weight that was quantised (bitsandbytes' int8, which does not
+            know it: fp32). Quantised again, a small update would be lost.
+
         Raises
         ------
         ValueError
-            If the merged weight would not be finite; the layer is as it was.
+            If the merged weight would not be finite, or the weight is quantised and ``dequantize``
+            is not asked for; the layer is as it was.
         """
-        merging.merge(self)
+        merging.merge(self, dequantize)
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit. No effect on a layer that is not merged."""
         merging.unmerge(self)
 
-    def to_linear(self, merge: bool = True) -> nn.Module:
+    def to_linear(self, merge: bool = True, dequantize: bool | torch.dtype = False) -> nn.Module:
         """A plain layer of the kind that was adapted, with W + ΔW, or with W itself.
 
         With ``merge=False`` it shares this layer's original parameters: the adapter is taken off.
+        With ``merge=True`` over a quantised weight it is an ``nn.Linear``, see :meth:`merge`.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`merge`.
         """
         over(self)
         with base_weight.present(self):
-            weight = merging.merged_parameter(self) if merge else self.base_weight
+            weight = merging.merged_parameter(self, dequantize) if merge else self.base_weight
             other = without_hooks_of_accelerate(shallow_copy(self))
         plain = restore(cast(AdapterLinear, other))
-        plain.weight = weight
+        base_weight.put(plain, weight)
         return plain
 
     # --- nn.Module
@@ -241,9 +253,9 @@ class AdapterLinear(Adapted):
         state_dict.save(self, destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
-        with state_dict.loading(self, state, prefix, metadata, *rest) as fits:
-            if fits:
-                super()._load_from_state_dict(state, prefix, metadata, *rest)
+        with state_dict.loading(self, state, prefix, metadata, *rest) as own:
+            if own is not None:
+                super()._load_from_state_dict(own, prefix, metadata, *rest)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles in the layer's place."""
@@ -266,6 +278,7 @@ class AdapterLinear(Adapted):
         super().__setstate__(state)
         self._off, self._asked = None, False  # no thread asks anything of the copy
         self.derived = Derived()  # a shallow copy has the original's
+        merging.recover(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``, which comes here for every assignment of a parameter."""
@@ -275,26 +288,6 @@ class AdapterLinear(Adapted):
 
     def reset_parameters(self) -> None:
         """Never re-initialise a pretrained base (``nn.Linear`` would)."""
-
-    def explain(self, tokens: int = 2048, step: str = "fwd") -> Choice:
-        """The backend and recipe that a ``step`` ("fwd" or "bwd") over ``tokens`` tokens takes, and
-        why."""
-        return asking.explain(self, tokens, step)
-
-    def problem(self, tokens: int, step: str = "fwd") -> Problem:
-        """What a ``step`` over ``tokens`` tokens asks the backends to do, in the present mode."""
-        return asking.problem(self, tokens, step)
-
-    def steps(self) -> tuple[str, ...]:
-        """The steps that backends are asked for, in the present mode."""
-        return asking.steps(self)
-
-    def began_from(self) -> tuple[Tensor, State, float]:
-        return self.base_weight, self.frozen_now(), self._strength
-
-    def base_changed(self) -> bool:
-        """Whether the weight is another than the one that the factors came from."""
-        return merging.base_changed(self)
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..fingerprint import quick_digest
 from . import base_weight, offload, switch
 from .rounding import round_unbiased
 
 if TYPE_CHECKING:
+    from .adapted import Adapted
     from .layer import AdapterLinear
 
 
@@ -26,6 +26,7 @@ class Merge(NamedTuple):
 
     weight: nn.Parameter
     original: nn.Parameter
+    dequantised: bool = False
 
 
 def forward(layer: AdapterLinear, x: Tensor) -> Tensor:
@@ -38,16 +39,17 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merge(layer: AdapterLinear) -> None:
+def merge(layer: AdapterLinear, dequantize: bool | torch.dtype = False) -> None:
     if layer.merged:
         return
     switch.check_on([layer], "merge")
     original = layer.weight
     if offload.is_away(layer):  # in the memory that it is kept in, not where it is computed with
         original = nn.Parameter(offload.kept(layer, "weight"), requires_grad=False)
-    merged = merged_parameter(layer)
+    merged = merged_parameter(layer, dequantize)
+    was_quantised = layer._quantised
     base_weight.replace_weight(layer, merged)
-    layer._merge = Merge(merged, original)
+    layer._merge = Merge(merged, original, was_quantised)
     layer.derived.drop()
 
 
@@ -63,13 +65,14 @@ def assigned(layer: AdapterLinear, weight: nn.Parameter | None) -> None:
 
     Unless it is the merged one, which a parametrisation or a pruning puts back.
     """
+    layer._quantised = base_weight.is_quantised(layer)
     if layer._merge is not None and weight is layer._merge.weight:
         return
     layer._merge = None
     layer.derived.drop()
 
 
-def original(layer: AdapterLinear) -> nn.Parameter:
+def original(layer: Adapted) -> nn.Parameter:
     """The weight before the merge, where the layer's weight is."""
     if layer._merge is None:
         return layer.weight
@@ -80,11 +83,12 @@ def original(layer: AdapterLinear) -> nn.Parameter:
 
 
 @torch.no_grad()
-def merged_parameter(layer: AdapterLinear) -> nn.Parameter:
-    """A parameter of its own with W + ΔW."""
+def merged_parameter(layer: AdapterLinear, dequantize: bool | torch.dtype = False) -> nn.Parameter:
+    """A parameter of its own with W + ΔW, dense."""
     require_stored_weight(layer)
+    require_dense(layer, dequantize)
     with base_weight.present(layer):
-        data = layer.weight.clone() if layer.merged else _merged_weight(layer)
+        data = layer.weight.clone() if layer.merged else _merged_weight(layer, dequantize)
     return nn.Parameter(data, requires_grad=False)
 
 
@@ -98,12 +102,35 @@ def require_stored_weight(layer: AdapterLinear) -> None:
         )
 
 
-def _merged_weight(layer: AdapterLinear) -> Tensor:
+def check_dequantize(dequantize: bool | torch.dtype) -> None:
+    if not isinstance(dequantize, bool) and dequantize not in base_weight.SUPPORTED_DTYPES:
+        raise TypeError(
+            "dequantize must be True, False, torch.float16, bfloat16, float32 or float64, got "
+            f"{dequantize!r}"
+        )
+
+
+def require_dense(layer: AdapterLinear, dequantize: bool | torch.dtype) -> None:
+    """Raise where the update would go into a quantised weight, which is too coarse for it."""
+    check_dequantize(dequantize)
+    if layer._quantised and not dequantize:
+        raise ValueError(
+            "weight must be dense to be merged, got one of the kind "
+            f"{base_weight.quantised(layer).kind}, whose steps are larger than the update: merge "
+            "with dequantize=True, which leaves a dense layer, or keep the adapter apart"
+        )
+
+
+def _merged_weight(layer: AdapterLinear, dequantize: bool | torch.dtype) -> Tensor:
+    weight, dtype = layer.weight.detach(), layer.weight.dtype
+    if layer._quantised:
+        weight = layer.matrix()
+        dtype = dequantize if isinstance(dequantize, torch.dtype) else weight.dtype
     if layer._strength == 0.0:
-        return layer.weight.detach().clone()
+        return weight.to(dtype, copy=True)
     delta = layer.delta_weight()
-    weight = layer.weight.to(delta.dtype) + (delta.t() if layer.conv1d else delta)
-    merged = round_unbiased(weight, layer.weight.dtype).contiguous()
+    wide = weight.to(delta.dtype) + (delta.t() if layer.conv1d else delta)
+    merged = round_unbiased(wide, dtype).contiguous()
     if not bool(torch.isfinite(merged).all()):
         bad = int((~torch.isfinite(merged)).sum())
         raise ValueError(
@@ -113,14 +140,23 @@ def _merged_weight(layer: AdapterLinear) -> Tensor:
     return merged
 
 
+def recover(layer: AdapterLinear) -> None:
+    """After a pickle: let what was a quantised weight be one."""
+    if layer._quantised:
+        layer._parameters["weight"] = base_weight.recovered(layer.weight)
+    elif layer._merge is not None and layer._merge.dequantised:
+        original = base_weight.recovered(layer._merge.original)
+        layer._merge = layer._merge._replace(original=original)
+
+
 # --- the weight that the factors came from
 
 
-def base_changed(layer: AdapterLinear) -> bool:
+def base_changed(layer: Adapted) -> bool:
     """Whether the base weight has other bits than when the factors were made or loaded."""
     if layer._start is None:
         return False
     if layer._merge is not None:
-        return quick_digest(layer._merge.original) != layer._start
+        return base_weight.digest(layer, layer._merge.original) != layer._start
     with base_weight.present(layer):
         return base_weight.digest(layer) != layer._start

@@ -72,7 +72,8 @@ class ByRow:
         raise NotImplementedError
 
     def began_from(self) -> tuple[Tensor, State, float]:
-        """The base's weight as it is stored, the frozen factors, and the update's scaling."""
+        """The base's weight as it is stored, or the dense one that a quantised stands for, the
+        frozen factors, and the update's scaling."""
         raise NotImplementedError
 
     def check_by_row(self, name: str) -> None:

@@ -220,7 +220,7 @@ def can_keep(module: nn.Module) -> bool:
         return False
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.requires_grad or offload.is_away(module):
+    if weight.requires_grad or offload.is_away(module) or base_weight.is_quantised(module):
         return False
     # A layer of another library may have names of its own that would be hidden.
     return not (hasattr(module, "derived") or hasattr(module, "over"))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import base_weight, merging
+from . import quantised as few_bits
+from .quantised import BESIDE
 
 if TYPE_CHECKING:
     from .layer import AdapterLinear
@@ -26,6 +28,8 @@ def save(layer: AdapterLinear, destination: Any, prefix: str, keep_vars: bool) -
     merged = layer.merged
     for name in layer.trainables if merged else ():
         del destination[prefix + name]
+    for name in BESIDE if merged else ():
+        destination.pop(prefix + name, None)
     for name in () if merged else layer.factors:
         tensor = getattr(layer, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()
@@ -58,19 +62,26 @@ def loading(
     missing: list[str],
     unexpected: list[str],
     errors: list[str],
-) -> Iterator[bool]:
-    """Around ``nn.Module``'s loading; gives whether the state is one for this layer.
+) -> Iterator[Any]:
+    """Around ``nn.Module``'s loading; gives what that is to load, None of another layer's state.
 
-    The layer is unmerged first, so that the weight is its base's again, and takes its factors.
+    The layer is unmerged first, so that the weight is its base's again, and takes its factors. A
+    quantised weight stays, and the state dict must have the same or none.
     """
     refusal = _refusal(layer, state, prefix, (metadata or {}).get(KEY))
     if refusal:
         errors.append(f"{prefix[:-1] or 'the layer'} {refusal}")
-        yield False
+        yield None
         return
     merging.unmerge(layer)
     layer.derived.drop()  # now: what it holds of the sources forbids PyTorch to swap them
-    yield True
+    if layer._quantised:
+        bits = {prefix + key for key in (*base_weight.quantised(layer).in_state(), *BESIDE)}
+        yield {key: tensor for key, tensor in state.items() if key not in bits}
+        for key in bits.intersection(state).intersection(missing):
+            missing.remove(key)
+    else:
+        yield state
     found = {n: state[prefix + n] for n in layer.factors if prefix + n in state}
     for name, tensor in found.items():
         if prefix + name in unexpected:
@@ -80,7 +91,10 @@ def loading(
     if prefix + "weight" in state and len(found) == len(layer.factors):
         # A whole state: the factors came from the weight that lies beside them, whether it was
         # taken or not (PyTorch loads nothing into a weight that is away).
-        layer._start = base_weight.digest_of(state[prefix + "weight"].to(layer.weight.dtype))
+        weight = layer.weight
+        if not layer._quantised:
+            weight = state[prefix + "weight"].to(weight.dtype)
+        layer._start = base_weight.digest(layer, weight)
 
 
 def _refusal(layer: AdapterLinear, state: Any, prefix: str, saved: Any) -> str:
@@ -100,6 +114,20 @@ def _refusal(layer: AdapterLinear, state: Any, prefix: str, saved: Any) -> str:
             return (
                 f"must get {name} of shape {tuple(have.shape)}, got {tuple(tensor.shape)} in the "
                 "state dict"
+            )
+    return _refusal_of_bits(layer, state, prefix)
+
+
+def _refusal_of_bits(layer: AdapterLinear, state: Any, prefix: str) -> str:
+    """Why the state's weight cannot be the quantised one that is here, or was before a merge."""
+    weight = few_bits.quantised(layer.base_weight, layer)
+    if weight is None:
+        return ""
+    for key in weight.in_state():
+        if prefix + key in state and not weight.is_in_state(state[prefix + key], key):
+            return (
+                f"must get the quantised weight that it has ({weight.kind}), got another {key} in "
+                "the state dict: load the model anew with its library, then the adapter"
             )
     return ""
 

@@ -16,7 +16,7 @@ from ..native import pointers
 from ..operands import Operands
 from ..reference import HALF
 
-_DTYPES = (torch.float32, torch.float64, *HALF)
+FLOATING = (torch.float32, torch.float64, *HALF)
 
 
 def flatten(x: Tensor, name: str = "x") -> Tensor:
@@ -38,7 +38,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         check_tensor("x", x)
         check_tensor("weight", weight)
-    if x.dtype not in _DTYPES:
+    if x.dtype not in FLOATING:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")

@@ -12,9 +12,10 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from .. import adapters
+from ..adapters import State
 from ..autocast import autocast_enabled
 from ..functional import linear_add
-from ..nn import base_weight, offload, per_row
+from ..nn import base_weight, dequantising, offload, per_row
 from ..reference import HALF
 from . import loading, merging, mixed
 from .factors import Factors
@@ -51,9 +52,12 @@ class _Linear(nn.Module, AdaptedLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        base, again = self.get_base_layer(), kwargs.get("get_apply_tensor_subclass")
+        self.quantization_backend = None
+        if not base_weight.is_quantised(base):  # of a kind that is read here
+            self.quantization_backend = resolve_quantization_backend(
+                base, get_apply_tensor_subclass=again
+            )
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
@@ -73,6 +77,14 @@ class _Linear(nn.Module, AdaptedLayer):
         with self._merge.following(self, fn):
             super()._apply(fn, recurse)
         return self
+
+    def get_base_weight(self) -> Tensor:
+        """The base's weight as it is stored, dequantised."""
+        base = self.get_base_layer()
+        if base_weight.is_quantised(base):
+            return base_weight.matrix(base)
+        weight: Tensor = BaseTunerLayer.get_base_weight(self)
+        return weight
 
     # --- merge
 
@@ -118,13 +130,13 @@ class _Linear(nn.Module, AdaptedLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            result = self.base_layer(x, *args, **kwargs)
+            result = self.base(x, *args, **kwargs)
         elif adapter_names is not None:
             result = mixed.forward(self, x, adapter_names, *args, **kwargs)
         elif self.merged:
             if self._asked:
                 per_row.refuse(self, per_row.MERGED)
-            result = self.base_layer(x, *args, **kwargs)
+            result = self.base(x, *args, **kwargs)
         else:
             names = [name for name in self.active_adapters if self.has(name)]
             rows = per_row.rows_of(self, x) if self._asked else None
@@ -137,14 +149,15 @@ class _Linear(nn.Module, AdaptedLayer):
         for name in names:
             self.compare(name)
         if not names:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base(x, *args, **kwargs)
         fused = not (args or kwargs) and self.is_plain(x)
         if fused and len(names) == 1 and not self._updates_apart(names[0]):
-            matrix, bias = self._base()
-            of_one = self.tensors(names[0], exact=False)
-            return self.adapter.fused(x, matrix, bias, of_one, self.scaling[names[0]])
+            (name,) = names
+            return self.through(x, lambda x, w, b: self._fused(name, x, w, b))
         if fused:
-            return linear_add(x, *self._base(), self._sum_of_updates(x, names, x.dtype))
+            return self.through(
+                x, lambda x, w, b: linear_add(x, w, b, self._sum_of_updates(x, names, x.dtype))
+            )
         result = self.base_layer(x, *args, **kwargs)
         return result + self._sum_of_updates(x, names, result.dtype)
 
@@ -155,16 +168,49 @@ class _Linear(nn.Module, AdaptedLayer):
         self.compare(name)
         fused = not (args or kwargs) and self.is_plain(x)
         if fused and not self._updates_apart(name):
-            matrix, bias = self._base()
-            of_rows = self.tensors(name, exact=False), *rows, self.options[name], self.scaling[name]
-            return self.adapter.fused_by_row(x, matrix, bias, *of_rows)
+            return self.through(x, lambda x, w, b: self._fused_by_row(name, rows, x, w, b))
         of_rows = self.tensors(name), *rows, self.options[name], self.scaling[name]
         dropped = F.dropout(x, self.dropout[name], self.training)
         update = self.adapter.update_by_row(dropped, *of_rows)
         if fused:
-            return linear_add(x, *self._base(), update.to(x.dtype))
+            return self.through(x, lambda x, w, b: linear_add(x, w, b, update.to(x.dtype)))
         result = self.base_layer(x, *args, **kwargs)
         return result + update.to(result.dtype)
+
+    def _fused(self, name: str, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        tensors = self._of_product(self.tensors(name, exact=False), x)
+        return self.adapter.fused(x, matrix, bias, tensors, self.scaling[name])
+
+    def _fused_by_row(
+        self, name: str, rows: per_row.Rows, x: Tensor, matrix: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        tensors = self._of_product(self.tensors(name, exact=False), x)
+        of_rows = tensors, *rows, self.options[name], self.scaling[name]
+        return self.adapter.fused_by_row(x, matrix, bias, *of_rows)
+
+    def _of_product(self, tensors: State, x: Tensor) -> State:
+        """Operands in the dtype of x over a quantised base, which may be another than a start's."""
+        if not base_weight.is_quantised(self.get_base_layer()):
+            return tensors
+        return dequantising.cast_operands(tensors, self.adapter, x.dtype)
+
+    def through(self, x: Tensor, product: dequantising.Product) -> Tensor:
+        """``product`` of x, W [N, K] and b of a plain base."""
+        base = self.get_base_layer()
+        if base_weight.is_quantised(base):
+            return dequantising.by_dense(base, x, product)
+        return product(x, *self._base())
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base answers alone.
+
+        A quantised one by its dense weight, as with an adapter: bitsandbytes' own forward repacks
+        its weight on some processors.
+        """
+        if not (args or kwargs) and base_weight.is_quantised(self.base_layer) and self.is_plain(x):
+            return dequantising.by_dense(self.base_layer, x, F.linear)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
 
     def _updates_apart(self, name: str) -> bool:
         drops = self.training and self.dropout[name] > 0.0
@@ -204,6 +250,8 @@ class _Linear(nn.Module, AdaptedLayer):
         flat = type(vars(base).get("weight")) is Tensor
         held: dict[str, Any] = vars(base) if flat else base._parameters
         weight, bias = held.get("weight"), held.get("bias")
+        if base_weight.is_quantised(base):
+            return x.is_floating_point()
         if weight is None or not (flat or type(weight) is nn.Parameter):
             return False
         same = x.dtype == weight.dtype and (bias is None or bias.dtype == weight.dtype)

@@ -106,7 +106,7 @@ def _came_with_its_base(layer: _Linear, own: Tensor, saved: Tensor) -> bool:
     if torch.equal(record.head(own), record.head(saved)):
         return False
     with base_weight.present(layer.get_base_layer()):
-        here = record.head_of(merging.original_stored(layer))
+        here = record.head_of(merging.original_stored(layer), layer.get_base_layer())
     return torch.equal(here, record.head(saved))
 
 

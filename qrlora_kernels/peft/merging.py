@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -27,16 +27,20 @@ class Merge:
     original: Tensor | None = None  # as it is stored
     merged: Tensor | None = None  # the head of the weight that holds the updates
 
-    def left(self, weight: Tensor) -> None:
-        """Note ``weight`` as what the merge left."""
-        self.merged = None if weight.is_meta else record.head_of(weight.detach())
+    def left(self, base: nn.Module) -> None:
+        """Note the weight of ``base`` as what the merge left."""
+        weight = stored(base)
+        self.merged = None if weight.is_meta else record.head_of(weight, base)
 
-    def stands(self, weight: Tensor) -> bool:
-        """Whether ``weight`` is what the merge left, or the original that a state dict brought."""
+    def stands(self, base: nn.Module) -> bool:
+        """Whether the weight of ``base`` is what the merge left, or the original that a state dict
+        brought."""
+        weight = stored(base)
         if self.original is None or self.merged is None or weight.is_meta:
             return True
-        here = record.head_of(weight.detach())
-        return torch.equal(here, self.merged) or torch.equal(here, record.head_of(self.original))
+        here = record.head_of(weight, base)
+        before = record.head_of(self.original, base)
+        return torch.equal(here, self.merged) or torch.equal(here, before)
 
     @contextmanager
     def following(self, layer: _Linear, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -44,18 +48,24 @@ class Merge:
         if self.original is None:
             yield
             return
-        stood = self.stands(layer.weight)
+        stood = self.stands(layer.get_base_layer())
         yield
         with torch.no_grad():
             self.original = fn(self.original)
         if stood:
-            self.left(layer.weight)
+            self.left(layer.get_base_layer())
+
+
+def stored(base: nn.Module) -> Tensor:
+    weight = cast(Tensor, base.weight)
+    # A detached one has lost what its library keeps beside it.
+    return weight if base_weight.is_quantised(base) else weight.detach()
 
 
 def original_stored(layer: _Linear) -> Tensor:
     """The base's weight as it is stored, without what was merged."""
-    weight = layer.weight.detach()
-    return weight if layer._merge.original is None else layer._merge.original
+    original = layer._merge.original
+    return stored(layer.get_base_layer()) if original is None else original
 
 
 def original_matrix(layer: _Linear) -> Tensor:
@@ -99,7 +109,15 @@ def merge(layer: _Linear, safe: bool, adapter_names: list[str] | None) -> None:
     names = [n for n in check_adapters_to_merge(layer, adapter_names) or () if layer.has(n)]
     if not names:
         return
-    base, stands = layer.get_base_layer(), layer._merge.stands(layer.weight)
+    base = layer.get_base_layer()
+    if base_weight.is_quantised(base):
+        raise ValueError(
+            f"{layer.place}.weight must be dense to be merged, got one of the kind "
+            f"{base_weight.quantised(base).kind}, whose steps are larger than the update: "
+            "dequantise the base first (a transformers model: dequantize()), or keep the adapter "
+            "apart"
+        )
+    stands = layer._merge.stands(base)
     if stands:
         original = original_matrix(layer)
         weight = original.t() if base_weight.is_conv1d(base) else original
@@ -118,7 +136,7 @@ def merge(layer: _Linear, safe: bool, adapter_names: list[str] | None) -> None:
     layer.set_base_weight(merged.contiguous())
     layer.merged_adapters.extend(names)
     if stands:
-        layer._merge.left(layer.weight)
+        layer._merge.left(base)
 
 
 def _held(layer: _Linear) -> Tensor:
@@ -135,7 +153,7 @@ def unmerge(layer: _Linear) -> None:
     original = layer._merge.original
     assert original is not None
     base = layer.get_base_layer()
-    if not layer._merge.stands(layer.weight):
+    if not layer._merge.stands(base):
         _take_out(layer)
     elif layer.quantization_backend is not None:
         base.weight = original

@@ -60,7 +60,7 @@ def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwarg
     for name in here:
         layer.compare(name)
     if not here:
-        return layer.base_layer(x, *args, **kwargs)
+        return layer.base(x, *args, **kwargs)
     fused = not (args or kwargs) and layer.is_plain(x)
     share = len({layer.factors_of.used[name] for name in here}) == 1
     low_rank = issubclass(layer.adapter, LowRank)
@@ -69,7 +69,7 @@ def forward(layer: _Linear, x: Tensor, names: Sequence[str], *args: Any, **kwarg
     by_row = share and not low_rank and layer.adapter.fuses(layer.options[here[0]])
     update = _by_row(layer, x, rows, here[0]) if by_row else _by_groups(layer, x, rows, here)
     if fused:
-        return functional.linear_add(x, *layer._base(), update.to(x.dtype))
+        return layer.through(x, lambda x, w, b: functional.linear_add(x, w, b, update.to(x.dtype)))
     result = layer.base_layer(x, *args, **kwargs)
     return result + update.to(result.dtype)
 
@@ -79,9 +79,12 @@ def _at_once(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
     ((key, gates),) = stacked(layer, rows).items()
     gates = gates * scalings(layer, rows, gates).reshape(-1, *[1] * (gates.dim() - 1))
     factors, options = layer.factors_of[one].factors(), layer.options[one]
-    return layer.adapter.fused_by_row(
-        x, *layer._base(), factors, {key: gates}, rows.places, options, 1.0
-    )
+
+    def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        of_rows = layer._of_product(factors, x), {key: gates}, rows.places, options, 1.0
+        return layer.adapter.fused_by_row(x, matrix, bias, *of_rows)
+
+    return layer.through(x, product)
 
 
 def _by_row(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:

@@ -9,10 +9,10 @@ int64, which no cast changes.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters import AnyAdapter, Options, State, Tensors
-from ..fingerprint import fingerprint
+from ..nn import base_weight
 from ..reference import HALF
 
 _HEAD = 3
@@ -26,9 +26,9 @@ class OtherBase(ValueError):
     """The adapter was trained over another base weight."""
 
 
-def head_of(stored: Tensor) -> Tensor:
-    """What tells the weight ``stored``, as it is stored, from others [3]."""
-    print_ = bytes.fromhex(fingerprint(stored))
+def head_of(stored: Tensor, base: nn.Module) -> Tensor:
+    """What tells the weight ``stored``, as the layer ``base`` stores it, from others [3]."""
+    print_ = bytes.fromhex(base_weight.exact_digest(base, stored))
     words = [int.from_bytes(print_[at : at + 8], "little", signed=True) for at in (0, 8)]
     return torch.tensor([_code(stored.dtype), *words], device="cpu")  # whatever the default is
 

@@ -53,9 +53,10 @@ def start(
         weights = {name: _weight(name, targets[name], bases[name]) for name in targets}
         options = _bounded(config, weights)
         heads = dict(zip(targets, in_threads(_head, targets.values()), strict=True))
+        devices = {name: cast(Tensor, base.weight).device for name, base in bases.items()}
         gradients = {name: base_weight.gradient(base) for name, base in bases.items()}
         for name, weight in weights.items():
-            zeros = _put_off(config, weight, options[name])
+            zeros = _put_off(config, weight, options[name], devices[name])
             shared = _shared(targets[name], heads[name], options[name], gradients[name])
             if zeros is not None:
                 made[name] = Made(options[name], 1.0, zeros, heads[name])
@@ -67,8 +68,10 @@ def start(
         run = StartRunner(config.progress, config.cache, config.distributed)
         for opts, group in by_options.items():
             run.require_agreement(facts={"adapter": config.kind.value} | opts.to_dict())
-            for name, state in config.adapter.start(group, opts, run, gradients).items():
-                made[name] = Made(opts, 1.0, state, heads[name])
+            for names in _batches(group):
+                batch = config.adapter.start(_dense(names, group, bases), opts, run, gradients)
+                for name, state in batch.items():
+                    made[name] = Made(opts, 1.0, state, heads[name])
     for name, one in made.items():
         one.scaling = config.scaling_of(name, config.adapter.rank(one.state))
         one.from_file = config.brings_factors
@@ -93,20 +96,35 @@ def fresh(config: AdapterConfig, factors: State, options: Options, dtype: torch.
 
 def _head(target: nn.Module) -> Tensor:
     if isinstance(target, _Linear):
-        return record.head_of(merging.original_stored(target))
+        return record.head_of(merging.original_stored(target), target.get_base_layer())
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    return record.head_of(cast(Tensor, base.weight).detach())
+    return record.head_of(merging.stored(base), base)
+
+
+def _batches(group: Mapping[str, Tensor]) -> list[list[str]]:
+    """What starts together: a quantised weight alone, so that one dense at a time is there."""
+    together = [name for name, weight in group.items() if not weight.is_meta]
+    alone = [[name] for name, weight in group.items() if weight.is_meta]
+    return ([together] if together else []) + alone
+
+
+def _dense(names: list[str], group: Mapping[str, Tensor], bases: Mapping[str, nn.Module]) -> State:
+    return {n: base_weight.matrix(bases[n]) if group[n].is_meta else group[n] for n in names}
 
 
 def _weight(name: str, target: nn.Module, base: nn.Module) -> Tensor:
-    """W [N, K] as it was before merges."""
-    if isinstance(target, _Linear):
+    """W [N, K] as it was before merges; of a quantised one only what it is like, on meta."""
+    if isinstance(target, _Linear) and not base_weight.is_quantised(base):
         return merging.original_matrix(target)
     if getattr(base.weight, "is_meta", False):
         raise ValueError(
             f"{name}.weight must hold data, got a tensor on the meta device: load the base's "
             "weights before the adapter, which starts from them"
         )
+    if base_weight.is_quantised(base):
+        base_weight.check_quantised(base, f"{name}.weight")
+        few = base_weight.quantised(base)
+        return torch.empty(few.shape, dtype=few.dtype, device="meta")
     backend = resolve_quantization_backend(base)
     if backend is not None:
         weight: Tensor = backend.get_base_weight(base).detach()
@@ -138,12 +156,14 @@ def _bounded(config: AdapterConfig, weights: Mapping[str, Tensor]) -> dict[str, 
 _OF_A_RUN: dict[str, Any] = {"dropout": 0.0, "strength": 1.0}
 
 
-def _put_off(config: AdapterConfig, weight: Tensor, options: Options) -> State | None:
+def _put_off(
+    config: AdapterConfig, weight: Tensor, options: Options, device: torch.device
+) -> State | None:
     """Zeros for a layer whose factors a file is about to bring, where their shape is known."""
     outline = config.adapter.outline(weight, options) if config.brings_factors else None
     if outline is None:
         return None
-    return {key: torch.zeros_like(one, device=weight.device) for key, one in outline.items()}
+    return {key: torch.zeros_like(one, device=device) for key, one in outline.items()}
 
 
 def _shared(
