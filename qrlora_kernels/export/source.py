@@ -18,7 +18,7 @@ from ..model.manifest import read
 from ..model.names import modules, parameters, under, unwrapped
 from ..model.targets import refuse_flattened
 from ..nn import AdapterLinear
-from ..nn.base_weight import is_conv1d
+from ..nn.base_weight import is_conv1d, reshard
 from ..nn.per_row import ByRow
 from . import under_peft
 from .beside import TO_MERGED, state_of, tell_changed, tell_statistics, whole_modules
@@ -40,7 +40,7 @@ def source_of(given: Any, adapter: str | None) -> Source:
     Raises
     ------
     TypeError, ValueError
-        If there is none, or it cannot be told which; if the model is sharded.
+        If there is none, or it cannot be told which; if a model under PEFT or a bank is sharded.
     """
     if adapter is not None and not isinstance(adapter, str):
         raise TypeError(f"adapter must be a name, got {type(adapter).__name__}")
@@ -51,8 +51,8 @@ def source_of(given: Any, adapter: str | None) -> Source:
         return of_file(read(given))
     refuse_flattened(given, UNSHARDED)
     root = unwrapped(given)
-    refuse_sharded(root, UNSHARDED)
     if under_peft.holds(root):
+        refuse_sharded(root, UNSHARDED)
         return _of_peft(root, adapter)
     _refuse_name(adapter, "a model that adapt made")
     return _of_model(root)
@@ -68,13 +68,14 @@ def _refuse_name(adapter: str | None, of: str) -> None:
 
 def _of_model(root: nn.Module) -> Source:
     layers = require_adapted(root)
+    reshard(root)
     under_peft.refuse_others(root)
     _refuse_shared(root, layers)
     tied = tied_layers(root, layers)
     updates = {
         name: Update(
             layer.adapter,
-            layer._tensors(),
+            layer.whole_tensors(),
             layer.options,
             layer._strength,
             layer.conv1d,
@@ -156,6 +157,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
 def _of_bank(bank: AdapterBank, adapter: str | None) -> Source:
     if adapter is None:
         raise ValueError(f"adapter must name one of the bank, got None of {bank.names()[:5]}")
+    refuse_sharded(bank.model, UNSHARDED)
     source = source_of(bank.model, None)
     state = {under_peft.plain_name(name): t for name, t in bank.state(adapter).items()}
     updates = {

@@ -30,9 +30,9 @@ def merge(model: nn.Module) -> nn.Module:
     ------
     ValueError
         If no layer is adapted, a layer's weight is tied to another module's or computed anew at
-        every forward (pruning, parametrisations), a merged weight would not be finite, or the
-        adapters are off in :func:`disabled`. The message names the layer and every weight is as it
-        was.
+        every forward (pruning, parametrisations) or spread over ranks by ``fully_shard``, a merged
+        weight would not be finite, or the adapters are off in :func:`disabled`. The message names
+        the layer and every weight is as it was.
     """
     layers = require_adapted(model)
     _check_owners(model, layers)
@@ -78,6 +78,7 @@ def unload(model: nn.Module, merge: bool = True) -> nn.Module:
         _check_owners(model, layers)
         for name, layer in layers.items():
             with named(name):
+                merging.refuse_spread(layer)
                 merging.merged_parameter(layer)  # that it can be done, before anything changes
     root, record = unwrapped(model), memory.begin(model)
     for layer in layers.values():

@@ -42,6 +42,7 @@ def merge(layer: AdapterLinear) -> None:
     if layer.merged:
         return
     switch.check_on([layer], "merge")
+    refuse_spread(layer)
     original = layer.weight
     if offload.is_away(layer):  # in the memory that it is kept in, not where it is computed with
         original = nn.Parameter(offload.kept(layer, "weight"), requires_grad=False)
@@ -81,10 +82,11 @@ def original(layer: AdapterLinear) -> nn.Parameter:
 
 @torch.no_grad()
 def merged_parameter(layer: AdapterLinear) -> nn.Parameter:
-    """A parameter of its own with W + ΔW."""
+    """A parameter of its own with W + ΔW, whole: of a sharded layer every rank must call."""
     require_stored_weight(layer)
     with base_weight.present(layer):
-        data = layer.weight.clone() if layer.merged else _merged_weight(layer)
+        weight = base_weight.whole(layer.weight.detach())
+        data = weight.clone() if layer.merged else _merged_weight(layer, weight)
     return nn.Parameter(data, requires_grad=False)
 
 
@@ -98,12 +100,21 @@ def require_stored_weight(layer: AdapterLinear) -> None:
         )
 
 
-def _merged_weight(layer: AdapterLinear) -> Tensor:
+def refuse_spread(layer: AdapterLinear) -> None:
+    """Raise where ``fully_shard`` would put its own weight back in place of the merged one."""
+    if base_weight.is_gathered(layer) or hasattr(layer.weight, "full_tensor"):
+        raise ValueError(
+            "weight must lie whole in this process to be merged, and fully_shard spreads it over "
+            "the ranks: write the merged model with qk.to_merged, or merge before fully_shard"
+        )
+
+
+def _merged_weight(layer: AdapterLinear, stored: Tensor) -> Tensor:
     if layer._strength == 0.0:
-        return layer.weight.detach().clone()
+        return stored.clone()
     delta = layer.delta_weight()
-    weight = layer.weight.to(delta.dtype) + (delta.t() if layer.conv1d else delta)
-    merged = round_unbiased(weight, layer.weight.dtype).contiguous()
+    weight = stored.to(delta.dtype) + (delta.t() if layer.conv1d else delta)
+    merged = round_unbiased(weight, stored.dtype).contiguous()
     if not bool(torch.isfinite(merged).all()):
         bad = int((~torch.isfinite(merged)).sum())
         raise ValueError(
