@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,6 +58,19 @@ def test_a_model_that_is_offloaded(how: str, trainable: Any, tmp_path: Path) -> 
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert any(p.is_meta for p in away.parameters())  # and is as it was
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_a_tied_output_that_is_offloaded(how: str, tmp_path: Path) -> None:
+    """Its weight is another tensor than the embedding's then, and was taken for one of its own."""
+    ranks = {"lm_head": 3, "model.layers.0.self_attn.q_proj": 2}
+    model = adapt(offloaded(how, llama(tied=True), tmp_path), ranks)
+    said = refusal(lambda: qk.to_lora(model, tmp_path / "lora", for_="llama.cpp"))
+    assert "llama.cpp has no tensor for lm_head" in said
+    qk.to_merged(model, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert "another module's too" in refusal(lambda: qk.to_mlx(model, tmp_path / "mlx"))
 
 
 def test_a_sharded_bank(group: None, tmp_path: Path) -> None:

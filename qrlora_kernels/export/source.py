@@ -19,6 +19,7 @@ from ..model.names import modules, parameters, under, unwrapped
 from ..model.targets import refuse_flattened
 from ..nn import AdapterLinear
 from ..nn.base_weight import is_conv1d, reshard
+from ..nn.offload import is_away
 from ..nn.per_row import ByRow
 from . import under_peft
 from .beside import TO_MERGED, state_of, tell_changed, tell_statistics, whole_modules
@@ -105,9 +106,17 @@ def _owners(root: nn.Module) -> Counter[int]:
 
 def tied_layers(root: nn.Module, layers: Mapping[str, AdapterLinear]) -> set[str]:
     """Those whose weight, before it was merged, is another module's too."""
-    known = _owners(root)
+    known, said = _owners(root), _said_tied(root, layers)
     own = {name: 0 if layer.merged else 1 for name, layer in layers.items()}
-    return {name for name, layer in layers.items() if known[id(layer.base_weight)] > own[name]}
+    seen = {name for name, layer in layers.items() if known[id(layer.base_weight)] > own[name]}
+    return seen | said
+
+
+def _said_tied(root: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Those that transformers ties and whose weight is away, as another tensor of each module."""
+    tied = getattr(root, "all_tied_weights_keys", None) or {}
+    names = {*tied, *tied.values()}
+    return {n for n, layer in layers.items() if f"{n}.weight" in names and is_away(layer)}
 
 
 def _refuse_shared(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -131,6 +140,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
     here = modules(base)
     layers: dict[str, Any] = under_peft.layers_of(base, name)
     known = _owners(base)
+    said = _said_tied(base, {n: layer.get_base_layer() for n, layer in layers.items()})
     updates: dict[str, Update] = {}
     for layer_name, layer in layers.items():
         layer.compare(name)  # that it was loaded over its base
@@ -141,7 +151,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
             layer.options[name],
             layer.scaling[name],
             is_conv1d(linear),
-            known[id(linear.weight)] > 1,
+            known[id(linear.weight)] > 1 or layer_name in said,
         )
     taken = [*wrapped, *(n for n, m in here.items() if isinstance(m, ByRow))]
     in_full = [n for n, p in parameters(base).items() if p.requires_grad and not under(n, taken)]
