@@ -299,3 +299,27 @@ def test_casts_and_moves_keep_it_merged(adapter, change):
     assert torch.equal(qk.unmerge(model)[0].weight, base)
     lost = not torch.equal(base.to(torch.float32), net()[0].weight) and base.dtype == torch.float32
     assert model[0].base_changed() == lost  # rounded on the way there and back
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        ("qr", {"rank": 4}),
+        ("lora_xs", {"rank": 4, "init_std": 0.1}),
+        ("ohora", {"product": "lora"}),
+    ],
+)
+def test_autocast_rounds_no_merged_weight(adapter, options):
+    """The update was multiplied out in bf16 there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32))
+    qk.adapt(model, ["0"], adapter, progress=False, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    wanted = qk.merge(model)[0].weight.clone()
+    qk.unmerge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        qk.merge(model)
+    assert torch.equal(model[0].weight, wanted)

@@ -50,6 +50,8 @@ def filling(folder: Path, instead_of: Iterable[str] = ()) -> Iterator[Path]:
     ------
     NotADirectoryError
         If ``folder`` is a file.
+    IsADirectoryError
+        If a folder lies where a file is to be.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -60,6 +62,9 @@ def filling(folder: Path, instead_of: Iterable[str] = ()) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         written = sorted((file.name for file in draft.iterdir()), reverse=True)
+        for place in (folder / name for name in written):  # before the first of them moves
+            if place.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(place))
         for name in written:
             os.replace(draft / name, folder / name)
         for old in [file for pattern in instead_of for file in folder.glob(pattern)]:

@@ -263,7 +263,7 @@ def test_wrong_paths_and_models(tmp_path: Path) -> None:
     assert "model must be an nn.Module" in refusal(lambda: qk.from_lora_xs("bert", folder))
     for damage in ("{", "[]", '{"r": 4}'):
         (folder / "adapter_config.json").write_text(damage)
-        assert "is no config of a LoRA" in refusal(lambda: qk.from_lora_xs(bert(), folder))
+        assert "is no config of LoRA-XS" in refusal(lambda: qk.from_lora_xs(bert(), folder))
     write(folder, tensors_of(bert(), [Q]))
     (folder / "adapter_model.safetensors").write_bytes(b"\x08")
     said = refusal(lambda: qk.from_lora_xs(bert(), folder))
@@ -273,6 +273,40 @@ def test_wrong_paths_and_models(tmp_path: Path) -> None:
         qk.from_lora_xs(bert(), folder)
     (folder / "adapter_model.bin").write_bytes(b"junk")
     assert "holds no tensors that load" in refusal(lambda: qk.from_lora_xs(bert(), folder))
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b"\xff"])
+def test_a_damaged_config_one_folder_up(damage: bytes, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", tensors_of(bert(), [Q]))
+    (tmp_path / "reconstr_config.json").write_bytes(damage)
+    said = refusal(lambda: qk.from_lora_xs(bert(), folder))
+    assert said.startswith(f"{tmp_path / 'reconstr_config.json'} is no config of LoRA-XS")
+
+
+@pytest.mark.parametrize(("held", "where"), [([1, 2], "list in the file"), ({"x": 1}, "int in x")])
+def test_a_bin_file_of_something_else(held: Any, where: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, tensors_of(bert(), [Q]))
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(held, folder / "adapter_model.bin")
+    said = refusal(lambda: qk.from_lora_xs(bert(), folder))
+    assert f"must hold tensors by name, got {where}" in said
+
+
+def test_a_head_that_is_missing(tmp_path: Path) -> None:
+    """The model's own, drawn at random, was left there without a word."""
+    folder = write(tmp_path, tensors_of(bert(), [Q]), modules_to_save=["classifier", "score"])
+    model = bert()
+    said = refusal(lambda: qk.from_lora_xs(model, folder))
+    assert "must hold classifier, which trained by its modules_to_save" in said
+    assert not qk.adapted_layers(model)
+
+
+def test_a_weight_of_zeros(tmp_path: Path) -> None:
+    model = bert()
+    with torch.no_grad():
+        model.get_submodule(Q).weight.zero_()
+    qk.from_lora_xs(model, write(tmp_path, tensors_of(model, [Q])))
+    assert list(qk.adapted_layers(model)) == [Q]
 
 
 def test_a_model_with_other_adapters(tmp_path: Path) -> None:

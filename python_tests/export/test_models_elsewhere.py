@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,15 @@ def offloaded(how: str, model: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_a_model_that_was_offloaded_after_it_was_adapted(how: str, tmp_path: Path) -> None:
+    """What trains lies on the meta device then; it ended in an error of torch."""
+    here = adapted("llama")
+    away = offloaded(how, adapted("llama"), tmp_path)
+    qk.to_lora(away, tmp_path / "lora")
+    readers.assert_same(readers.by_peft(tmp_path / "lora"), meant(here))
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
 @pytest.mark.parametrize("trainable", [(), ("lm_head",)])
 def test_a_model_that_is_offloaded(how: str, trainable: Any, tmp_path: Path) -> None:
     here = adapted("llama", trainable=trainable)
@@ -50,13 +60,26 @@ def test_a_model_that_is_offloaded(how: str, trainable: Any, tmp_path: Path) -> 
     assert any(p.is_meta for p in away.parameters())  # and is as it was
 
 
-@pytest.mark.parametrize("write", [qk.to_lora, qk.to_merged, qk.to_mlx])
-def test_a_sharded_model(write: Any, group: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_a_tied_output_that_is_offloaded(how: str, tmp_path: Path) -> None:
+    """Its weight is another tensor than the embedding's then, and was taken for one of its own."""
+    ranks = {"lm_head": 3, "model.layers.0.self_attn.q_proj": 2}
+    model = adapt(offloaded(how, llama(tied=True), tmp_path), ranks)
+    said = refusal(lambda: qk.to_lora(model, tmp_path / "lora", for_="llama.cpp"))
+    assert "llama.cpp has no tensor for lm_head" in said
+    qk.to_merged(model, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert "another module's too" in refusal(lambda: qk.to_mlx(model, tmp_path / "mlx"))
+
+
+def test_a_sharded_bank(group: None, tmp_path: Path) -> None:
     model = adapted("llama")
+    bank = qk.AdapterBank(model, 2)
+    bank.add("mine")
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    said = refusal(lambda: write(model, tmp_path / "out"))
+    said = refusal(lambda: qk.to_lora(bank, tmp_path / "out", adapter="mine"))
     assert "model must not be sharded yet" in said
-    assert "save_adapter here" in said
     assert files_in(tmp_path / "out") == []
 
 

@@ -252,6 +252,16 @@ def test_a_named_adapter_under_peft(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("adapter", ["qr", "lora_xs"])
+def test_autocast_rounds_nothing(adapter: str, tmp_path: Path) -> None:
+    model = adapted("llama", adapter)
+    with torch.autocast("cpu", torch.bfloat16):
+        qk.to_lora(model, tmp_path / "under")
+    qk.to_lora(model, tmp_path / "plain")
+    under, plain = (tmp_path / n / "adapter_model.safetensors" for n in ("under", "plain"))
+    assert under.read_bytes() == plain.read_bytes()
+
+
 # --- a bank, a file
 
 

@@ -244,3 +244,11 @@ def test_an_injected_model(tmp_path: Path) -> None:
 
 def test_uneven_ranks_are_in_the_fixtures() -> None:
     assert all(len(set(ranks.values())) == len(ranks) for ranks in RANKS.values())
+
+
+def test_a_sparse_buffer_in_a_head(tmp_path: Path) -> None:
+    model = adapted("bert")
+    model.classifier.register_buffer("graph", torch.eye(3).to_sparse())
+    said = refusal(lambda: qk.to_lora(model, tmp_path))
+    assert said.startswith("classifier.graph must be dense to be written")
+    assert files_in(tmp_path) == []

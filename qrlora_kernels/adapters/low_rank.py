@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import functional
+from ..autocast import outside_autocast
 from ..reference import accumulation_dtype, hidden_dtype, low_rank_delta_ref
 from .adapter import Adapter, Own, State, Tensors
 
@@ -85,10 +86,12 @@ class LowRank(Adapter[Own]):
     @classmethod
     def delta(cls, tensors: Tensors, options: Own, strength: float) -> Tensor:
         up, down, gate = tensors[cls.up], tensors[cls.down], tensors[cls.gate]
-        return low_rank_delta_ref(up, down, gate, strength)
+        with outside_autocast(up.device.type):
+            return low_rank_delta_ref(up, down, gate, strength)
 
     @classmethod
     def lora_factors(cls, tensors: Tensors, options: Own, strength: float) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(tensors[cls.up].dtype)
         up, gate = strength * tensors[cls.up].to(dtype), tensors[cls.gate].to(dtype)
-        return tensors[cls.down].to(dtype), up @ gate.mT if cls.square else up * gate
+        with outside_autocast(up.device.type):
+            return tensors[cls.down].to(dtype), up @ gate.mT if cls.square else up * gate

@@ -156,7 +156,8 @@ class OHoRA(Adapter[OHoRAOptions]):
             return kron_delta_ref(a, b, a0, b0, strength)
         dtype = accumulation_dtype(a.dtype)
         a, b, a0, b0 = (t.to(dtype) for t in (a, b, a0, b0))
-        return strength * (a @ b.mT - a0 @ b0.mT)
+        with outside_autocast(a.device.type):
+            return strength * (a @ b.mT - a0 @ b0.mT)
 
     @classmethod
     def lora_factors(

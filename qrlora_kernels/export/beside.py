@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..adapters import State
 from ..model.names import buffers, parameters, under
 from ..model.tensors import values_of
+from ..nn.base_weight import whole
 
 Heads = dict[str, State]  # by module, its tensors by their names in it
 TO_MERGED = "write the merged model with qk.to_merged"
@@ -45,7 +47,18 @@ def state_of(root: nn.Module, name: str) -> State:
     """The tensors of the module called ``name``, by their names in it."""
     held = {**buffers(root), **parameters(root)}
     of_module = {n: t for n, t in held.items() if under(n, [name])}
-    return {n.removeprefix(f"{name}."): t for n, t in values_of(root, of_module).items()}
+    for key, tensor in of_module.items():
+        refuse_sparse(key, tensor)
+    values = values_of(root, of_module).items()
+    return {n.removeprefix(f"{name}."): whole(t) for n, t in values}
+
+
+def refuse_sparse(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name} must be dense to be written, got layout {tensor.layout}: make it dense, or "
+            "register the buffer with persistent=False"
+        )
 
 
 def tell_statistics(root: nn.Module, heads: Iterable[str]) -> None:

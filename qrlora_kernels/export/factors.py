@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import outside_autocast
 from ..linalg import truncated_svd
 from ..reference import HALF
 from .beside import TO_MERGED
@@ -80,7 +81,8 @@ def _truncated(name: str, delta: Tensor, rank: int) -> tuple[Pair, float]:
         raise ValueError(_not_finite(name))
     (found,) = truncated_svd({name: delta}, rank)
     pair = Pair(found.vh, found.u * found.s)
-    return pair, float((delta - pair.b @ pair.a).norm()) / norm
+    with outside_autocast(delta.device.type):
+        return pair, float((delta - pair.b @ pair.a).norm()) / norm
 
 
 def _rounded(name: str, pair: Pair, dtype: torch.dtype) -> Pair:

@@ -17,8 +17,10 @@ from ..files import as_path, filling, save_tensors, write_text
 from ..linalg.checks import check_choice
 from ..model.manifest import for_file
 from ..model.names import under
+from ..model.saving import of_one_rank
 from .beside import TO_MERGED, state_of
 from .factors import check_dtype, padded, pairs_of
+from .folder import MLX, MODEL, refuse_mixed
 from .records import Source
 from .servers import Draft, Form, Server, check
 from .source import source_of
@@ -48,7 +50,8 @@ def to_lora(
     ----------
     model : nn.Module, AdapterBank or path
         A model with adapted layers, wrapped or not; one under PEFT with an adapter of ours; a bank;
-        or a file of :func:`save_adapter` that holds its factors.
+        or a file of :func:`save_adapter` that holds its factors. Of a model sharded by
+        ``fully_shard`` every rank calls it, with the same arguments, and rank 0 writes.
     path : str or path
         The folder, made if it does not exist.
     form : "padded" or "pattern"
@@ -77,24 +80,32 @@ def to_lora(
         If a file to read is not there, or ``path`` is a file.
     TypeError, ValueError
         If an argument is wrong, no layer is adapted, an update has no low-rank form or is not
-        finite, something trained that no LoRA file holds (the bias of an adapted layer), the model
-        is sharded, or the server ``for_`` would not read the folder right. Nothing is written.
+        finite, something trained that no LoRA file holds (the bias of an adapted layer), a bank's
+        model or one under PEFT is sharded, the folder holds a model or an adapter of MLX, or the
+        server ``for_`` would not read the folder right. Nothing is written.
     """
     check_choice("form", form, get_args(Form))
     if for_ is not None:
         check_choice("for_", for_, get_args(Server))
     rank = check_truncate(truncate)
     kept, folder = check_dtype(dtype), as_path("path", path)
+    refuse_mixed(folder, *MODEL, *MLX)
     source = source_of(model, adapter)
     pairs, errors = pairs_of(source.updates, rank, kept)
     source = _with_namesakes(source)
     draft = Draft(source, form, pairs, folder)
     check(for_, draft)
     tell_truncated(errors)
-    with filling(folder) as files:
+    with of_one_rank(source.root) as writes:
+        if writes:
+            _write(draft)
+    return errors
+
+
+def _write(draft: Draft) -> None:
+    with filling(draft.folder) as files:
         save_tensors(files / WEIGHTS, _tensors(draft), {"format": "pt"})
         write_text(files / CONFIG, json.dumps(_config(draft), indent=2) + "\n")
-    return errors
 
 
 def check_truncate(truncate: int | None) -> int | None:

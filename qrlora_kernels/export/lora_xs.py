@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..files import as_path
 from ..model.comparing import refuse_sharded
 from ..model.loading import check_loadable, load
 from ..model.manifest import AdapterFile, Entry, all_finite, describe_weight
-from ..model.names import canonical, modules, unwrapped
+from ..model.names import canonical, modules, under, unwrapped
 from ..nn import AdapterLinear, LoRAXSLinear, base_weight
 from ..nn.base_weight import is_linear_like, present
 from .under_peft import plain_name
@@ -126,19 +127,30 @@ def _read(folder: Path) -> Checkpoint:
     return found
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = config["r"], config["lora_alpha"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no config of a LoRA: {error!r}") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no config of LoRA-XS: {error!r}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} is no config of LoRA-XS: settings by name, got {type(found).__name__}"
+        )
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = _settings(path)
+    if missing := {"r", "lora_alpha"} - config.keys():
+        raise ValueError(f"{path} is no config of LoRA-XS: it has no {min(missing)}")
+    rank, alpha = config["r"], config["lora_alpha"]
     plain_value(f"r in {path}", "int", rank)
     plain_value(f"lora_alpha in {path}", "float", alpha)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} must have peft_type LORA, got {config.get('peft_type')!r}")
     if unknown := [key for key in UNKNOWN if config.get(key)]:
         raise ValueError(f"{path} must not set {unknown[0]}, got {config[unknown[0]]!r}")
-    return dict(config)
+    return config
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -155,7 +167,13 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the many kinds that unpickling ends in
         raise ValueError(f"{path} holds no tensors that load: {error}") from None
-    return {str(name): tensor for name, tensor in tensors.items()}
+    named = tensors if isinstance(tensors, dict) else {"the file": tensors}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path} must hold tensors by name, got {type(tensor).__name__} in {name}"
+            )
+    return {str(name): tensor for name, tensor in named.items()}
 
 
 def _check_parts(found: Checkpoint, name: str, parts: dict[str, Tensor]) -> None:
@@ -209,15 +227,27 @@ def _as_file(root: nn.Module, found: Checkpoint, progress: bool) -> AdapterFile:
         tensors[f"{name}.a"] = parts["A"].to(dtype)
         tensors[f"{name}.b"] = parts["B"].to(dtype)
         tensors[f"{name}.core"] = parts["mapping"].mT.contiguous().to(core)
+    _check_heads(here, found)
     heads = frozenset(found.heads)
     return AdapterFile(found.folder, layers, found.heads, heads, {}, None, tensors)
+
+
+def _check_heads(here: Iterable[str], found: Checkpoint) -> None:
+    """Raise if a head trained and the file is without it: the model's own is at random."""
+    for head in found.config.get("modules_to_save") or ():
+        for name in here:
+            if name.rpartition(".")[2] == head and not any(under(n, [name]) for n in found.heads):
+                raise ValueError(
+                    f"{found.folder} must hold {name}, which trained by its modules_to_save, got "
+                    "no tensor of it"
+                )
 
 
 def _is_random(folder: Path) -> bool:
     """Whether the factors came from no weight, as the authors' own config says, if it is there."""
     for path in (folder / "reconstr_config.json", folder.parent / "reconstr_config.json"):
         if path.is_file():
-            return bool(json.loads(path.read_text()).get("replacement_module_random_init"))
+            return bool(_settings(path).get("replacement_module_random_init"))
     return False
 
 
@@ -228,10 +258,11 @@ def _check_base(name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
             f"{name}.weight must have shape {[len(b), a.shape[1]]}, got {list(weight.shape)}"
         )
     wanted, basis = a.to(weight.device).double(), b.to(weight.device).double()
-    error = float((basis.mT @ weight.double() - wanted).norm() / wanted.norm())
+    error, size = float((basis.mT @ weight.double() - wanted).norm()), float(wanted.norm())
     allowed = 2 * max(torch.finfo(t.dtype).eps for t in (weight, a, b)) + SUMS
-    if not error <= allowed:
+    if not error <= allowed * size:
         raise ValueError(
             f"{name}.weight is not the weight that the checkpoint was trained over: lora_A must be "
-            f"lora_B^T W within {allowed:.1g}, got a difference of {error:.1g}"
+            f"lora_B^T W within {allowed:.1g}, got a difference of "
+            f"{error:.1g} over {size:.1g}"
         )

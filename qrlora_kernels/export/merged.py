@@ -20,14 +20,17 @@ from tqdm import tqdm
 from ..adapters.options import plain_value
 from ..files import as_path, filling, save_tensors, write_text
 from ..model.adapt import adapted_layers, require_adapted
-from ..model.comparing import refuse_sharded
 from ..model.lifecycle import named
 from ..model.manifest import for_file
 from ..model.names import modules, parameters, unwrapped
+from ..model.saving import of_one_rank
 from ..model.targets import refuse_flattened
 from ..model.tensors import values_of
 from ..nn import AdapterLinear, merging, quantised, switch
+from ..nn.base_weight import reshard, whole
 from . import under_peft
+from .beside import refuse_sparse
+from .folder import ADAPTER, refuse_mixed
 from .source import UNSHARDED, tied_layers
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,7 +72,8 @@ def to_merged(
     ----------
     model : nn.Module
         Of transformers, with layers adapted by :func:`adapt` or :func:`load_adapter`, merged or
-        not, wrapped or not.
+        not, wrapped or not. Of a model sharded by ``fully_shard`` every rank calls it, with the
+        same arguments, and rank 0 writes.
     path : str or path
         The folder, made if it does not exist. Weights of an earlier checkpoint in it go.
     max_shard_size : int
@@ -86,25 +90,27 @@ def to_merged(
         If ``path`` is a file.
     TypeError, ValueError
         If an argument is wrong, no layer is adapted, the model has no config of transformers, is
-        under PEFT, sharded or quantised without ``dequantize``, a merged weight would not be finite
-        or is computed anew at every forward, the adapters are off in :func:`disabled`, or the
-        folder holds an adapter, which would be loaded on top. Nothing is written.
+        under PEFT or quantised without ``dequantize``, a buffer is sparse, a merged weight would
+        not be finite or is computed anew at every forward, the adapters are off in
+        :func:`disabled`, or the folder holds an adapter, which would be loaded on top. Nothing is
+        written.
     """
     largest, progress = _shard_size(max_shard_size), plain_value("progress", "bool", progress)
     folder = as_path("path", path)
     root = _checked(model)
     dtype = _dense_dtype(root, dequantize)
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"path must hold no adapter, which would be loaded on top of the merged model, got "
-            f"{folder} with an adapter_config.json"
-        )
+    refuse_mixed(folder, *ADAPTER)
     apart = tied_layers(root, adapted_layers(root))
     entries = _as_stored(root, _without_aliases(root, _entries(root, dtype), keep=bool(apart)))
     shards = list(_shards(entries, largest))
-    with filling(folder, EARLIER) as files, tqdm(total=len(entries), disable=not progress) as bar:
-        _write_weights(files, entries, shards, bar)
-        _write_configs(files, root, untied=bool(apart))
+    bar = tqdm(total=len(entries), disable=not progress)
+    with bar, of_one_rank(root) as writes:
+        if writes:
+            with filling(folder, EARLIER) as files:
+                _write_configs(files, root, untied=bool(apart))  # first: it may be refused
+                _write_weights(files, entries, shards, bar)
+        else:
+            _take_part(entries, shards)
 
 
 def _shard_size(given: int) -> int:
@@ -117,7 +123,7 @@ def _shard_size(given: int) -> int:
 def _checked(model: nn.Module) -> nn.Module:
     refuse_flattened(model, UNSHARDED)
     root = unwrapped(model)
-    refuse_sharded(root, UNSHARDED)
+    reshard(root)
     if under_peft.holds(root):
         raise ValueError(
             "model must not be under PEFT, which writes merged models itself: "
@@ -141,6 +147,11 @@ def _dense_dtype(root: nn.Module, dequantize: bool | torch.dtype) -> torch.dtype
     """What quantised weights are to be written in, if there are any."""
     merging.check_dequantize(dequantize)
     few = [name for name, p in parameters(root).items() if quantised.is_quantised(p)]
+    if not few and getattr(root.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "model must hold plain weights, got a quantization_config in its config, by which "
+            "from_pretrained would read them: dequantise the model and delete the entry first"
+        )
     if few and dequantize is False:
         raise ValueError(
             f"model must be dense to be written merged, got quantised weights, {few[0]} among "
@@ -173,6 +184,7 @@ def _entries_of(
         if tensor is None or key in own or key in module._non_persistent_buffers_set:
             continue
         name = f"{prefix}.{key}" if prefix else key
+        refuse_sparse(name, tensor)
         few = quantised.quantised(tensor, module)
         written = tensor.dtype if few is None else dtype
         outline = torch.empty(quantised.shape_of(tensor), dtype=written, device="meta")
@@ -185,7 +197,7 @@ def _entries_of(
 
 
 def _value(root: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    return values_of(root, {name: tensor})[name]
+    return whole(values_of(root, {name: tensor})[name])
 
 
 def _merged(name: str, layer: AdapterLinear, dtype: torch.dtype) -> Tensor:
@@ -267,9 +279,21 @@ def _write_weights(
         write_text(files / INDEX, json.dumps(index, indent=2) + "\n")
 
 
+def _take_part(entries: dict[str, Entry], shards: list[list[str]]) -> None:
+    """In gathering the weights that another rank writes."""
+    for name in (name for names in shards for name in names):
+        entries[name].make()
+
+
+def _plain_kind(root: nn.Module) -> type:
+    """The model's own class, which ``fully_shard`` replaces by one that comes from it."""
+    kinds = type(root).__mro__
+    return next(k for k in kinds if all(b.__name__ != "FSDPModule" for b in k.__mro__))
+
+
 def _write_configs(files: Path, root: nn.Module, untied: bool) -> None:
     config: Any = copy.deepcopy(root.config)
-    config.architectures = [type(root).__name__]
+    config.architectures = [_plain_kind(root).__name__]
     vars(config).pop("quantization_config", None)
     dtype = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 4.56
     setattr(config, dtype, str(root.dtype).removeprefix("torch."))
@@ -279,4 +303,5 @@ def _write_configs(files: Path, root: nn.Module, untied: bool) -> None:
     config.save_pretrained(files)
     if getattr(root, "can_generate", lambda: False)():
         generation: Any = root.generation_config
-        generation.save_pretrained(files)
+        if generation is not None:
+            generation.save_pretrained(files)

@@ -6,14 +6,18 @@ import json
 import os
 import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bank import AdapterBank
 from ..files import as_path, filling, save_tensors, write_text
+from ..model.saving import of_one_rank
 from .beside import TO_MERGED
 from .factors import check_dtype, padded, pairs_of
+from .folder import MODEL, PEFT, refuse_mixed
 from .lora import check_truncate, tell_truncated
 from .records import Source
 from .source import source_of
@@ -49,10 +53,12 @@ def to_mlx(
     Raises
     ------
     FileNotFoundError, NotADirectoryError, TypeError, ValueError
-        As :func:`to_lora`; also where something trained in full beside the adapters, or a layer is
-        a Conv1D, for which MLX has other names, or tied, for which it has none.
+        As :func:`to_lora`, with an adapter of PEFT in the folder; also where something trained in
+        full beside the adapters, or a layer is a Conv1D, for which MLX has other names, or tied,
+        for which it has none.
     """
     rank, kept, folder = check_truncate(truncate), check_dtype(dtype), as_path("path", path)
+    refuse_mixed(folder, *MODEL, *PEFT)
     source = source_of(model, adapter)
     _check(source)
     pairs, errors = pairs_of(source.updates, rank, kept)
@@ -69,10 +75,16 @@ def to_mlx(
         "lora_parameters": {"rank": largest, "scale": 1.0, "dropout": 0.0, "keys": list(pairs)},
     }
     tell_truncated(errors)
+    with of_one_rank(source.root) as writes:
+        if writes:
+            _write(folder, tensors, config)
+    return errors
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     with filling(folder) as files:
         save_tensors(files / WEIGHTS, tensors, {"format": "pt"})
         write_text(files / CONFIG, json.dumps(config, indent=2) + "\n")
-    return errors
 
 
 def _check(source: Source) -> None:

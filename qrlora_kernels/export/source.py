@@ -18,7 +18,8 @@ from ..model.manifest import read
 from ..model.names import modules, parameters, under, unwrapped
 from ..model.targets import refuse_flattened
 from ..nn import AdapterLinear
-from ..nn.base_weight import is_conv1d
+from ..nn.base_weight import is_conv1d, reshard
+from ..nn.offload import is_away
 from ..nn.per_row import ByRow
 from . import under_peft
 from .beside import TO_MERGED, state_of, tell_changed, tell_statistics, whole_modules
@@ -40,7 +41,7 @@ def source_of(given: Any, adapter: str | None) -> Source:
     Raises
     ------
     TypeError, ValueError
-        If there is none, or it cannot be told which; if the model is sharded.
+        If there is none, or it cannot be told which; if a model under PEFT or a bank is sharded.
     """
     if adapter is not None and not isinstance(adapter, str):
         raise TypeError(f"adapter must be a name, got {type(adapter).__name__}")
@@ -51,8 +52,8 @@ def source_of(given: Any, adapter: str | None) -> Source:
         return of_file(read(given))
     refuse_flattened(given, UNSHARDED)
     root = unwrapped(given)
-    refuse_sharded(root, UNSHARDED)
     if under_peft.holds(root):
+        refuse_sharded(root, UNSHARDED)
         return _of_peft(root, adapter)
     _refuse_name(adapter, "a model that adapt made")
     return _of_model(root)
@@ -68,13 +69,14 @@ def _refuse_name(adapter: str | None, of: str) -> None:
 
 def _of_model(root: nn.Module) -> Source:
     layers = require_adapted(root)
+    reshard(root)
     under_peft.refuse_others(root)
     _refuse_shared(root, layers)
     tied = tied_layers(root, layers)
     updates = {
         name: Update(
             layer.adapter,
-            layer._tensors(),
+            layer.whole_tensors(),
             layer.options,
             layer._strength,
             layer.conv1d,
@@ -104,9 +106,17 @@ def _owners(root: nn.Module) -> Counter[int]:
 
 def tied_layers(root: nn.Module, layers: Mapping[str, AdapterLinear]) -> set[str]:
     """Those whose weight, before it was merged, is another module's too."""
-    known = _owners(root)
+    known, said = _owners(root), _said_tied(root, layers)
     own = {name: 0 if layer.merged else 1 for name, layer in layers.items()}
-    return {name for name, layer in layers.items() if known[id(layer.base_weight)] > own[name]}
+    seen = {name for name, layer in layers.items() if known[id(layer.base_weight)] > own[name]}
+    return seen | said
+
+
+def _said_tied(root: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Those that transformers ties and whose weight is away, as another tensor of each module."""
+    tied = getattr(root, "all_tied_weights_keys", None) or {}
+    names = {*tied, *tied.values()}
+    return {n for n, layer in layers.items() if f"{n}.weight" in names and is_away(layer)}
 
 
 def _refuse_shared(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -130,6 +140,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
     here = modules(base)
     layers: dict[str, Any] = under_peft.layers_of(base, name)
     known = _owners(base)
+    said = _said_tied(base, {n: layer.get_base_layer() for n, layer in layers.items()})
     updates: dict[str, Update] = {}
     for layer_name, layer in layers.items():
         layer.compare(name)  # that it was loaded over its base
@@ -140,7 +151,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
             layer.options[name],
             layer.scaling[name],
             is_conv1d(linear),
-            known[id(linear.weight)] > 1,
+            known[id(linear.weight)] > 1 or layer_name in said,
         )
     taken = [*wrapped, *(n for n, m in here.items() if isinstance(m, ByRow))]
     in_full = [n for n, p in parameters(base).items() if p.requires_grad and not under(n, taken)]
@@ -156,6 +167,7 @@ def _of_peft(root: nn.Module, adapter: str | None) -> Source:
 def _of_bank(bank: AdapterBank, adapter: str | None) -> Source:
     if adapter is None:
         raise ValueError(f"adapter must name one of the bank, got None of {bank.names()[:5]}")
+    refuse_sharded(bank.model, UNSHARDED)
     source = source_of(bank.model, None)
     state = {under_peft.plain_name(name): t for name, t in bank.state(adapter).items()}
     updates = {

@@ -38,9 +38,10 @@ def merge(model: nn.Module, dequantize: bool | torch.dtype = False) -> nn.Module
     ------
     ValueError
         If no layer is adapted, a weight is quantised and ``dequantize`` is not asked for, a layer's
-        weight is tied to another module's or computed anew at every forward (pruning,
-        parametrisations), a merged weight would not be finite, or the adapters are off in
-        :func:`disabled`. The message names the layer and every weight is as it was.
+        weight is tied to another module's, computed anew at every forward (pruning,
+        parametrisations) or spread over ranks by ``fully_shard``, a merged weight would not be
+        finite, or the adapters are off in :func:`disabled`. The message names the layer and every
+        weight is as it was.
     """
     layers = require_adapted(model)
     _check_owners(model, layers)
@@ -89,6 +90,7 @@ def unload(
         _check_owners(model, layers)
         for name, layer in layers.items():
             with named(name):
+                merging.refuse_spread(layer)
                 # That it can be done, before anything changes.
                 merging.merged_parameter(layer, dequantize)
     root, record = unwrapped(model), memory.begin(model)

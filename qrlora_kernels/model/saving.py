@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,8 +19,9 @@ from ..adapters.options import plain_value
 from ..files import save_tensors
 from ..nn import AdapterLinear, zero3
 from ..nn import quantised as few_bits
-from ..nn.base_weight import is_part, present, reshard, whole
+from ..nn.base_weight import present, reshard, whole
 from .adapt import adapter_type, require_adapted, trained
+from .comparing import sharded
 from .known import known_of
 from .manifest import (
     AdapterFile,
@@ -243,11 +245,21 @@ def _names_of(tensors: dict[str, Tensor]) -> list[list[str]]:
 
 
 def _write(model: nn.Module, path: Path, tensors: dict[str, Tensor], metadata: Any) -> None:
-    sharded = any(is_part(p) for p in model.parameters())
-    if not sharded or dist.get_rank() == 0:
-        save_tensors(path, tensors, metadata)
-    if sharded:
-        dist.barrier()  # the file is there when the call returns, on every rank
+    with of_one_rank(model) as writes:
+        if writes:
+            save_tensors(path, tensors, metadata)
+
+
+@contextmanager
+def of_one_rank(model: nn.Module | None) -> Iterator[bool]:
+    """Whether this process is to write: of a sharded model's, which must all call, rank 0.
+
+    What it wrote is there when the block ends, on every rank.
+    """
+    spread = model is not None and bool(sharded(unwrapped(model)))
+    yield not spread or dist.get_rank() == 0
+    if spread:
+        dist.barrier()
 
 
 def _tell_changed(layers: dict[str, Tensor]) -> None:

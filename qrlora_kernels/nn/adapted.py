@@ -157,6 +157,11 @@ class Adapted(nn.Module, ByRow):
         """The adapter's operands by name."""
         raise NotImplementedError
 
+    def whole_tensors(self) -> State:
+        """The operands with data: brought in, and gathered from all ranks, which must all call."""
+        with base_weight.present(self):
+            return {name: base_weight.whole(t) for name, t in self._tensors().items()}
+
     @property
     def rank(self) -> int:
         """r of the update."""
@@ -185,7 +190,7 @@ class Adapted(nn.Module, ByRow):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW [N, K] in fp64 for fp64 weights, otherwise in fp32; transposed against a Conv1D's."""
-        return self.adapter.delta(self._tensors(), self._options, self._strength)
+        return self.adapter.delta(self.whole_tensors(), self._options, self._strength)
 
     @torch.no_grad()
     def lora_factors(self) -> tuple[Tensor, Tensor]:
@@ -196,7 +201,7 @@ class Adapted(nn.Module, ByRow):
         TypeError
             If the update has no low-rank factorisation.
         """
-        return self.adapter.lora_factors(self._tensors(), self._options, self._strength)
+        return self.adapter.lora_factors(self.whole_tensors(), self._options, self._strength)
 
     def began_from(self) -> tuple[Tensor, State, float]:
         weight: Tensor = self.base_weight

@@ -43,6 +43,7 @@ def merge(layer: AdapterLinear, dequantize: bool | torch.dtype = False) -> None:
     if layer.merged:
         return
     switch.check_on([layer], "merge")
+    refuse_spread(layer)
     original = layer.weight
     if offload.is_away(layer):  # in the memory that it is kept in, not where it is computed with
         original = nn.Parameter(offload.kept(layer, "weight"), requires_grad=False)
@@ -84,11 +85,12 @@ def original(layer: Adapted) -> nn.Parameter:
 
 @torch.no_grad()
 def merged_parameter(layer: AdapterLinear, dequantize: bool | torch.dtype = False) -> nn.Parameter:
-    """A parameter of its own with W + ΔW, dense."""
+    """A parameter of its own with W + ΔW, dense and whole: of a sharded layer all ranks call."""
     require_stored_weight(layer)
     require_dense(layer, dequantize)
     with base_weight.present(layer):
-        data = layer.weight.clone() if layer.merged else _merged_weight(layer, dequantize)
+        weight = base_weight.whole(layer.weight.detach())
+        data = weight.clone() if layer.merged else _merged_weight(layer, weight, dequantize)
     return nn.Parameter(data, requires_grad=False)
 
 
@@ -121,8 +123,17 @@ def require_dense(layer: AdapterLinear, dequantize: bool | torch.dtype) -> None:
         )
 
 
-def _merged_weight(layer: AdapterLinear, dequantize: bool | torch.dtype) -> Tensor:
-    weight, dtype = layer.weight.detach(), layer.weight.dtype
+def refuse_spread(layer: AdapterLinear) -> None:
+    """Raise where ``fully_shard`` would put its own weight back in place of the merged one."""
+    if base_weight.is_gathered(layer) or hasattr(layer.weight, "full_tensor"):
+        raise ValueError(
+            "weight must lie whole in this process to be merged, and fully_shard spreads it over "
+            "the ranks: write the merged model with qk.to_merged, or merge before fully_shard"
+        )
+
+
+def _merged_weight(layer: AdapterLinear, stored: Tensor, dequantize: bool | torch.dtype) -> Tensor:
+    weight, dtype = stored, stored.dtype
     if layer._quantised:
         weight = layer.matrix()
         dtype = dequantize if isinstance(dequantize, torch.dtype) else weight.dtype
