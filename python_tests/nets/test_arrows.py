@@ -56,6 +56,7 @@ ROOM_OF = {
     "files": "leaf",
     "fingerprint": "leaf",
     "halves": "leaf",
+    "packed": "leaf",
     "version": "leaf",
 }
 # A room may import itself and these. A backend knows no other backend.

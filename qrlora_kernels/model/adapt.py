@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -13,10 +13,12 @@ from ..adapters import State
 from ..adapters.options import Options, plain_value
 from ..files import as_path
 from ..linalg import StartRunner
+from ..linalg.checks import check_choice
 from ..nn import ADAPTERS, AdapterLinear, switch
 from ..nn import quantised as few_bits
 from ..nn.base_weight import is_elsewhere, is_quantised
 from ..nn.become import become, restore
+from ..nn.layouts import Directions
 from . import advice, heads, memory, notices, tensors
 from .memory import Adaptation
 from .names import as_names, check_model, modules, parameters, unwrapped, within
@@ -37,6 +39,7 @@ def adapt(
     progress: bool = True,
     cache: str | os.PathLike[str] | None = None,
     distributed: bool = True,
+    prepack: bool | Directions = False,
     **options: Any,
 ) -> nn.Module:
     """Turn the matched linear layers into adapted ones and freeze everything else, in place.
@@ -70,6 +73,8 @@ def adapt(
         Where ``torch.distributed`` has several ranks, each factorises a share and all end with the
         same bits, of the trainables too: every rank must call ``adapt``, with the same arguments.
         False: each rank computes everything, and draws its own random numbers.
+    prepack : bool, "forward" or "both"
+        Call :func:`prepack` after it, with oneDNN's layout in these directions if any is named.
     **options
         As ``from_linear`` of :class:`QRLinear`, :class:`LoRAXSLinear` or :class:`OHoRALinear`.
 
@@ -96,6 +101,8 @@ def adapt(
         raise TypeError(f"head_dtype must be a floating torch.dtype, got {head_dtype!r}")
     progress = plain_value("progress", "bool", progress)
     distributed = plain_value("distributed", "bool", distributed)
+    if not isinstance(prepack, bool):
+        check_choice("prepack", prepack, ("False, True", *get_args(Directions)))
     cache = None if cache is None else as_path("cache", cache)
     apart = notices.task_head(root)
 
@@ -120,6 +127,10 @@ def adapt(
     if isinstance(target_modules, str) and target_modules == "all-linear":
         notices.tell_passed_over(root, apart)
     watch(root)
+    if prepack:
+        from .prepack import prepack as let_keep  # which looks for what this module adapts
+
+        let_keep(model, packed=None if prepack is True else prepack)
     return model
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import nn
 
 from ..adapters.options import plain_value
+from ..linalg.checks import check_choice
+from ..nn.layouts import Directions
 from ..nn.prepacked import PrepackedLinear, can_keep, check_on_top, take_off, take_up
 from .adapt import adapted_layers
 from .names import check_model
 
 
-def prepack(model: nn.Module, on: bool = True) -> nn.Module:
+def prepack(model: nn.Module, on: bool = True, *, packed: Directions | None = None) -> nn.Module:
     """Let the frozen linear layers of ``model`` keep their weights as calls take them.
 
     Under autocast a frozen weight is cast at every call; and where a CPU multiplies no halves (AVX2
@@ -33,6 +37,10 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
         Call :func:`adapt` before, on the plain layers.
     on : bool
         False: give every layer its class and its memory back.
+    packed : "forward" or "both", optional
+        Let the plain layers keep oneDNN's layout of their weights too, for y, or for y and dx, and
+        take it on a CPU for the sizes that it measured faster for (docs/kernels.md). Each direction
+        takes the weight's memory once more. Adapted layers have kernels of their own.
 
     Returns
     -------
@@ -47,6 +55,8 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
     """
     check_model(model)
     on = plain_value("on", "bool", on)
+    if packed is not None:
+        check_choice("packed", packed, get_args(Directions))
     here = dict(model.named_modules())
     adapted = list(adapted_layers(model).values())
     before = {name: m for name, m in here.items() if isinstance(m, PrepackedLinear)}
@@ -62,8 +72,10 @@ def prepack(model: nn.Module, on: bool = True) -> nn.Module:
         layer.derived.drop()
         layer._prepack = on
     if on:
+        for linear in before.values():
+            linear.packed = packed
         for module in plain:
-            take_up(module)
+            take_up(module, packed)
     else:
         for linear in before.values():
             take_off(linear)

@@ -1,13 +1,23 @@
-"""Tensors that a layer computes from its frozen ones and keeps: never saved, never copied."""
+"""What a layer computes from its frozen tensors and keeps: never saved, never copied."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+
+class HasSize(Protocol):
+    """A tensor, or what holds some."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=HasSize)
 
 
 class Derived:
@@ -21,7 +31,7 @@ class Derived:
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
 
-    def get(self, name: str, build: Callable[..., Tensor], *sources: Tensor) -> Tensor | None:
+    def get(self, name: str, build: Callable[..., T], *sources: Tensor) -> T | None:
         """``build(*sources)``, kept until a source changes; None where a call goes without it.
 
         That is outside plain eager mode (a trace records operators of the tensors themselves, a
@@ -41,7 +51,7 @@ class Derived:
             return None
         kept = self._kept.get(name)
         if kept is not None and kept.is_of(sources):
-            return kept.value
+            return cast(T, kept.value)
         if not all(map(_is_plain, sources)):
             return None
         # A tensor that was made in inference mode takes part in no backward.
@@ -82,7 +92,7 @@ class _Seen(NamedTuple):
 
 class _Kept(NamedTuple):
     sources: tuple[_Seen, ...]
-    value: Tensor
+    value: HasSize
 
     def is_of(self, sources: tuple[Tensor, ...]) -> bool:
         """Whether ``sources`` are the same tensors in the same state; asked at every call."""

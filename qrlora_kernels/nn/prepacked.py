@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..autocast import autocast_enabled, outside_autocast
 from ..halves import multiplies
 from ..reference import HALF
-from . import base_weight, offload
+from . import base_weight, layouts, offload
 from .become import shallow_copy, without_hooks_of_accelerate
 from .derived import Derived
 
@@ -43,8 +43,10 @@ def dtypes(weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return dtype, torch.float32 if dtype in HALF and not multiplies(device, dtype) else dtype
 
 
-def operands(layer: nn.Module, x: Tensor) -> Kept | None:
+def operands(layer: nn.Module, x: Tensor, layout: bool = False) -> Kept | None:
     """Those of the frozen product x Wᵀ + b; None where the call has nothing to gain or is odd.
+
+    ``layout``: whether another layout of the weight would be a gain.
 
     That is a weight which is cast nowhere, asks for a gradient, is computed anew, gathered or away,
     and a call that something other than PyTorch's kernels sees.
@@ -55,7 +57,7 @@ def operands(layer: nn.Module, x: Tensor) -> Kept | None:
     if base_weight.is_gathered(layer) or not isinstance(x, Tensor):
         return None
     dtype, wide = dtypes(weight)
-    if weight.dtype == dtype == wide:
+    if weight.dtype == dtype == wide and not layout:
         return None
     recast = autocast_enabled(weight.device.type) and x.is_floating_point()
     if x.dtype == torch.float64 or not (recast or x.dtype == weight.dtype):
@@ -114,21 +116,26 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
 
 def base(layer: nn.Module, x: Tensor) -> Tensor | None:
     """y [..., N] = x Wᵀ + b by what the layer keeps; None where there is nothing to gain."""
-    found = operands(layer, x)
+    packed = vars(layer).get("packed")
+    found = operands(layer, x, layout=packed is not None)
     if found is None:
         return None
     with outside_autocast(x.device.type):
-        return F.linear(found.x, found.matrix, found.bias).to(found.dtype)
+        y = None if packed is None else layouts.product(layer, packed, found)
+        if y is None:
+            y = F.linear(found.x, found.matrix, found.bias)
+        return y.to(found.dtype)
 
 
 class PrepackedLinear(nn.Module):
     """A frozen linear layer in front of whose class this stands: the same object, and its answer.
 
-    ``over`` is the class it had.
+    ``over`` is the class it had; ``packed``, in which directions it keeps oneDNN's layout as well.
     """
 
     over: ClassVar[type[nn.Module]]
     derived: Derived
+    packed: layouts.Directions | None
 
     def forward(self, input: Tensor) -> Tensor:
         """y [..., N] = x Wᵀ + b for x [..., K]."""
@@ -187,17 +194,19 @@ def _blank(before: type[nn.Module]) -> nn.Module:
     return empty
 
 
-def take_up(linear: nn.Module) -> None:
+def take_up(linear: nn.Module, packed: layouts.Directions | None = None) -> None:
     """Let a plain linear layer, which :func:`can_keep` has passed, keep what calls would cast."""
     made = _class_over(type(linear))
     linear.__class__ = made
     vars(linear)["derived"] = Derived()
+    vars(linear)["packed"] = packed
     offload.rebind(linear)
 
 
 def take_off(linear: PrepackedLinear) -> None:
     """Give the layer, which :func:`check_on_top` has passed, its class back."""
     vars(linear).pop("derived", None)
+    vars(linear).pop("packed", None)
     linear.__class__ = linear.over  # type: ignore[assignment]
     offload.rebind(linear)
 
@@ -223,4 +232,4 @@ def can_keep(module: nn.Module) -> bool:
     if weight.requires_grad or offload.is_away(module) or base_weight.is_quantised(module):
         return False
     # A layer of another library may have names of its own that would be hidden.
-    return not (hasattr(module, "derived") or hasattr(module, "over"))
+    return not any(hasattr(module, name) for name in ("derived", "over", "packed"))
