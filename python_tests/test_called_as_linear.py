@@ -44,6 +44,16 @@ every_kind = pytest.mark.parametrize("kind", LAYERS)
 merged_or_not = pytest.mark.parametrize("merged", [False, True])
 
 
+@pytest.mark.parametrize("conv1d", [False, True])
+@every_kind
+def test_with_another_class_in_front(kind, conv1d):
+    """As fully_shard puts one there, which has no forward."""
+    one = layer(kind, conv1d)
+    y = one(x())
+    one.__class__ = type("InFront", (type("Sharded", (), {}), type(one)), {})
+    assert torch.equal(one(x()), y)
+
+
 @merged_or_not
 @pytest.mark.parametrize("conv1d", [False, True])
 @every_kind

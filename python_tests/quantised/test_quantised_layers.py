@@ -261,9 +261,18 @@ def _saved(run):
     return y, kept
 
 
+@pytest.fixture
+def only_new_garbage():
+    """The collector leaves alone what is there, whose traversal takes most of its time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @of_each_kind
 @of_each_adapter
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.5}])
+@pytest.mark.usefixtures("only_new_garbage")
 def test_no_dense_weight_is_kept_for_the_backward(kind, adapter, options, monkeypatch):
     _, own = adapted(kind, adapter, **options)
     own.train()
@@ -317,6 +326,17 @@ def test_hooks_around_it_see_what_else_is_kept():
 
 
 @of_each_kind
+def test_where_no_hooks_are_allowed(kind):
+    """Autograd keeps the dense weight then, as under the transforms of torch.func."""
+    _, own = adapted(kind, "qr")
+    wanted, got = (x().requires_grad_() for _ in range(2))
+    own(wanted).sum().backward()
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks"):
+        own(got).sum().backward()
+    assert torch.equal(got.grad, wanted.grad)
+
+
+@of_each_kind
 def test_compiled_in_one_graph(kind):
     _, own = adapted(kind, "qr")
     move(own)
@@ -358,12 +378,18 @@ def test_exported(kind):
     [
         (torch.ones(2, 63).bfloat16(), "x must have 64 features"),
         (torch.ones(2, 64, dtype=torch.int64), "x must be float16"),
+        (torch.ones(2, 64).to(torch.float8_e4m3fn), "x must be float16"),
+        ([1.0], "x must be a torch.Tensor, got list"),
+        (None, "x must be a torch.Tensor, got NoneType"),
     ],
 )
 def test_an_x_that_does_not_fit_is_named(kind, wrong, message):
     _, own = adapted(kind, "qr")
     with pytest.raises((TypeError, ValueError), match=message):
         own(wrong)
+    if "features" not in message:
+        with qk.disabled(own), pytest.raises(TypeError, match=message):
+            own(wrong)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bnb_int8", "int8"])
@@ -464,6 +490,20 @@ def test_rows_of_a_batch_with_adapters_of_their_own(kind, adapter):
     with bank.use(["a", "b", "a"]):
         y = model(x().view(3, 3, 64))
     torch.testing.assert_close(y, model(x().view(3, 3, 64)), rtol=2e-2, atol=2e-2)
+
+
+@of_each_kind
+@of_each_adapter
+def test_rows_in_another_dtype(kind, adapter):
+    """Their numbers are cast as the layer's own are."""
+    model = adapt(net(kind), adapter)
+    bank = qk.AdapterBank(model, capacity=1)
+    bank.add("a")
+    rows = x(torch.float64).view(3, 3, 64)
+    with bank.use(["a"] * 3):
+        y = model.first(rows)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, model.first(rows), rtol=1e-2, atol=1e-2)
 
 
 def test_quantised_after_it_was_adapted():

@@ -148,6 +148,10 @@ def test_several_adapters_and_rows_of_them(kind, adapter):
     mixed = model(rows, adapter_names=["default", "other", "default"])
     want = torch.stack((one[0], two[1], one[2]))
     torch.testing.assert_close(mixed, want, rtol=2e-2, atol=2e-2)
+    wide = rows.double()  # whose numbers are cast as a single adapter's are
+    layer = model.base_model.model.first
+    names = ["other"] * 3
+    torch.testing.assert_close(layer(wide, adapter_names=names), layer(wide), rtol=1e-2, atol=1e-2)
 
 
 @of_each_kind
@@ -230,3 +234,7 @@ def test_a_bank_over_it():
     with bank.use(["a"] * 3):
         y = model(x().view(3, 3, 64))
     torch.testing.assert_close(y, model(x().view(3, 3, 64)), rtol=2e-2, atol=2e-2)
+    layer, wide = model.base_model.model.first, x(torch.float64).view(3, 3, 64)
+    with bank.use(["a"] * 3):
+        y = layer(wide)
+    torch.testing.assert_close(y, layer(wide), rtol=1e-2, atol=1e-2)

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from quantised_models import KINDS, adapt, library, linear, move, net, quantise, x
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import qrlora_kernels as qk
 
@@ -120,6 +123,33 @@ def test_quantised_weights_that_are_offloaded(kind):
     model = accelerate.cpu_offload(net(kind), torch.device("cpu"))
     with pytest.raises(TypeError, match=r"first\.weight must not be quantised and offloaded"):
         adapt(model)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """This process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "bnb_int8"])
+def test_sharded_weights_that_lost_their_scales(kind, each, group):
+    model = adapt(net(kind))
+    if each:
+        fully_shard(model.first)
+    fully_shard(model)
+    with pytest.raises(TypeError, match=r"weight must be the quantised one.*fully_shard"):
+        model(x())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb_int8", "int8", "float8"])
+def test_in_parallel_each_process_has_the_weights(kind, group):
+    """Which DistributedDataParallel cannot send where they are torchao's: nor need it."""
+    model = adapt(net(kind))
+    DistributedDataParallel(model, init_sync=False)(x()).sum().backward()
+    assert all(layer.lam.grad is not None for layer in (model.first, model.second))
 
 
 @pytest.mark.parametrize("kind", KINDS)

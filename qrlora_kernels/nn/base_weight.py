@@ -264,7 +264,7 @@ def quantised(layer: nn.Module) -> Quantised:
         raise TypeError(
             "weight must be the quantised one that the layer was adapted over, got a "
             f"{type(weight).__name__} that has lost what its library keeps beside it (torch.export "
-            "of bitsandbytes' layers does so)"
+            "and fully_shard do so to bitsandbytes' layers, and are for dense bases alone)"
         )
     return found
 

@@ -7,6 +7,7 @@ the object; they all stay.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -44,14 +45,18 @@ def _make(adapter: type[AdapterLinear], base: type[nn.Module]) -> type:
     if "__slots__" in vars(base):
         body["__slots__"] = ()
     if base_weight.plain_base(base) is not nn.Linear:
-        body["forward"] = _forward_of_x
+        body["forward"] = _forward_of_x(adapter)
     name = adapter.__name__ if base is nn.Linear else f"{adapter.__name__}Over{base.__name__}"
     return types.new_class(name, (adapter, base), {}, lambda space: space.update(body))
 
 
-def _forward_of_x(self: AdapterLinear, x: torch.Tensor) -> torch.Tensor:
+def _forward_of_x(adapter: type[AdapterLinear]) -> Callable[..., torch.Tensor]:
     """As ``Conv1D`` is called: its argument has another name than that of ``nn.Linear``."""
-    return type(self).__mro__[1].forward(self, x)  # type: ignore[attr-defined]
+
+    def forward(self: AdapterLinear, x: torch.Tensor) -> torch.Tensor:
+        return adapter.forward(self, x)  # whatever class is put in front, as fully_shard does
+
+    return forward
 
 
 def become(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast_enabled, outside_autocast
+from ..ops.checks import check_x
 from ..reference import accumulation_dtype
 from . import base_weight
 
@@ -60,8 +61,8 @@ def by_dense(layer: Any, x: Tensor, product: Product) -> Tensor:
     In the dtype that the library's product has, and under autocast in autocast's.
     """
     weight = base_weight.quantised(layer)
-    floating = x.is_floating_point()  # else the product says what it takes
-    own = weight.multiplies_in(x) if floating else weight.dtype
+    check_x(x)  # before anything is cast to a dtype of its own
+    own = weight.multiplies_in(x)
     dtype = _under_autocast(own, x.device)
 
     def make() -> Tensor:
@@ -71,7 +72,7 @@ def by_dense(layer: Any, x: Tensor, product: Product) -> Tensor:
     dense = make()
     bias = None if layer.bias is None else layer.bias.to(dtype)
     with outside_autocast(x.device.type), made_again(dense, make):
-        y = product(x.to(dtype) if floating else x, dense, bias)
+        y = product(x.to(dtype), dense, bias)
     return y.to(x.dtype) if weight.keeps_dtype else y
 
 
@@ -99,13 +100,13 @@ class _View(NamedTuple):
 def made_again(dense: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, autograd keeps ``make`` where it would keep ``dense``, the whole of its memory.
 
-    Other tensors are kept as the hooks around this would keep them. A compiler and a transform of
-    ``torch.func``, which take no such hooks, decide for themselves.
+    Other tensors are kept as the hooks around this would keep them. A compiler, and whoever allows
+    no such hooks, as the transforms of ``torch.func``, decide for themselves.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         yield
         return
-    if torch._C._are_functorch_transforms_active():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)

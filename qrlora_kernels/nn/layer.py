@@ -151,7 +151,10 @@ class AdapterLinear(Adapted):
     def _by_row(
         self, x: Tensor, matrix: Tensor, bias: Tensor | None, tensors: State, rows: per_row.Rows
     ) -> Tensor:
-        of_rows = tensors, *rows, self._options, self._strength
+        own = rows.own
+        if self._quantised:
+            own = dequantising.cast_operands(own, self.adapter, x.dtype)
+        of_rows = tensors, own, rows.place, self._options, self._strength
         if self._adds_update():
             dropped = F.dropout(x, self._options.dropout, self.training)
             return linear_add(x, matrix, bias, self.adapter.update_by_row(dropped, *of_rows))

@@ -185,7 +185,8 @@ class _Linear(nn.Module, AdaptedLayer):
         self, name: str, rows: per_row.Rows, x: Tensor, matrix: Tensor, bias: Tensor | None
     ) -> Tensor:
         tensors = self._of_product(self.tensors(name, exact=False), x)
-        of_rows = tensors, *rows, self.options[name], self.scaling[name]
+        own = self._of_product(rows.own, x)
+        of_rows = tensors, own, rows.place, self.options[name], self.scaling[name]
         return self.adapter.fused_by_row(x, matrix, bias, *of_rows)
 
     def _of_product(self, tensors: State, x: Tensor) -> State:

@@ -81,7 +81,8 @@ def _at_once(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
     factors, options = layer.factors_of[one].factors(), layer.options[one]
 
     def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        of_rows = layer._of_product(factors, x), {key: gates}, rows.places, options, 1.0
+        own = layer._of_product({key: gates}, x)
+        of_rows = layer._of_product(factors, x), own, rows.places, options, 1.0
         return layer.adapter.fused_by_row(x, matrix, bias, *of_rows)
 
     return layer.through(x, product)
@@ -90,8 +91,11 @@ def _at_once(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
 def _by_row(layer: _Linear, x: Tensor, rows: Rows, one: str) -> Tensor:
     """The update [B, ..., N] of a Kronecker product, with the trainables of each row beside it."""
     scaling = scalings(layer, rows, x)[rows.places].reshape(-1, *[1] * (x.dim() - 1))
-    of_rows = layer.tensors(one), stacked(layer, rows), rows.places, layer.options[one], 1.0
-    return scaling * layer.adapter.update_by_row(x.to(scaling.dtype), *of_rows)
+    x = x.to(scaling.dtype)
+    tensors = layer._of_product(layer.tensors(one), x)
+    own = layer._of_product(stacked(layer, rows), x)
+    of_rows = tensors, own, rows.places, layer.options[one], 1.0
+    return scaling * layer.adapter.update_by_row(x, *of_rows)
 
 
 def stacked(layer: _Linear, rows: Rows) -> State:
