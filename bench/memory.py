@@ -37,7 +37,9 @@ def saved_bytes(forward: Callable[[], Tensor], x: Tensor) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta or tensor.is_sparse else tensor.untyped_storage().data_ptr()
+    # A trace's tensors are wrappers without memory, and may lie about.
+    none = tensor.is_meta or tensor.is_sparse or torch._is_functional_tensor(tensor)
+    return 0 if none else tensor.untyped_storage().data_ptr()
 
 
 def peak_bytes(step: Callable[[], Any], device: str, warm: bool = True) -> int | None:

@@ -33,7 +33,7 @@ from .manifest import (
     packed,
     sampled,
 )
-from .names import buffers, parameters, unwrapped
+from .names import buffers, check_model, parameters, unwrapped
 from .targets import refuse_flattened
 from .tensors import values_of
 
@@ -82,6 +82,7 @@ def save_adapter(
     if factors not in get_args(Factors):
         raise ValueError(f"factors must be one of {list(get_args(Factors))}, got {factors!r}")
     progress = plain_value("progress", "bool", progress)
+    check_model(model)
     with zero3.gathered(p for p in model.parameters() if p.requires_grad):
         write(model, path, contents(model, factors, progress))
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autocast import autocast_enabled, outside_autocast
-from ..ops.checks import check_x
 from ..reference import accumulation_dtype
 from . import base_weight
 
@@ -61,7 +60,7 @@ def by_dense(layer: Any, x: Tensor, product: Product) -> Tensor:
     In the dtype that the library's product has, and under autocast in autocast's.
     """
     weight = base_weight.quantised(layer)
-    check_x(x)  # before anything is cast to a dtype of its own
+    _check(x)  # before anything is cast to a dtype of its own
     own = weight.multiplies_in(x)
     dtype = _under_autocast(own, x.device)
 
@@ -74,6 +73,14 @@ def by_dense(layer: Any, x: Tensor, product: Product) -> Tensor:
     with outside_autocast(x.device.type), made_again(dense, make):
         y = product(x.to(dtype), dense, bias)
     return y.to(x.dtype) if weight.keeps_dtype else y
+
+
+def _check(x: object) -> None:
+    """As the fused product does."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in base_weight.SUPPORTED_DTYPES:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def _under_autocast(dtype: torch.dtype, device: torch.device) -> torch.dtype:

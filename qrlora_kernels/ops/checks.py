@@ -33,19 +33,13 @@ def restore(y: Tensor, x: Tensor) -> Tensor:
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def check_x(x: Tensor) -> None:
-    """A tensor of a floating dtype that products are in."""
-    if not isinstance(x, Tensor):
-        check_tensor("x", x)
-    if x.dtype not in FLOATING:
-        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-
-
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """x [..., K], weight [N, K], bias [N] or None, one floating dtype, one device."""
-    check_x(x)
-    if not isinstance(weight, Tensor):
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        check_tensor("x", x)
         check_tensor("weight", weight)
+    if x.dtype not in FLOATING:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape [N, K], got {tuple(weight.shape)}")
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from ..autocast import autocast, outside_autocast
 from ..reference import accumulation_dtype, hidden_dtype
-from .checks import check_memory, check_operand, check_scaling, check_tensor, check_x
+from .checks import FLOATING, check_memory, check_operand, check_scaling, check_tensor
 
 
 def call(y0: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, scaling: float) -> Tensor:
@@ -32,7 +32,8 @@ def call(y0: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, scaling: flo
 
 def _check(y0: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> int:
     """The rank."""
-    check_x(x)
+    if x.dtype not in FLOATING:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     rank = gate.shape[-1] if gate.ndim in (1, 2) else 0
     if not gate.ndim or list(gate.shape) != [rank] * gate.ndim:
         raise ValueError(f"gate must have shape [r] or [r, r], got {list(gate.shape)}")
