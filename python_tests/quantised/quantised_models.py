@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import qrlora_kernels as qk
+from qrlora_kernels.nn import ADAPTERS as LAYERS
+from qrlora_kernels.nn import base_weight
+from qrlora_kernels.nn.become import become, shallow_copy
 
 MISSING = "{} is not installed"  # why tests of its kinds are skipped
 BITSANDBYTES = ("nf4", "nf4_nested", "fp4", "bnb_int8")
@@ -21,6 +24,9 @@ KINDS = (*BITSANDBYTES, *TORCHAO)
 SAME = (*BITSANDBYTES, "int8_groups", "int4_groups")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAPTERS: dict[str, dict[str, Any]] = {"qr": {"rank": 6}, "lora_xs": {"rank": 6}, "ohora": {}}
+of_each_kind = pytest.mark.parametrize("kind", KINDS)
+of_each_adapter = pytest.mark.parametrize("adapter", ADAPTERS)
+in_each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def library(name: str) -> Any:
@@ -124,3 +130,21 @@ def move(model: nn.Module, by: float = 0.05) -> nn.Module:
 def x(dtype: torch.dtype = torch.bfloat16, tokens: int = 9, k: int = 64) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(tokens, k, generator=generator).to(dtype)
+
+
+def adapted(kind, adapter, dtype=torch.bfloat16, **options):
+    layer = quantise(linear(dtype), kind)
+    return layer, LAYERS[adapter].from_linear(layer, **ADAPTERS[adapter] | options)
+
+
+def twin(layer, dtype):
+    """The same adapter over an ordinary layer with the dense weight, in ``dtype``."""
+    matrix = base_weight.quantised(layer).dense(dtype)
+    plain = nn.Linear(layer.in_features, layer.out_features, dtype=dtype)
+    plain.weight = nn.Parameter(matrix)
+    plain.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    state = {n: getattr(layer, n).detach().clone() for n in (*layer.trainables, *layer.factors)}
+    for name in layer.factors:
+        if state[name].is_floating_point() and name not in layer.adapter.kept_fp32:
+            state[name] = state[name].to(dtype)
+    return become(shallow_copy(plain), LAYERS[layer.kind], layer.options, state)
