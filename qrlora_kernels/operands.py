@@ -7,9 +7,29 @@ count, whatever they hold.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
+
+
+class Kept(Protocol):
+    """A frozen matrix W [N, K] in a layout of its own."""
+
+    def product(
+        self, x: Tensor, bias: Tensor | None = None, beside: tuple[Tensor, Any] | None = None
+    ) -> Tensor:
+        """y [M, N] = x Wᵀ + mid Vᵀ + b, ``beside`` being mid [M, r] and V [N, r] kept likewise."""
+
+
+class KeptOperands(NamedTuple):
+    """The frozen operands of a step as their products read them.
+
+    Forward W, down and up; backward, which is the same step on dy, Wᵀ, upᵀ and downᵀ.
+    """
+
+    base: Kept
+    into: Kept
+    out: Kept
 
 
 class LowRank(NamedTuple):
@@ -29,6 +49,7 @@ class LowRank(NamedTuple):
     gate: Tensor
     index: Tensor | None  # type: ignore[assignment]  # nobody asks for tuple's
     scaling: float
+    kept: KeptOperands | None = None
 
 
 class LowRankGradient(NamedTuple):
@@ -44,6 +65,7 @@ class LowRankGradient(NamedTuple):
     scaling: float
     need_dx: bool = True
     need_dgate: bool = True
+    kept: KeptOperands | None = None
 
 
 class Kron(NamedTuple):

@@ -1,6 +1,7 @@
 """A frozen weight in the layout that oneDNN multiplies, which calls would otherwise bring it into.
 
-Figures are in bench/notes/cpu.md: fp32 with AVX2 was measured there, AVX-512 by others on Zen 4.
+For CPUs with AVX-512, by figures that others measured on Zen 4 (bench/notes/cpu.md); with AVX2 the
+native product by :mod:`.panels` is ahead.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from torch import Tensor
 
 # oneDNN adds long sums up in one chain: of more columns it is off by twice what F.linear is.
 CHUNK = 512
-FEW, LARGE = (4, 32), 1 << 22  # tokens and numbers of a weight, with AVX2
-MANY, LARGE_512 = 512, 1 << 20  # likewise, with AVX-512
+MANY, LARGE = 512, 1 << 20  # tokens and numbers of a weight, in fp32
 
 
 class Packed:
@@ -66,7 +66,6 @@ def packs(dtype: torch.dtype) -> bool:
 
 def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the packed product measured faster than ``F.linear`` for so many tokens."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return dtype != torch.float32 or tokens >= MANY or n * k >= LARGE_512
-    least, most = FEW
-    return dtype == torch.float32 and least <= tokens <= most and n * k >= LARGE
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return dtype != torch.float32 or tokens >= MANY or n * k >= LARGE

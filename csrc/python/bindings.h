@@ -27,5 +27,6 @@ void bind_kron(pybind11::module_& m);
 void bind_linalg(pybind11::module_& m);
 void bind_linear_add(pybind11::module_& m);
 void bind_low_rank(pybind11::module_& m);
+void bind_panels(pybind11::module_& m);
 
 }  // namespace qrlora

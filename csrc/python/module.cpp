@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
     qrlora::bind_linear_add(m);
     qrlora::bind_kron(m);
     qrlora::bind_low_rank(m);
+    qrlora::bind_panels(m);
 #ifdef QRLORA_WITH_CUDA
     qrlora::bind_cuda(m);
     qrlora::bind_cuda_linalg(m);

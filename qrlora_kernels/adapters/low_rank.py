@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from .. import functional
 from ..autocast import outside_autocast
+from ..operands import KeptOperands
 from ..reference import accumulation_dtype, hidden_dtype, low_rank_delta_ref
 from .adapter import Adapter, Own, State, Tensors
 
@@ -31,6 +32,20 @@ class LowRank(Adapter[Own]):
         first, second, gate = cls.operands
         of_three = tensors[first], tensors[second], tensors[gate]
         return cls.function(x, weight, bias, *of_three, strength)
+
+    @classmethod
+    def fused_of_kept(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: Tensors,
+        strength: float,
+        kept: Callable[[bool], KeptOperands | None],
+    ) -> Tensor | None:
+        """:meth:`fused` by operands in a layout that the layer keeps; None where it is no gain."""
+        of_three = tensors[cls.up], tensors[cls.down], tensors[cls.gate]
+        return functional.kept_low_rank(x, weight, bias, *of_three, strength, kept)
 
     @classmethod
     def silent(cls, factors: Tensors, options: Own) -> State:

@@ -20,12 +20,11 @@ from ..operands import (
     as_wide_as_the_gate,
 )
 from ..reference import HALF, accumulation_dtype, hidden_dtype
-from ..segments import products_by_adapter, sum_by_adapter, through_cores
+from .gates import back_through_gate, effective_weight, gate_gradient, through_gate
 from .products import (
     ADDMM,
     FP32,
     bases,
-    column_dots,
     gram,
     into_fp32,
     onto,
@@ -87,10 +86,10 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, ...]:
     fp16 = p.x.dtype == torch.float16
     h = into_fp32(p.x, p.down.mT) if fp16 else F.linear(p.x, p.down)
     if recipe in (EFFECTIVE, KEPT):
-        effective = _effective(p)
+        effective = effective_weight(p)
         results = F.linear(p.x, effective, p.bias), h
         return results if recipe == EFFECTIVE else (*results, effective)
-    mid = _through_gate(h, p.gate, p.index, p.scaling)
+    mid = through_gate(h, p.gate, p.index, p.scaling)
     y = through(recipe, mid, p.up, p.x, p.weight, p.bias)
     return (y.to(dtype), h.to(hidden_dtype(dtype))) if recipe == FP32 else (y, h)
 
@@ -108,16 +107,16 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     g = into_fp32(p.dy, p.up) if fp16 else torch.mm(p.dy, p.up)
     dx = dgate = None
     if p.need_dx and recipe in (EFFECTIVE, KEPT):
-        dx = torch.mm(p.dy, _effective(p) if recipe == EFFECTIVE else p.weight)
+        dx = torch.mm(p.dy, effective_weight(p) if recipe == EFFECTIVE else p.weight)
     elif p.need_dx:
-        mid = _back_through_gate(g, p.gate, p.index, p.scaling)
+        mid = back_through_gate(g, p.gate, p.index, p.scaling)
         if p.down is None:
             dx = torch.addmm(p.dy, mid, p.up.mT) @ p.weight
         else:
             update = out_of_fp32(mid, p.down) if fp16 else torch.mm(mid, p.down)
             dx = update.addmm_(p.dy, p.weight)
     if p.need_dgate:
-        dgate = times(p.scaling, _gate_gradient(p, g)).to(of_gate)
+        dgate = times(p.scaling, gate_gradient(p, g)).to(of_gate)
     if dx is not None and recipe == FP32:
         dx = dx.to(dtype)
     return dx, dgate
@@ -125,13 +124,13 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
 
 def _in_fp32(p: LowRank) -> LowRank:
     """The operands as they are multiplied where the library has no products of halves."""
-    x, weight, bias, up, down, gate, index, scaling = p
+    x, weight, bias, up, down, gate, index, scaling, _ = p
     bias, down = (None if t is None else t.float() for t in (bias, down))
     return LowRank(x.float(), weight.float(), bias, up.float(), down, gate.float(), index, scaling)
 
 
 def _gradient_in_fp32(p: LowRankGradient) -> LowRankGradient:
-    dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate = p
+    dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate, _ = p
     down = None if down is None else down.float()
     wide = dy.float(), weight.float(), up.float(), down, gate.float(), index, h.float()
     return LowRankGradient(*wide, scaling, need_dx, need_dgate)
@@ -140,51 +139,8 @@ def _gradient_in_fp32(p: LowRankGradient) -> LowRankGradient:
 def _output_form(p: LowRank) -> tuple[Tensor, Tensor]:
     y = torch.mm(p.x, p.weight.mT)
     h = torch.mm(y, p.up)
-    y.addmm_(_through_gate(h, p.gate, p.index, p.scaling), p.up.mT)
+    y.addmm_(through_gate(h, p.gate, p.index, p.scaling), p.up.mT)
     return y if p.bias is None else y.add_(p.bias), h
-
-
-def _effective(p: LowRank | LowRankGradient) -> Tensor:
-    """W + s up Cᵀ down [N, K], or W + s (up ∘ λ) down.
-
-    With more tokens than features it takes fewer operations than the tokens' way through r.
-    """
-    assert p.down is not None
-    gate = times(p.scaling, p.gate)
-    if gate.ndim == 1:
-        return torch.addmm(p.weight, p.up * gate, p.down)
-    # Not up Cᵀ first: MKL's bits of that depend on where in memory the factor lies.
-    return torch.addmm(p.weight, p.up, torch.mm(gate.mT.to(p.down.dtype), p.down))
-
-
-def _through_gate(h: Tensor, gate: Tensor, index: Tensor | None, scaling: float) -> Tensor:
-    """s (h ∘ λ) or s h C in h's dtype; the former multiplied in λ's."""
-    if index is None and gate.ndim == 2:
-        return torch.mm(h, times(scaling, gate).to(h.dtype))
-    if gate.ndim == 3:
-        assert index is not None
-        return through_cores(h, gate, index, scaling)
-    if index is not None:
-        gate = gate[index]  # first: nothing is done to the gates of adapters in no row
-    scaled = h * times(scaling, gate)
-    return scaled if scaled.dtype == h.dtype else scaled.to(h.dtype)
-
-
-def _back_through_gate(g: Tensor, gate: Tensor, index: Tensor | None, scaling: float) -> Tensor:
-    """s (g ∘ λ) or s g Cᵀ, likewise."""
-    if index is None and gate.ndim == 2:
-        return F.linear(g, times(scaling, gate).to(g.dtype))
-    return _through_gate(g, gate.mT if gate.ndim == 3 else gate, index, scaling)
-
-
-def _gate_gradient(p: LowRankGradient, g: Tensor) -> Tensor:
-    if p.index is None:
-        return gram(p.h, g) if p.gate.ndim == 2 else column_dots(p.h, g)
-    wide = accumulation_dtype(g.dtype)
-    h, adapters = p.h.to(wide), p.gate.shape[0]
-    if p.gate.ndim == 3:
-        return products_by_adapter(h, g.to(wide), p.index, adapters)
-    return sum_by_adapter(h * g, p.index, adapters)
 
 
 # --- Kronecker ----------------------------------------------------------------------------------

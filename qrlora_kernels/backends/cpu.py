@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch.problem import Problem, Recipe
+from ..dispatch.problem import PANELS, Problem, Recipe
 from ..native import DTYPES
 from ..operands import Kron, KronGradient, LowRank, LowRankGradient
-from . import core_calls, products
+from . import core_calls, in_panels, products
 
 NATIVE = "native"
 NATIVE_BASE = "native base"
@@ -40,7 +40,8 @@ def supports(problem: Problem) -> list[Recipe] | str:
         return f"no native low-rank kernel for {problem.dtype}"
     if problem.form == "output":
         return "no native kernel for the output form"
-    return [Recipe("cpu", NATIVE, "one native call for a few tokens", core_calls.code())]
+    native_call = Recipe("cpu", NATIVE, "one native call for a few tokens", core_calls.code())
+    return [*in_panels.recipes(problem), native_call]
 
 
 def _kron_recipes(problem: Problem) -> list[Recipe] | str:
@@ -58,11 +59,15 @@ def _kron_recipes(problem: Problem) -> list[Recipe] | str:
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
+    if recipe == PANELS:
+        return in_panels.low_rank_fwd(p)
     return core_calls.low_rank_fwd(p, core_calls.code())
 
 
 def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] and the gate's gradient."""
+    if recipe == PANELS:
+        return in_panels.low_rank_bwd(p)
     return core_calls.low_rank_bwd(p, core_calls.code())
 
 

@@ -9,7 +9,16 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient, Operands
+from ..operands import (
+    KeptOperands,
+    Kron,
+    KronGradient,
+    LinearAdd,
+    LowRank,
+    LowRankGradient,
+    Operands,
+)
+from ..panels import Panels
 from ..reference import accumulation_dtype
 from . import chooser
 from .problem import Choice, Problem, Recipe, joined
@@ -187,7 +196,11 @@ def _operands(p: Problem) -> Operands:
         return KronGradient(dy, x, weight, a, b, a0, b0, 1.0, *p.needs)
     up, down = draw(n, r, size=n**-0.5), draw(r, k, size=r**-0.5)
     gate = draw(r, dtype=wide) if p.gate == "vector" else draw(r, r, size=r**-0.5, dtype=wide)
-    if p.step == "fwd":
-        return LowRank(x, weight, bias, up, down, gate, None, 1.0)
+    in_panels, back = p.layout == "panels", p.step == "bwd"
+    frozen = (weight.mT, up.mT, down.mT) if back else (weight, down, up)
+    kept = KeptOperands(*map(Panels, frozen)) if in_panels else None
+    if not back:
+        return LowRank(x, weight, bias, up, down, gate, None, 1.0, kept)
     h = (x @ down.mT).to(p.dtype)
-    return LowRankGradient(dy, weight, up, down, gate, None, h, 1.0, *p.needs)
+    need_dx, need_dgate = p.needs
+    return LowRankGradient(dy, weight, up, down, gate, None, h, 1.0, need_dx, need_dgate, kept)

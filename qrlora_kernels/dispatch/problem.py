@@ -46,7 +46,8 @@ class Problem(NamedTuple):
     ``step`` is ``"fwd"`` or ``"bwd"``; ``gate`` one of ``"vector"``, ``"core"``,
     ``"mixed_vector"`` and ``"mixed_core"``, ``""`` for other operations; ``form`` is
     ``"two_sided"`` or ``"output"``; ``layout`` says how the weight lies: ``"rows"`` [N, K] that are
-    contiguous, ``"columns"`` that are, or ``"strided"``. ``bias``: whether a forward adds one.
+    contiguous, ``"columns"`` that are, ``"strided"``, or ``"panels"`` where the frozen operands are
+    kept in panels as well. ``bias``: whether a forward adds one.
     ``needs``: which gradients a backward is asked for.
     """
 
@@ -69,6 +70,8 @@ class Problem(NamedTuple):
         """The public function that asks this."""
         return PUBLIC_NAMES.get((self.op, self.gate), self.op)
 
+
+PANELS = "panels"  # the recipe by operands that are kept so
 
 # What the native core knows a recipe by where it has no kernel for it: the step is not to be taken
 # there; or it is one of library products, whose operands the core reads and checks all the same.
@@ -128,6 +131,8 @@ def problem_of(p: Operands) -> Problem:
             gate = GATES[2 * (p.index is not None) + is_core(p)]
             if p.down is None:
                 form = "output"
+            if p.kept is not None:
+                layout = "panels"
         case Kron() | KronGradient():
             op, r = "kron", p.a.shape[1]
         case LinearAdd():

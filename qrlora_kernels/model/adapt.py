@@ -74,7 +74,7 @@ def adapt(
         same bits, of the trainables too: every rank must call ``adapt``, with the same arguments.
         False: each rank computes everything, and draws its own random numbers.
     prepack : bool, "forward" or "both"
-        Call :func:`prepack` after it, with oneDNN's layout in these directions if any is named.
+        Call :func:`prepack` after it, ``packed`` in these directions if any is named.
     **options
         As ``from_linear`` of :class:`QRLinear`, :class:`LoRAXSLinear` or :class:`OHoRALinear`.
 

@@ -38,9 +38,10 @@ def prepack(model: nn.Module, on: bool = True, *, packed: Directions | None = No
     on : bool
         False: give every layer its class and its memory back.
     packed : "forward" or "both", optional
-        Let the plain layers keep oneDNN's layout of their weights too, for y, or for y and dx, and
-        take it on a CPU for the sizes that it measured faster for (docs/kernels.md). Each direction
-        takes the weight's memory once more. Adapted layers have kernels of their own.
+        Let the layers keep their weights and factors in the order in which a kernel reads them too,
+        for y, or for y and dx, and take it on a CPU for the sizes that it measured faster for
+        (docs/kernels.md): a native kernel's with AVX2, oneDNN's, for plain layers alone, with
+        AVX-512. Each direction takes the memory of weight and factors once more.
 
     Returns
     -------
@@ -70,7 +71,7 @@ def prepack(model: nn.Module, on: bool = True, *, packed: Directions | None = No
         linear.derived.drop()
     for layer in adapted:
         layer.derived.drop()
-        layer._prepack = on
+        layer._prepack, layer._packed = on, packed if on else None
     if on:
         for linear in before.values():
             linear.packed = packed

@@ -11,7 +11,7 @@ from ..adapters import Options, State
 from ..dispatch.problem import Choice, Problem
 from ..linalg import StartRunner
 from ..reference import accumulation_dtype
-from . import asking, base_weight, merging, offload, quantised
+from . import asking, base_weight, layouts, merging, offload, quantised
 from .derived import Derived
 from .per_row import ByRow
 
@@ -35,6 +35,7 @@ class Adapted(nn.Module, ByRow):
         "_asked",
         "_bias_dtype",
         "_prepack",
+        "_packed",
         "_quantised",
         "derived",
     )
@@ -54,6 +55,7 @@ class Adapted(nn.Module, ByRow):
     _asked: bool  # whether in some thread rows have adapters of their own
     _off: Tensor | None  # its number while some thread asks for the base's answer
     _prepack: bool = False  # whether frozen tensors are kept as calls take them
+    _packed: layouts.Directions | None = None  # and in which directions as kernels read them
     _quantised: bool = False  # whether the weight is kept in few bits by another library
     _bias_dtype: torch.dtype | None  # what a bias that trains is kept in over half precision
 
@@ -76,7 +78,7 @@ class Adapted(nn.Module, ByRow):
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self._merge, self._off, self._bias_dtype, self._options = None, None, None, options
-        self._asked, self._prepack = False, False
+        self._asked, self._prepack, self._packed = False, False, None
         self._quantised = base_weight.is_quantised(self)
         self.derived = Derived()
         self.take_state(state)

@@ -8,7 +8,7 @@ import torch
 
 from ..dispatch.chooser import choose
 from ..dispatch.problem import Choice, Problem, joined, layout_of
-from . import dequantising, prepacked
+from . import dequantising, layouts, prepacked
 
 if TYPE_CHECKING:
     from .adapted import Adapted
@@ -36,7 +36,9 @@ def problem(layer: Adapted, tokens: int, step: str) -> Problem:
     n, k = layer.out_features, layer.in_features
     op, r = (layer.operation, layer.rank) if not layer._adds_update() else ("linear_add", n)
     asked = Problem(op, layer.weight.device, _dtype(layer), tokens, n, k, r, step)
-    if not layer._quantised:  # else it is dequantised in rows
+    if layouts.keeps(layer, asked.dtype, step):
+        asked = asked._replace(layout="panels")
+    elif not layer._quantised:  # else it is dequantised in rows
         asked = asked._replace(layout=layout_of(layer.matrix()))
     return joined(asked._replace(bias=layer.bias is not None))
 

@@ -1,53 +1,126 @@
-"""The product of a frozen layer by its weight in oneDNN's layout, forward or both ways."""
+"""Products by frozen weights that a layer keeps in the layout of its kernel, forward or both ways.
+
+That is the native one's with AVX2 and oneDNN's with AVX-512; an adapted layer keeps its factors as
+well, in the former.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..packed import Packed, packs, pays
+from .. import packed, panels
+from ..adapters.low_rank import LowRank
+from ..operands import KeptOperands
 from . import base_weight
 from .derived import Derived
 
 if TYPE_CHECKING:
+    from .adapted import Adapted
+    from .layer import AdapterLinear
     from .prepacked import Kept
 
 Directions = Literal["forward", "both"]
+Layout = panels.Panels | packed.Packed
+LEAST_WORK = 1 << 22  # multiplications: below, what the layer asks takes longer than it saves
+
+
+def _layout(m: int, n: int, k: int, dtype: torch.dtype) -> type[Layout] | None:
+    """The layout by which a product of so many tokens is faster."""
+    if panels.used():
+        return panels.Panels if panels.pays(m, n, k, dtype) else None
+    return packed.Packed if packed.pays(m, n, k, dtype) and packed.packs(dtype) else None
 
 
 def product(layer: nn.Module, directions: Directions, found: Kept) -> Tensor | None:
     """y [..., N] = x Wᵀ + b; None where the layout is no gain, or a call goes without it."""
-    x, matrix = found.x, found.matrix
-    (n, k), m = matrix.shape, x.numel() // matrix.shape[1]
-    if x.device.type != "cpu" or not (pays(m, n, k, x.dtype) and packs(x.dtype)):
+    x, matrix, bias = found.x, found.matrix, found.bias
+    (n, k), m = matrix.shape, x.numel() // max(1, matrix.shape[1])
+    layout = _layout(m, n, k, x.dtype) if x.device.type == "cpu" and x.ndim else None
+    if layout is None or x.shape[-1] != k:
         return None
-    there = _kept(layer, "forward", found)
-    if there is None or x.shape[-1] != k:
+    there = _laid(layer, layout, found)
+    if there is None:
         return None
-    rows = x.reshape(m, k)
+    rows = x if x.ndim == 2 else x.reshape(m, k)
     if torch.is_grad_enabled() and x.requires_grad:
-        back = _kept(layer, "backward", found) if directions == "both" else None
-        y: Tensor = _Product.apply(rows, matrix, found.bias, there, back)
-    elif torch.is_grad_enabled() and found.bias is not None and found.bias.requires_grad:
+        back = _laid(layer, layout, found, turned=True) if directions == "both" else None
+        y: Tensor = _Product.apply(rows, matrix, bias, there[0], back and back[0])
+    elif torch.is_grad_enabled() and bias is not None and bias.requires_grad:
         return None
     else:
-        y = there.product(rows, found.bias)
-    return y.view(*x.shape[:-1], n)
+        y = there[0].product(rows, bias)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
 
 
-def _kept(layer: nn.Module, direction: str, found: Kept) -> Packed | None:
-    weight, dtype, wide = cast(Tensor, layer.weight), found.dtype, found.x.dtype
-    turn = base_weight.is_conv1d(layer) != (direction == "backward")
+def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
+    """Whether this step of an adapted layer has its frozen operands in panels, in ``dtype``."""
+    if layer._packed is None or (step == "bwd" and layer._packed == "forward"):
+        return False
+    if not issubclass(layer.adapter, LowRank) or layer.weight.device.type != "cpu":
+        return False
+    return dtype in (torch.float32, torch.float64) and panels.used() and not layer._quantised
 
-    def build(weight: Tensor) -> Packed:
-        matrix = weight.to(dtype).to(wide)
-        return Packed(matrix.t() if turn else matrix)
 
-    name = f"{direction} layout in {dtype} as {wide}"
-    kept: Packed | None = cast(Derived, layer.derived).get(name, build, weight)
-    return kept
+def may_pay(layer: AdapterLinear, x: Tensor) -> bool:
+    """Whether so much is multiplied that the chooser is worth asking."""
+    return x.numel() * layer.out_features >= LEAST_WORK
+
+
+def adapted(layer: AdapterLinear, found: Kept) -> Tensor | None:
+    """The adapted layer's y [..., N], likewise; ``found.tensors`` are in the product's dtype."""
+    adapter, x = layer.adapter, found.x
+    if not (keeps(layer, x.dtype, "fwd") and issubclass(adapter, LowRank)):
+        return None
+    if x.ndim == 0 or x.shape[-1] != found.matrix.shape[1]:
+        return None
+
+    def laid(backward: bool) -> KeptOperands | None:
+        if backward and layer._packed == "forward":
+            return None
+        order = (adapter.up, adapter.down) if backward else (adapter.down, adapter.up)
+        kept = _laid(layer, panels.Panels, found, backward, order)
+        return None if kept is None else KeptOperands(*kept)
+
+    return adapter.fused_of_kept(x, found.matrix, found.bias, found.tensors, layer._strength, laid)
+
+
+class _Laid(tuple[Layout, ...]):
+    """The weight of a layer, and factors after it, in the layout of their product."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self)
+
+
+def _laid(
+    layer: nn.Module,
+    layout: type[Layout],
+    found: Kept,
+    turned: bool = False,
+    factors: tuple[str, ...] = (),
+) -> _Laid | None:
+    """Those that the layer keeps, ``turned`` for dx; None where a call goes without."""
+    dtype, wide = found.dtype, found.x.dtype
+
+    def build(weight: Tensor, *others: Tensor) -> _Laid:
+        weight = weight.t() if base_weight.is_conv1d(layer) else weight
+        matrices = (t.to(dtype).to(wide) for t in (weight, *others))
+        return _Laid(layout(matrix.t() if turned else matrix) for matrix in matrices)
+
+    sources = [cast(Tensor, layer.weight)]
+    if factors:
+        tensors = cast("AdapterLinear", layer)._tensors()
+        sources += [tensors[name] for name in factors]
+    return cast(Derived, layer.derived).get(_name(dtype, wide, turned), build, *sources)
+
+
+@functools.cache
+def _name(dtype: torch.dtype, wide: torch.dtype, turned: bool) -> str:
+    return f"laid out {'for dx' if turned else 'for y'} in {dtype} as {wide}"
 
 
 class _Product(torch.autograd.Function):
@@ -55,7 +128,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, there: Packed, back: Packed | None
+        ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, there: Layout, back: Layout | None
     ) -> Tensor:
         ctx.save_for_backward(matrix)
         ctx.back = back

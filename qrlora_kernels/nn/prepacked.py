@@ -52,12 +52,12 @@ def operands(layer: nn.Module, x: Tensor, layout: bool = False) -> Kept | None:
     and a call that something other than PyTorch's kernels sees.
     """
     weight = layer._parameters.get("weight")
-    if torch.compiler.is_compiling() or weight is None or offload.offloads(layer):
-        return None
-    if base_weight.is_gathered(layer) or not isinstance(x, Tensor):
+    if torch.compiler.is_compiling() or weight is None or not isinstance(x, Tensor):
         return None
     dtype, wide = dtypes(weight)
     if weight.dtype == dtype == wide and not layout:
+        return None
+    if offload.offloads(layer) or base_weight.is_gathered(layer):
         return None
     recast = autocast_enabled(weight.device.type) and x.is_floating_point()
     if x.dtype == torch.float64 or not (recast or x.dtype == weight.dtype):
@@ -65,13 +65,18 @@ def operands(layer: nn.Module, x: Tensor, layout: bool = False) -> Kept | None:
     bias: Tensor | None = layer._parameters.get("bias")
     if bias is not None and not _fits(layer, bias, weight, recast):
         return None  # likewise
-    kept = keep(layer, "weight", weight)
+    kept = weight if weight.dtype == dtype == wide else keep(layer, "weight", weight)
     if kept is None:
         return None
     if bias is not None:
-        bias = bias.to(dtype).to(wide)  # of few numbers, and it may train
+        bias = _as(bias, dtype, wide)  # of few numbers, and it may train
     matrix = kept.t() if base_weight.is_conv1d(layer) else kept
-    return Kept(x.to(dtype).to(wide), matrix, bias, {}, dtype)
+    return Kept(_as(x, dtype, wide), matrix, bias, {}, dtype)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+    """``tensor`` rounded to ``dtype``, as ``wide``; without an operation where it is both."""
+    return tensor if tensor.dtype == dtype == wide else tensor.to(dtype).to(wide)
 
 
 def _fits(layer: nn.Module, bias: Tensor, weight: Tensor, recast: bool) -> bool:
@@ -92,15 +97,17 @@ def keep(layer: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
 
 @functools.cache
 def _cast(dtype: torch.dtype, wide: torch.dtype) -> Any:
-    return lambda tensor: tensor.to(dtype).to(wide)
+    return lambda tensor: _as(tensor, dtype, wide)
 
 
 def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     """The adapted layer's y by what it keeps; None where there is nothing to gain."""
-    found = operands(layer, x)
+    packed = layer._packed is not None and layouts.may_pay(layer, x)
+    found = operands(layer, x, layout=packed)
     if found is None:
         return None
-    x, matrix, bias, tensors, dtype = found._replace(tensors=layer._tensors())
+    found = found._replace(tensors=layer._tensors())
+    x, matrix, bias, tensors, dtype = found
     adapter = layer.adapter
     for name in set(adapter.operands).difference(adapter.trainables, adapter.kept_fp32):
         factor = keep(layer, name, tensors[name])
@@ -109,9 +116,11 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
         tensors[name] = factor
     with outside_autocast(x.device.type):
         y = layer._apart(x, matrix, bias, tensors)
+        if y is None and packed:
+            y = layouts.adapted(layer, found)
         if y is None:
             y = adapter.fused(x, matrix, bias, tensors, layer._strength)
-        return y.to(dtype)
+        return y if y.dtype == dtype else y.to(dtype)
 
 
 def base(layer: nn.Module, x: Tensor) -> Tensor | None:
@@ -124,13 +133,13 @@ def base(layer: nn.Module, x: Tensor) -> Tensor | None:
         y = None if packed is None else layouts.product(layer, packed, found)
         if y is None:
             y = F.linear(found.x, found.matrix, found.bias)
-        return y.to(found.dtype)
+        return y if y.dtype == found.dtype else y.to(found.dtype)
 
 
 class PrepackedLinear(nn.Module):
     """A frozen linear layer in front of whose class this stands: the same object, and its answer.
 
-    ``over`` is the class it had; ``packed``, in which directions it keeps oneDNN's layout as well.
+    ``over`` is the class it had; ``packed``, in which directions it keeps a kernel's layout too.
     """
 
     over: ClassVar[type[nn.Module]]

@@ -16,6 +16,7 @@ namespace qrlora {
     void kron_forward(const KronShape&, DType, const KronForward&);   \
     void kron_backward(const KronShape&, DType, const KronBackward&); \
     const DenseKernels& dense_kernels();                              \
+    const PanelKernels& panel_kernels();                              \
     }
 #define QRLORA_COLUMN(isa)                                      \
     {#isa,                                                      \
@@ -29,7 +30,8 @@ namespace qrlora {
      isa::linear_add,                                           \
      isa::kron_forward,                                         \
      isa::kron_backward,                                        \
-     isa::dense_kernels}
+     isa::dense_kernels,                                        \
+     isa::panel_kernels}
 
 QRLORA_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -58,7 +60,7 @@ const std::vector<Column>& columns() {
 #if defined(QRLORA_WITH_AMX)
         {"amx", amx::obstacle, DTypes{} | DType::bf16, DTypes{} | DType::bf16, false, true,
          amx::low_rank_forward, amx::low_rank_backward, amx::linear_add, amx::kron_forward,
-         amx::kron_backward, nullptr},
+         amx::kron_backward, nullptr, nullptr},
 #endif
     };
     return table;
@@ -67,5 +69,7 @@ const std::vector<Column>& columns() {
 int best_column() { return static_cast<int>(best_isa()); }
 
 const DenseKernels& dense_kernels() { return columns()[best_column()].dense_kernels(); }
+
+const PanelKernels& panel_kernels() { return columns()[best_column()].panel_kernels(); }
 
 }  // namespace qrlora

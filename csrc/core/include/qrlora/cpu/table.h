@@ -8,6 +8,7 @@
 #include "qrlora/cpu/kron.h"
 #include "qrlora/cpu/linear_add.h"
 #include "qrlora/cpu/low_rank.h"
+#include "qrlora/cpu/panels.h"
 #include "qrlora/dtype.h"
 
 namespace qrlora {
@@ -35,6 +36,7 @@ struct Column {
     void (*kron_forward)(const KronShape&, DType, const KronForward&);
     void (*kron_backward)(const KronShape&, DType, const KronBackward&);
     const DenseKernels& (*dense_kernels)();
+    const PanelKernels& (*panel_kernels)();
 };
 
 // The instruction sets from the least to the best, then what a CPU may have beside one.
@@ -42,5 +44,7 @@ const std::vector<Column>& columns();
 // Where in the table the instruction set in use stands: the best one of this CPU, or the one that
 // QRLORA_ISA names if it is lower.
 int best_column();
+// Those of the instruction set in use.
+const PanelKernels& panel_kernels();
 
 }  // namespace qrlora

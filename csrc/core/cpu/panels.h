@@ -1,0 +1,162 @@
+// Many rows times a matrix in panels: C [m, n] = start + A [m, depth] B [depth, n]. A panel holds a
+// few columns of B, row after row, so that the inner loop reads on and on. The order of every sum
+// depends on depth alone.
+#pragma once
+
+#include <algorithm>
+
+#include "skinny.h"
+#include "vec.h"
+
+namespace qrlora::QRLORA_ISA {
+
+// 12 rows by two vectors fill the 32 registers of AVX-512; 6 by two the 16 of the others.
+constexpr int PANEL_VECTORS = 2;
+constexpr int64_t PANEL_ROWS = QRLORA_VECTOR_BYTES == 64 ? 12 : 6;
+template <typename T>
+constexpr int64_t panel_width = PANEL_VECTORS * Vec<T>::lanes;
+
+// Terms summed in registers before C: as many as MKL takes with AVX2, whose bits these are. A
+// long sum is made of short ones, which keeps its error low.
+constexpr int64_t PANEL_SUM = 192;
+// Rows and columns of A that stay in the L2 cache.
+constexpr int64_t CACHED_ROWS = 192;
+template <typename T>
+constexpr int64_t cached_depth = 2 * PANEL_SUM * sizeof(float) / sizeof(T);
+
+template <typename T>
+constexpr int64_t whole_panels(int64_t columns) {
+    return (columns + panel_width<T> - 1) / panel_width<T> * panel_width<T>;
+}
+
+// Columns [first, last) of B, of all its `depth` rows, in panels one after the other; what the last
+// one has no columns for is zero.
+template <typename T>
+inline void pack_panels(Layout<T> b, int64_t depth, int64_t first, int64_t last, T* panels) {
+    constexpr int64_t width = panel_width<T>, stretch = 16;
+    for (int64_t j = first; j < last; j += width, panels += depth * width) {
+        const int64_t columns = std::min(width, last - j);
+        const T* from = b.data + j * b.col;
+        if (columns < width) std::fill_n(panels, depth * width, T(0));
+        if (b.col == 1) {
+            for (int64_t p = 0; p < depth; ++p)
+                std::copy_n(from + p * b.row, columns, panels + p * width);
+            continue;
+        }
+        for (int64_t p = 0; p < depth; p += stretch) {
+            const int64_t end = std::min(depth, p + stretch);
+            for (int64_t c = 0; c < columns; ++c)
+                for (int64_t q = p; q < end; ++q)
+                    panels[q * width + c] = from[q * b.row + c * b.col];
+        }
+    }
+}
+
+// What C begins with: row i at data[i * ld]; null: zeros.
+template <typename T>
+struct Start {
+    const T* data;
+    int64_t ld;
+};
+
+// ROWS rows of C by the first `columns` of one panel, over up to PANEL_SUM of its rows.
+template <typename T, int ROWS>
+inline void panel_tile(int64_t steps, const T* a, int64_t lda, const T* panel, int64_t columns,
+                       Start<T> start, T* c, int64_t ldc) {
+    constexpr int64_t lanes = Vec<T>::lanes;
+    typename Vec<T>::type sum[ROWS][PANEL_VECTORS];
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; ++v) sum[i][v] = typename Vec<T>::type{};
+    for (int64_t p = 0; p < steps; ++p) {
+        typename Vec<T>::type row[PANEL_VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; ++v)
+            row[v] = load(panel + p * panel_width<T> + v * lanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i) {
+            const T scale = a[i * lda + p];
+#pragma GCC unroll 4
+            for (int v = 0; v < PANEL_VECTORS; ++v) sum[i][v] += scale * row[v];
+        }
+    }
+    if (columns == panel_width<T>) {
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+            for (int v = 0; v < PANEL_VECTORS; ++v) {
+                auto total = sum[i][v];
+                if (start.data) total += load(start.data + i * start.ld + v * lanes);
+                store(c + i * ldc + v * lanes, total);
+            }
+        return;
+    }
+    T part[ROWS * panel_width<T>];
+    std::memcpy(part, sum, sizeof part);
+    for (int i = 0; i < ROWS; ++i)
+        for (int64_t j = 0; j < columns; ++j) {
+            const T total = part[i * panel_width<T> + j];
+            c[i * ldc + j] = start.data ? total + start.data[i * start.ld + j] : total;
+        }
+}
+
+// The same over all of `steps`, a sum after the other.
+template <typename T, int ROWS>
+inline void panel_rows(int64_t steps, const T* a, int64_t lda, const T* panel, int64_t columns,
+                       Start<T> start, T* c, int64_t ldc) {
+    int64_t p = 0;
+    do {  // at least once: an empty sum is the start
+        panel_tile<T, ROWS>(std::min(PANEL_SUM, steps - p), a + p, lda, panel + p * panel_width<T>,
+                            columns, start, c, ldc);
+        start = {c, ldc};
+        p += PANEL_SUM;
+    } while (p < steps);
+}
+
+// Elements of `part` below.
+template <typename T>
+constexpr int64_t panel_room = CACHED_ROWS * cached_depth<T>;
+
+// C [m, columns] = start + A [m, depth] times panels of `depth` rows. `part` takes rows of A that
+// are far apart, each in a page of its own.
+template <typename T>
+inline void times_panels(int64_t m, const T* a, int64_t lda, int64_t depth, const T* panels,
+                         int64_t columns, Start<T> start, T* c, int64_t ldc, T* part) {
+    constexpr int64_t width = panel_width<T>, near = 2 * cached_depth<T>;
+    int64_t p = 0;
+    do {
+        const int64_t steps = std::min(cached_depth<T>, depth - p);
+        for (int64_t i0 = 0; i0 < m; i0 += CACHED_ROWS) {
+            const int64_t end = std::min(m, i0 + CACHED_ROWS);
+            const T* left = a + i0 * lda + p;
+            int64_t ld = lda;
+            if (lda > near && columns >= 8 * width && end - i0 > PANEL_ROWS) {
+                for (int64_t i = 0; i < end - i0; ++i)
+                    std::copy_n(left + i * lda, steps, part + i * cached_depth<T>);
+                left = part;
+                ld = cached_depth<T>;
+            }
+            for (int64_t j = 0; j < columns; j += width) {
+                int64_t i = i0;
+                const auto rows = [&](auto count) {
+                    for (; i + count() <= end; i += count()) {
+                        Start<T> at = start;
+                        if (at.data) at.data += i * at.ld + j;
+                        panel_rows<T, count()>(
+                            steps, left + (i - i0) * ld, ld, panels + j * depth + p * width,
+                            std::min(width, columns - j), at, c + i * ldc + j, ldc);
+                    }
+                };
+                rows(constant<PANEL_ROWS>);
+                rows(constant<4>);
+                rows(constant<2>);
+                rows(constant<1>);
+            }
+        }
+        start = {c, ldc};
+        p += steps;
+    } while (p < depth);
+}
+
+}  // namespace qrlora::QRLORA_ISA

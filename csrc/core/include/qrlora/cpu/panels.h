@@ -1,0 +1,39 @@
+// A matrix that is multiplied again and again, brought into panels once: a panel holds a few
+// columns, row after row, as the kernel reads them.
+#pragma once
+
+#include <cstdint>
+
+#include "qrlora/dtype.h"
+#include "qrlora/strided.h"
+
+namespace qrlora {
+
+// B [depth, columns] of fp32 or fp64 into panel_elements(dtype, depth, columns) elements.
+struct PackPanels {
+    int64_t depth, columns;
+    DType dtype;
+    Strided2d b;
+    void* panels;
+    int threads;
+};
+
+// y [m, n] = x [m, k] B + mid [m, r] B' + bias. Rows of x are contiguous, mid and y are; bias [n] or
+// null, and without mid r is 0.
+struct TimesPanels {
+    int64_t m, n, k, r;
+    DType dtype;
+    Strided2d x;
+    const void *panels, *mid, *mid_panels, *bias;
+    void* y;
+    int threads;
+};
+
+// The two of one instruction set; panels of one are not those of another.
+struct PanelKernels {
+    int64_t (*elements)(DType dtype, int64_t depth, int64_t columns);
+    void (*pack)(const PackPanels&);
+    void (*times)(const TimesPanels&);
+};
+
+}  // namespace qrlora

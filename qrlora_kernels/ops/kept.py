@@ -1,0 +1,85 @@
+"""Low rank over frozen operands that a layer keeps in the layout of its products as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch.chooser import choose, pinned_backend, run
+from ..dispatch.problem import PANELS, Choice, problem_of
+from ..operands import KeptOperands, LowRank, LowRankGradient
+from . import eager
+from .checks import bias_gradient, flatten, restore, wants_gradient
+
+
+class KeptLowRankFunction(torch.autograd.Function):
+    """Autograd on x [M, K]; gradients for x, bias and the gate only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        gate: Tensor,
+        p: LowRank,
+        back: KeptOperands | None,
+        backend: str | None,
+        choice: Choice,
+    ) -> Tensor:
+        """``p`` has all operands; the first three are those that may ask for a gradient."""
+        y: Tensor
+        y, h = run(p._replace(x=x, bias=bias, gate=gate), backend, choice)
+        ctx.save_for_backward(p.weight, p.up, p.down, gate, h)
+        ctx.scaling, ctx.backend, ctx.back = p.scaling, backend, back
+        return y
+
+    @staticmethod
+    @eager.backward
+    def backward(ctx: Any, dy: Tensor) -> eager.Gradients:
+        need_dx, need_dbias, need_dgate, *_ = ctx.needs_input_grad
+        dx = dgate = None
+        if need_dx or need_dgate:
+            weight, up, down, gate, h = ctx.saved_tensors
+            p = LowRankGradient(
+                flatten(dy, "dy"), weight, up, down, gate, None, h, ctx.scaling,
+                need_dx, need_dgate, ctx.back,
+            )  # fmt: skip
+            dx, dgate = run(p, ctx.backend)
+        dbias = bias_gradient(dy) if need_dbias else None
+        return dx, dbias, dgate, None, None, None, None
+
+
+def kept_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor,
+    scaling: float,
+    kept: Callable[[bool], KeptOperands | None],
+) -> Tensor | None:
+    """y [..., N] by what is kept; None where another recipe is ahead, or the call is odd.
+
+    The operands are those of ``operands.LowRank``, which fit each other, with x [..., K].
+    ``kept(False)`` is what the forward reads, ``kept(True)`` the backward, or None.
+    """
+    if up.shape[1] != gate.shape[-1] or gate.dtype != x.dtype:
+        return None
+    p = LowRank(flatten(x), weight, bias, up, down, gate, None, float(scaling))
+    backend = pinned_backend()
+    choice = choose(problem_of(p)._replace(layout="panels"), backend)
+    if choice.recipe != PANELS:
+        return None
+    forward = kept(False)
+    if forward is None:
+        return None
+    p = p._replace(kept=forward)
+    if wants_gradient(x, bias, gate):
+        y: Tensor = KeptLowRankFunction.apply(p.x, bias, gate, p, kept(True), backend, choice)
+    else:
+        y, _ = run(p, backend, choice)
+    return restore(y, x)

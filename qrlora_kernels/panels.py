@@ -1,0 +1,77 @@
+"""A frozen matrix as the native product reads it: panels of a few columns (csrc/core/cpu/panels.h).
+
+With AVX2 the sums of four tokens and more are MKL's, to the bit. Figures are in bench/notes/cpu.md;
+with AVX-512 nothing has been measured, and panels are not taken there.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import native
+from .native import DTYPES, pointers
+
+FEW, MANY, MANY_WIDE = 4, 256, 16  # tokens; the last in fp64
+LARGE = 1 << 19  # numbers of a weight
+
+
+class Panels:
+    """A matrix W [N, K] of fp32 or fp64 on the CPU, in panels.
+
+    It is opaque: what it was made of has to be kept by somebody else.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        n, k = matrix.shape
+        number = DTYPES[matrix.dtype]
+        self.rows = n
+        self.panels = matrix.new_empty(native.core().panel_elements(number, k, n))
+        held, given = pointers.matrix(matrix.t())
+        native.core().pack_panels(
+            (0, n, k, number, torch.get_num_threads()), given, *pointers.out(self.panels)
+        )
+        del held
+
+    @property
+    def nbytes(self) -> int:
+        """What the panels take in memory."""
+        return self.panels.nbytes
+
+    def product(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        beside: tuple[Tensor, Panels] | None = None,
+    ) -> Tensor:
+        """y [M, N] = x Wᵀ + mid Vᵀ + b for x [M, K] and ``beside`` = mid [M, r] and V [N, r].
+
+        All are of the matrix's dtype.
+        """
+        mid, other = beside or (None, None)
+        (m, k), n = x.shape, self.rows
+        y = x.new_empty(m, n)
+        held, tokens = pointers.rows(x)
+        also_held, (mid_at, bias_at) = pointers.dense(mid, bias)
+        own, others, result = pointers.out(self.panels, None if other is None else other.panels, y)
+        native.core().times_panels(
+            (m, n, k, DTYPES[x.dtype], torch.get_num_threads()),
+            tokens, own, 0 if mid is None else mid.shape[1], mid_at, others, bias_at, result,
+        )  # fmt: skip
+        del held, also_held
+        return y
+
+
+@functools.cache
+def used() -> bool:
+    """Whether the native product is that of AVX2."""
+    core = native.CORE
+    return core is not None and core.columns[core.best_column()] == "avx2"
+
+
+def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """Whether the product measured faster than ``F.linear`` for so many tokens."""
+    most = {torch.float32: MANY, torch.float64: MANY_WIDE}.get(dtype, 0)
+    return FEW <= tokens <= most and n * k >= LARGE
