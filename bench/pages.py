@@ -9,6 +9,7 @@ from .losses import contests, listed, losses
 from .machine import REPOSITORY, slug, spoken
 from .registry import SUITES, SWEEPS
 from .rows import RED, SKIPPED, Row, read_folder, replace_file
+from .shares import shares_table
 
 RESULTS = REPOSITORY / "bench" / "results"
 README, PAGE = REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md"
@@ -168,7 +169,7 @@ def page(rows: list[Row], drawn: list[str]) -> str:
 
 def _compact(rows: list[Row]) -> list[tuple[str, str]]:
     """What would be too long case by case; the rows are all in bench/results."""
-    tables = (sweeps.grid_table, sweeps.pivots_table)
+    tables = (sweeps.grid_table, sweeps.pivots_table, shares_table)
     found = [(name, make(rows)) for name, make in zip(SWEEPS, tables, strict=True)]
     return [*found, ("overhead per call", sweeps.overhead_table(rows))]
 

@@ -27,7 +27,7 @@ from bench.suites.common import Options
 from qrlora_kernels.linalg import pivoted_qr
 
 BRIEF = Effort(seconds=0.02, min_rounds=2, max_rounds=2)
-GRID = GridCase(5, 32, "fp32", (2, 4))
+GRID = GridCase(5, 32, 32, "fp32", (2, 4))
 
 
 def options(**changes: Any) -> Options:
