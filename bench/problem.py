@@ -121,8 +121,9 @@ class LayerProblem:
     def _projection(self) -> tuple[Tensor, Tensor]:
         """(Q [N, r] orthonormal, QᵀW [r, K]): shaped and scaled as a real start, but free."""
         rank = min(self.case.r, self.case.n, self.case.k)
-        q = torch.linalg.qr(self._draw(self.case.n, rank, dtype=torch.float32)).Q
-        return q.to(self.dtype), (q.mT @ self.weight.float()).to(self.dtype)
+        wide = self.trainable_dtype
+        q = torch.linalg.qr(self._draw(self.case.n, rank, dtype=wide)).Q
+        return q.to(self.dtype), (q.mT @ self.weight.to(wide)).to(self.dtype)
 
     @cached_property
     def _ohora(self) -> dict[str, Tensor]:

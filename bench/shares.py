@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .competitors.rivals import FROZEN_PACKED, OVER_PACKED
+from .competitors.rivals import FROZEN_PACKED, OVER_FROZEN, OVER_PACKED
 from .losses import NAMES, contests
 from .rows import Row
 from .suites.common import FLOOR
@@ -65,15 +65,17 @@ def shares_table(rows: list[Row]) -> str:
         return ""
     return (
         "*packed* is the frozen layer by oneDNN's packed weight, or as PyTorch calls it where that "
-        "is faster: the best frozen layer of this processor. *LoRA* is a plain one of rank 8 on "
-        "top of the packed layer.\n\n" + markdown(lines)
+        "is faster: the best frozen layer of this processor. *LoRA* is a LoRA of rank 8, also by "
+        "the one or the other.\n\n" + markdown(lines)
     )
 
 
 def _lines(group: list[Row]) -> Iterator[list[str]]:
     """Of one shape, dtype and number of tokens, at every rank."""
     at = {(row.adapter, row.variant): row for row in group}
-    frozen, packed = at.get(("", FLOOR)), _packed(at)
+    frozen = at.get(("", FLOOR))
+    packed = _faster(frozen, at.get(("", FROZEN_PACKED)))
+    lora = _faster(at.get(("lora", OVER_FROZEN)), at.get(("lora", OVER_PACKED)))
     for ours, best in contests(group):
         allowed = limit(ours)
         eager = next((r for r in group if r.variant == "eager" and _same(r, ours)), None)
@@ -87,7 +89,7 @@ def _lines(group: list[Row]) -> Iterator[list[str]]:
             _verdict(ours, packed, allowed),
             _over(ours, eager),
             f"{_over(best, packed)} {best.variant}",
-            _over(at.get(("lora", OVER_PACKED)), packed),
+            _over(lora, packed),
             _over(packed, frozen),
         ]
 
@@ -96,12 +98,9 @@ def _same(one: Row, other: Row) -> bool:
     return (one.adapter, one.r) == (other.adapter, other.r)
 
 
-def _packed(at: dict[tuple[str, str], Row]) -> Row | None:
-    """The faster of the frozen layers; None where nothing can be packed."""
-    packed = at.get(("", FROZEN_PACKED))
-    if packed is None:
-        return None
-    return min((packed, at[("", FLOOR)]), key=_value)
+def _faster(plain: Row | None, packed: Row | None) -> Row | None:
+    """None where nothing can be packed."""
+    return min((plain, packed), key=_value) if plain and packed else None
 
 
 def _value(row: Row) -> float:

@@ -73,9 +73,9 @@ class OneDNN:
 def _piece(columns: Tensor, packed: bool, tokens: int) -> Tensor:
     """A row stride that is not the width would send oneDNN to a loop a thousand times slower."""
     if packed:
-        return torch.ops.mkldnn._reorder_linear_weight(columns.contiguous(), tokens)
-    transposed = columns.mT.is_contiguous()
-    return columns if transposed else columns.contiguous()
+        opaque: Tensor = torch.ops.mkldnn._reorder_linear_weight(columns.contiguous(), tokens)
+        return opaque
+    return columns if columns.mT.is_contiguous() else columns.contiguous()
 
 
 @functools.cache
@@ -84,11 +84,11 @@ def absence(dtype: torch.dtype, packed: bool) -> str:
     name = str(dtype).removeprefix("torch.")
     x = torch.arange(-24.0, 24.0).view(3, 16).to(dtype)
     matrix = x.repeat(4, 2)[:, :16].contiguous() / 16
-    bias, multiply = matrix[:, 0].contiguous(), torch.ops.mkldnn
+    bias = matrix[:, 0].contiguous()
     try:
-        weight = multiply._reorder_linear_weight(matrix, 3) if packed else matrix
-        y = multiply._linear_pointwise(x, weight, None, "none", [], "")
-        y = multiply._linear_pointwise.binary(x, y, weight, bias, "add")
+        weight = torch.ops.mkldnn._reorder_linear_weight(matrix, 3) if packed else matrix
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, bias, "add")
     except AttributeError:
         return f"torch {torch.__version__} has no oneDNN products to call"
     except RuntimeError:

@@ -38,7 +38,7 @@ def rivals() -> list[Layer]:
         found += [
             Layer(name + suffix, family, functools.partial(_low_rank, family, name, base))
             for family in c.GATES
-            for name in _FROZEN_OPERANDS
+            for name in _COMPOSITIONS
         ]
     # Its weight is another one at every step, so there is nothing to pack. oneDNN has no fp64.
     for family in c.GATES:
@@ -75,7 +75,7 @@ def low_rank(family: str, kind: type[c.LowRank], base: c.Frozen, problem: LayerP
 
 
 def _low_rank(family: str, name: str, base: Base, problem: LayerProblem) -> Runner:
-    kind, refusal = _FROZEN_OPERANDS[name]
+    kind, refusal = _COMPOSITIONS[name]
     _refuse(refusal(problem))
     return low_rank(family, kind, base(problem), problem)
 
@@ -132,7 +132,7 @@ def _unless_half(problem: LayerProblem) -> str:
 
 
 _FACTORS = {"qr": ("q", "r"), "lora_xs": ("b", "a")}
-_FROZEN_OPERANDS: dict[str, tuple[type[c.LowRank], Callable[[LayerProblem], str]]] = {
+_COMPOSITIONS: dict[str, tuple[type[c.LowRank], Callable[[LayerProblem], str]]] = {
     "update first": (c.UpdateFirst, _nowhere),
     "base first": (c.BaseFirst, _in_half),
     "output side": (c.OutputSide, _in_half_or_tall),
