@@ -17,6 +17,7 @@ from bench.competitors import Layer, onednn, rivals, temporarily
 from bench.competitors import compositions as c
 from bench.competitors.onednn import CHUNK, Library, OneDNN
 from bench.competitors.plain import EAGER, expression
+from bench.memory import saved_bytes
 from bench.problem import LayerProblem, Runner, Unavailable
 from bench.registry import Effort
 from bench.rows import OK, OTHER, RED, SKIPPED, Row
@@ -124,6 +125,14 @@ def test_in_half_precision_a_sum_is_whole(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(onednn, "absence", lambda dtype, packed: "")
     matrix = torch.zeros(4, 3 * CHUNK, dtype=torch.bfloat16)
     assert len(OneDNN(matrix, packed=False, tokens=4).pieces) == 1
+
+
+@needs_onednn
+def test_what_a_layer_saves_is_counted_beside_packed_weights() -> None:
+    """They are tensors without a storage that Python can ask for."""
+    problem = LayerProblem(Case(16, 64, 96, 4, "fp32"), "cpu")
+    runner = LAYERS["qr base first packed"].start(problem)
+    assert saved_bytes(lambda: runner.forward(problem.x), problem.x) == 16 * 4 * 4  # h
 
 
 # --- where a composition is absent
