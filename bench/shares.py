@@ -53,11 +53,11 @@ def limit(row: Row) -> float | None:
 
 
 def shares_table(rows: list[Row]) -> str:
-    """A line for each case and family: ours over both frozen layers, its limit, its best rival."""
+    """A line for each case and family: ours over both frozen layers and its rivals, its limit."""
     chosen = [r for r in rows if r.suite == "cpu" and r.metric == "both" and r.value]
     lines = [
         ["forward + backward", "M", "r", "of frozen", "of packed", "limit", "", "of eager",
-         "best rival, of packed", "LoRA, of packed", "packed, of frozen"]
+         "of the best rival", "LoRA, of packed", "packed, of frozen"]
     ]  # fmt: skip
     for group in by_case(chosen):
         lines += _lines(group)
@@ -88,7 +88,7 @@ def _lines(group: list[Row]) -> Iterator[list[str]]:
             "" if allowed is None else f"≤ {allowed:.2f}",
             _verdict(ours, packed, allowed),
             _over(ours, eager),
-            f"{_over(best, packed)} {best.variant}",
+            f"{_over(ours, best)} {best.variant}",
             _over(lora, packed),
             _over(packed, frozen),
         ]

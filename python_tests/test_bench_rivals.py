@@ -272,7 +272,7 @@ def test_shares_are_of_both_frozen_layers_and_say_whether_the_limit_is_met() -> 
     line = shown(*floors, *lora, row("qrlora_kernels", 2.0), EAGER_ROW)
     assert line == [
         *("QR-LoRA 1024×1024 fp32", "16", "16", "1.00", "1.25", "≤ 1.25", "met", "0.50"),
-        *("2.50 eager", "1.50", "0.80"),
+        *("0.50 eager", "1.50", "0.80"),
     ]
     late = shown(*floors, row("qrlora_kernels", 2.1), EAGER_ROW)
     assert late[4:7] == ["1.31", "≤ 1.25", "**not met**"]
@@ -290,7 +290,7 @@ def test_the_best_frozen_layer_may_be_the_plain_one() -> None:
 
 def test_without_a_packed_layer_nothing_is_said_of_the_limit() -> None:
     line = shown(row("frozen", 2.0, ""), row("qrlora_kernels", 1.0), EAGER_ROW)
-    assert line[3:7] == ["0.50", "–", "≤ 1.25", ""]
+    assert line[3:] == ["0.50", "–", "≤ 1.25", "", "0.25", "0.25 eager", "–", "–"]
 
 
 def test_other_suites_have_no_shares() -> None:
