@@ -30,7 +30,8 @@ from .registry import (
     effort_for,
 )
 from .rows import RED, Row, replace_file, write
-from .suites import decode, grid, layer, memory, model, overhead, pivots, start
+from .shares import shares_table
+from .suites import cpu, decode, grid, layer, memory, model, overhead, pivots, start
 from .suites.common import Options
 
 RESULTS = machine.REPOSITORY / "bench" / "results"
@@ -45,6 +46,7 @@ RUN: dict[str, Callable[..., list[Row]]] = {
     "model": model.run,
     "grid": grid.run,
     "pivots": pivots.run,
+    "cpu": cpu.run,
 }
 
 
@@ -157,6 +159,7 @@ def _run(chosen: argparse.Namespace) -> int:
     if not chosen.gate_only:
         replace_file(chosen.out / "summary.md", lambda out: out.write(short(rows)))
         print(short(rows))
+        print(shares_table(rows))
     print(f"{len(rows)} rows in {folder}" + "".join(f"\nRED: {name}" for name in names))
     print("".join(f"FAILED: {name}\n" for name in failed), end="")
     return 1 if failed or (red and chosen.gate_only) else 0

@@ -18,6 +18,7 @@ NOTES = REPOSITORY / "bench" / "notes" / "bench.md"
 DECIDES = {
     "layer": "both",
     "grid": "both",
+    "cpu": "both",
     "decode": "forward",
     "start": "start",
     "pivots": "start",

@@ -37,8 +37,9 @@ def saved_bytes(forward: Callable[[], Tensor], x: Tensor) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    # A trace's tensors are wrappers without memory, and may lie about.
-    none = tensor.is_meta or tensor.is_sparse or torch._is_functional_tensor(tensor)
+    # A trace's tensors are wrappers without memory, and may lie about; a packed weight's is opaque.
+    strided = tensor.layout == torch.strided
+    none = tensor.is_meta or not strided or torch._is_functional_tensor(tensor)
     return 0 if none else tensor.untyped_storage().data_ptr()
 
 

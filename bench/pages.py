@@ -9,6 +9,7 @@ from .losses import contests, listed, losses
 from .machine import REPOSITORY, slug, spoken
 from .registry import SUITES, SWEEPS
 from .rows import RED, SKIPPED, Row, read_folder, replace_file
+from .shares import shares_table
 
 RESULTS = REPOSITORY / "bench" / "results"
 README, PAGE = REPOSITORY / "README.md", REPOSITORY / "docs" / "benchmarks.md"
@@ -22,6 +23,7 @@ typed by hand, and a test fails when the two disagree. To repeat it on another m
 ```
 make bench                             # or: python -m bench    under five minutes on two cores
 python -m bench --suites grid,pivots   # the two sweeps, a quarter of an hour each on two cores
+python -m bench --suites cpu           # a CPU's rivals and floors, some ten minutes on two cores
 python -m bench --full --device cuda   # everything; --help lists suites, filters and outputs
 python -m bench --record               # into bench/results instead of bench/out
 python -m bench pages                  # plots, this page and the README table from bench/results
@@ -46,6 +48,15 @@ is ahead, [the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say
 - *lycoris* rebuilds the weight (its default), */bypass* does not, */kernels* is its Triton kernels.
 - `lokr` is OHoRA's product without its start, which is what PEFT and LyCORIS compute.
 - *r-kron* is OHoRA's layer with its N × K product formed, the rival that its paper times.
+- The suite *cpu* holds the layer against what a processor's library gives by hand, over two floors.
+  *frozen packed* is the frozen layer by oneDNN's packed weight; *over frozen* and *over frozen
+  packed*, a LoRA of rank 8 over each, tell what an adapter costs from what the matrix product does.
+  *update first* and *base first* say what is added
+  onto what, inside oneDNN's product; *output side* works on the base's output alone, *stacked*
+  takes h from the same product as y, *one accumulator* makes one sum of both, *effective weight*
+  makes W + ΔW once a step. *packed* after a name: all frozen matrices are. In fp32 their sums are
+  cut into pieces of at most 512 terms, since long ones are off by twice what PyTorch's are. What
+  would be less exact than eager is not run; "Skipped" says why.
 - *saved* is what the layer keeps for its backward beyond weights and factors, *peak* what a step
   takes at most beyond what was there before it, *disk* the saved file. On a CPU the peak is one of
   resident pages, libraries' scratch included, to a MiB; in the memory suite each is of a process of
@@ -168,7 +179,7 @@ def page(rows: list[Row], drawn: list[str]) -> str:
 
 def _compact(rows: list[Row]) -> list[tuple[str, str]]:
     """What would be too long case by case; the rows are all in bench/results."""
-    tables = (sweeps.grid_table, sweeps.pivots_table)
+    tables = (sweeps.grid_table, sweeps.pivots_table, shares_table)
     found = [(name, make(rows)) for name, make in zip(SWEEPS, tables, strict=True)]
     return [*found, ("overhead per call", sweeps.overhead_table(rows))]
 

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from .registry import DTYPES, Case
 
 # The trainables of each family, under the names that its variants use.
-TRAINABLES = {"qr": ("lam",), "lora_xs": ("core",), "ohora": ("a", "b"), "lokr": ("a", "b")}
+TRAINABLES: dict[str, tuple[str, ...]] = {
+    "": (),  # the frozen layer
+    "qr": ("lam",),
+    "lora_xs": ("core",),
+    **dict.fromkeys(("ohora", "lokr", "lora"), ("a", "b")),
+}
+LORA_RANK = 8  # PEFT's default
 
 
 class Unavailable(Exception):
@@ -93,7 +99,7 @@ class LayerProblem:
 
     def operands(self, adapter: str) -> dict[str, Tensor]:
         """The family's factors and trainables, new copies of the same numbers each time."""
-        shared: dict[str, Tensor] = getattr(self, f"_{adapter}")
+        shared: dict[str, Tensor] = getattr(self, f"_{adapter}") if adapter else {}
         trained = TRAINABLES[adapter]
         return {
             key: value.clone().requires_grad_(True) if key in trained else value
@@ -115,8 +121,9 @@ class LayerProblem:
     def _projection(self) -> tuple[Tensor, Tensor]:
         """(Q [N, r] orthonormal, QᵀW [r, K]): shaped and scaled as a real start, but free."""
         rank = min(self.case.r, self.case.n, self.case.k)
-        q = torch.linalg.qr(self._draw(self.case.n, rank, dtype=torch.float32)).Q
-        return q.to(self.dtype), (q.mT @ self.weight.float()).to(self.dtype)
+        wide = self.trainable_dtype
+        q = torch.linalg.qr(self._draw(self.case.n, rank, dtype=wide)).Q
+        return q.to(self.dtype), (q.mT @ self.weight.to(wide)).to(self.dtype)
 
     @cached_property
     def _ohora(self) -> dict[str, Tensor]:
@@ -125,6 +132,12 @@ class LayerProblem:
     @cached_property
     def _lokr(self) -> dict[str, Tensor]:
         return {"a": self._kron("n"), "b": self._kron("k")}
+
+    @cached_property
+    def _lora(self) -> dict[str, Tensor]:
+        n, k, r = self.case.n, self.case.k, min(LORA_RANK, self.case.n, self.case.k)
+        a = self._draw(r, k, scale=k**-0.5, dtype=self.trainable_dtype)
+        return {"a": a, "b": self._draw(n, r, scale=r**-0.5, dtype=self.trainable_dtype)}
 
     def _kron(self, side: str) -> Tensor:
         r, size = self.case.kron_rank(), getattr(self.case, side)
@@ -136,7 +149,9 @@ class LayerProblem:
         inputs = {"dx": self.x.detach().double(), **{t: given[t] for t in TRAINABLES[adapter]}}
         for tensor in inputs.values():
             tensor.requires_grad_(True)
-        weight = self.weight.double() + _delta(adapter, given)
+        weight = self.weight.double()
+        if adapter:
+            weight = weight + _delta(adapter, given)
         y = F.linear(inputs["dx"], weight, self.bias.double())
         grads = torch.autograd.grad(y, list(inputs.values()), self.dy.double())
         return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
@@ -147,5 +162,7 @@ def _delta(adapter: str, t: dict[str, Tensor]) -> Tensor:
         return t["q"] @ torch.diag(t["lam"]) @ t["r"]
     if adapter == "lora_xs":
         return t["b"] @ t["core"].mT @ t["a"]
+    if adapter == "lora":
+        return t["b"] @ t["a"]
     delta = torch.kron(t["a"], t["b"].mT.contiguous())
     return delta - torch.kron(t["a0"], t["b0"].mT.contiguous()) if adapter == "ohora" else delta

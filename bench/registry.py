@@ -2,112 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+from qrlora_kernels.halves import multiplies
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+from .case import DTYPES, AnyCase, Case, GridCase, ModelCase, PivotCase
+
 SUITES = ("layer", "decode", "overhead", "start", "memory", "model")
-# Sweeps of a quarter of an hour each on two cores: run with --full, or where they are named.
-SWEEPS = ("grid", "pivots")
+# Sweeps of a quarter of an hour each at most: run with --full, or where they are named.
+SWEEPS = ("grid", "pivots", "cpu")
 
 # Families with one definition, so that every variant of a family must give the same numbers.
 # "lokr" is OHoRA's product without its start, y = x Wᵀ + (A ⊗ Bᵀ) x: what PEFT and LyCORIS run.
 ADAPTERS = ("qr", "lora_xs", "ohora", "lokr")
 # Adapters of PEFT that are only neighbours: other mathematics, so they are timed and not gated.
 NEIGHBOURS = ("lora", "vera", "kasa", "tinylora", "psoft")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape: M tokens through W [N, K] with rank r (Kronecker factors choose their own)."""
-
-    m: int
-    n: int
-    k: int
-    r: int
-    dtype: str = "bf16"
-
-    weight = 1.0  # of its time beside the other cases', for the estimate of what is left
-
-    def kron_rank(self) -> int:
-        """OHoRA's r_high: the largest common divisor of N and K up to both square roots."""
-        common = math.gcd(self.n, self.k)
-        limit = math.isqrt(min(self.n, self.k))
-        return max(d for d in range(1, limit + 1) if common % d == 0)
-
-    def __str__(self) -> str:
-        return f"M={self.m} {self.n}x{self.k} r={self.r} {self.dtype}"
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """One end-to-end step: a model of bench.suites.model by name, batch and sequence length."""
-
-    name: str
-    batch: int
-    length: int
-    r: int = 16
-    dtype: str = "fp32"
-
-    weight = 2.0
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.batch}x{self.length} r={self.r} {self.dtype}"
-
-
-@dataclass(frozen=True)
-class GridCase:
-    """One square layer with the families at every rank, all variants interleaved."""
-
-    m: int
-    side: int
-    dtype: str
-    ranks: tuple[int, ...] = (16, 64, 150)
-
-    def layers(self) -> list[Case]:
-        """A case for each rank."""
-        return [Case(self.m, self.side, self.side, r, self.dtype) for r in self.ranks]
-
-    @property
-    def weight(self) -> float:
-        """As of :class:`Case`: copies of W and its products outgrow the fixed part."""
-        size = self.side**2
-        return 1.0 + size / 2e7 + self.m * size / (3e9 if self.dtype == "fp32" else 1.5e10)
-
-    def __str__(self) -> str:
-        ranks = ",".join(map(str, self.ranks))
-        return f"M={self.m} {self.side}x{self.side} r={ranks} {self.dtype}"
-
-
-@dataclass(frozen=True)
-class PivotCase:
-    """``count`` weights [N, K], factorised at each of ``ranks``, or a list of them at once."""
-
-    n: int
-    k: int
-    ranks: tuple[int, ...]
-    dtype: str = "fp32"
-    count: int = 1
-
-    @property
-    def weight(self) -> float:
-        """As of :class:`Case`: LAPACK's time, which grows with N·K·min(N, K)."""
-        return 1.0 + self.n * self.k * min(self.n, self.k) / 4e9
-
-    def __str__(self) -> str:
-        times = f"{self.count} of " if self.count > 1 else ""
-        return f"{times}{self.n}x{self.k} r={','.join(map(str, self.ranks))} {self.dtype}"
-
-
-AnyCase = Case | ModelCase | GridCase | PivotCase
 
 
 @dataclass(frozen=True)
@@ -121,7 +31,11 @@ class Effort:
 
 EFFORT = {"quick": Effort(1.0, 4, 20), "short": Effort(3.2, 6, 60), "full": Effort(40.0, 10, 400)}
 # A sweep spends the same whether named or part of --full.
-SWEEP_EFFORT = {"grid": Effort(9.0, 10, 80), "pivots": Effort(12.0, 4, 60)}
+SWEEP_EFFORT = {
+    "grid": Effort(9.0, 10, 80),
+    "pivots": Effort(12.0, 4, 60),
+    "cpu": Effort(6.0, 6, 60),
+}
 
 _CPU_LAYER = {
     "quick": [Case(128, 1024, 1024, 16)],
@@ -227,12 +141,12 @@ _TINY = [Case(1, 64, 64, 16, dtype) for dtype in ("fp32", "bf16")]
 _OVERHEAD = dict.fromkeys(EFFORT, _TINY)
 
 _GRID = [
-    GridCase(m, side, dtype)
+    GridCase(m, side, side, dtype)
     for dtype in ("bf16", "fp32")
     for m in (1, 16, 512, 2048)
     for side in (384, 768, 1024, 4096)
 ]
-_CPU_GRID = {"quick": [GridCase(16, 384, "bf16")], "short": _GRID, "full": _GRID}
+_CPU_GRID = {"quick": [GridCase(16, 384, 384, "bf16")], "short": _GRID, "full": _GRID}
 
 # Squares up to full rank, the linear layers of LLaMA-3-8B, and a list in one call.
 _PIVOTS = [
@@ -249,6 +163,22 @@ _PIVOTS = [
 ]
 _CPU_PIVOTS = {"quick": [PivotCase(512, 512, (16, 64))], "short": _PIVOTS, "full": _PIVOTS}
 
+# Square layers of three widths, and one that reads four times what it writes.
+_SHAPES = {(1024, 1024): (16, 64), (4096, 4096): (64,), (384, 384): (147,), (384, 1536): (147,)}
+_ADAPTED = [
+    GridCase(m, *shape, dtype, ranks)
+    for dtype in ("fp32", "bf16")
+    for shape, ranks in _SHAPES.items()
+    for m in (16, 128, 512, 2048)
+]
+_MINUTES = 5 * 10**9  # products of a case that all variants together take so long for
+_CPU_ADAPTED = {
+    "quick": [GridCase(16, 384, 384, "fp32", (147,))],
+    "short": [case for case in _ADAPTED if case.m * case.n * case.k < _MINUTES],
+    "full": _ADAPTED,
+}
+_LOOPED = 3 * 10**8  # products of a case where halves are multiplied one by one: half a second
+
 CASES: Mapping[str, Mapping[str, Mapping[str, Sequence[AnyCase]]]] = {
     "cpu": {
         "layer": _CPU_LAYER,
@@ -259,6 +189,7 @@ CASES: Mapping[str, Mapping[str, Mapping[str, Sequence[AnyCase]]]] = {
         "model": _CPU_MODEL,
         "grid": _CPU_GRID,
         "pivots": _CPU_PIVOTS,
+        "cpu": _CPU_ADAPTED,
     },
     "cuda": {
         "layer": _CUDA_LAYER,
@@ -278,15 +209,30 @@ _GATE = [
 GATE_CASES: dict[str, Sequence[AnyCase]] = {
     **dict.fromkeys(("layer", "decode", "overhead", "memory"), _GATE),
     "start": [Case(0, 96, 64, 8, "fp32"), Case(0, 64, 96, 8, "bf16")],
-    "grid": [GridCase(7, 96, "fp32", (3, 16)), GridCase(7, 96, "bf16", (3, 16))],
+    "grid": [GridCase(7, 96, 96, dtype, (3, 16)) for dtype in ("fp32", "bf16")],
     "pivots": [PivotCase(96, 96, (8, 96), "fp64"), PivotCase(64, 96, (8,), count=3)],
+    # One whose sums are cut, and one with more tokens than features.
+    "cpu": [
+        GridCase(17, 48, 1100, "fp32", (3, 5)),
+        GridCase(130, 96, 64, "fp32", (3,)),
+        GridCase(7, 64, 96, "bf16", (4,)),
+    ],
 }
 
 
 def cases(device: str, suite: str, effort: str, gate_only: bool) -> Sequence[AnyCase]:
     """What a suite measures; none where it has nothing for the device."""
     found = CASES[device].get(suite, {}).get(effort, [])
-    return GATE_CASES.get(suite, found) if gate_only and found else found
+    if gate_only and found:
+        return GATE_CASES.get(suite, found)
+    return [case for case in found if suite != "cpu" or _is_bearable(case)]
+
+
+def _is_bearable(case: AnyCase) -> bool:
+    """Not where a large product of halves would be a loop on this processor."""
+    assert isinstance(case, GridCase)
+    few = case.m * case.n * case.k < _LOOPED
+    return few or case.dtype == "fp32" or multiplies("cpu", DTYPES[case.dtype])
 
 
 def effort_for(suite: str, name: str) -> Effort:

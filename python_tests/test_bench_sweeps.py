@@ -27,7 +27,7 @@ from bench.suites.common import Options
 from qrlora_kernels.linalg import pivoted_qr
 
 BRIEF = Effort(seconds=0.02, min_rounds=2, max_rounds=2)
-GRID = GridCase(5, 32, "fp32", (2, 4))
+GRID = GridCase(5, 32, 32, "fp32", (2, 4))
 
 
 def options(**changes: Any) -> Options:
@@ -263,5 +263,5 @@ def test_sweeps_run_when_named_or_in_full(capsys: pytest.CaptureFixture[str]) ->
 
 def test_gate_only_pass_of_the_sweeps(tmp_path: Path) -> None:
     chosen = ["--gate-only", "--device", "cpu", "--out", str(tmp_path)]
-    assert command.main([*chosen, "--suites", "grid,pivots,overhead"]) == 0
-    assert len(list(tmp_path.glob("*.csv"))) == 3
+    assert command.main([*chosen, "--suites", "grid,pivots,cpu,overhead"]) == 0
+    assert len(list(tmp_path.glob("*.csv"))) == 4

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from .registry import LAYERS, STARTS, Layer, Start, layers_for, starts_for, temporarily
+from .registry import LAYERS, STARTS, Layer, Start, layers_for, select, starts_for, temporarily
 
-__all__ = ["LAYERS", "STARTS", "Layer", "Start", "layers_for", "starts_for", "temporarily"]
+__all__ = [
+    "LAYERS",
+    "STARTS",
+    "Layer",
+    "Start",
+    "layers_for",
+    "select",
+    "starts_for",
+    "temporarily",
+]

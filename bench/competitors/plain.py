@@ -80,6 +80,7 @@ def ohora_addmm(
 
 
 EAGER: dict[str, Expression] = {
+    "": F.linear,
     "qr": qr_eager,
     "lora_xs": lora_xs_eager,
     "ohora": ohora_eager,

@@ -72,14 +72,21 @@ def require(modules: Sequence[str]) -> None:
 def layers_for(adapters: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Layer]:
     """The floor, and the layers of these families whose key holds one of ``variants``."""
     _load()
+    return select(LAYERS, adapters, variants)
+
+
+def select(
+    layers: Sequence[Layer], adapters: Sequence[str], variants: Sequence[str]
+) -> list[Layer]:
+    """As :func:`layers_for`, of layers that are registered nowhere."""
     chosen = [
         layer
-        for layer in LAYERS
+        for layer in layers
         if layer.adapter
         and (not adapters or layer.adapter in adapters)
         and (not variants or any(v in layer.key for v in variants))
     ]
-    return [layer for layer in LAYERS if not layer.adapter] + chosen
+    return [layer for layer in layers if not layer.adapter] + chosen
 
 
 def starts_for(variants: Sequence[str] = ()) -> list[Start]:

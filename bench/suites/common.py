@@ -107,7 +107,7 @@ def _gated(layer: Layer, runner: Runner, gates: Gates, row: Row) -> Row:
         kron = layer.adapter in ("ohora", "lokr")
         rank = case.kron_rank() if kron else min(case.r, case.n, case.k)
         row = replace(row, r=rank if runner.rank is None else runner.rank)
-    if layer.adapter in ADAPTERS and runner.equal:
+    if (layer.adapter in ADAPTERS or _is_frozen_otherwise(layer)) and runner.equal:
         verdict = gates.judge(layer, runner)
         note = "" if verdict.ok else verdict.detail
         row = replace(row, status=OK if verdict.ok else RED, gate=verdict.excess, note=note)
@@ -115,6 +115,10 @@ def _gated(layer: Layer, runner: Runner, gates: Gates, row: Row) -> Row:
         row = replace(row, status=OTHER)
     choice = qk.backends.last_choice(runner.operation) if runner.operation else None
     return replace(row, backend=choice.name if choice else "")
+
+
+def _is_frozen_otherwise(layer: Layer) -> bool:
+    return not layer.adapter and layer.name != FLOOR
 
 
 def _row(suite: str, layer: Layer, case: Case, options: Options) -> Row:

@@ -12,15 +12,21 @@ from .layer import training
 
 _PLAIN = (NAME, "eager", "addmm")
 _RANKED = ("qr", "lora_xs")  # a Kronecker product chooses its own rank: one is enough
+_FAMILIES = (*_RANKED, "ohora")
 
 
 def run(case: GridCase, options: Options) -> list[Row]:
     """Rows of one layer at all ranks, over one frozen layer measured interleaved with all."""
+    return at_all_ranks("grid", case, options, _layers(options))
+
+
+def at_all_ranks(suite: str, case: GridCase, options: Options, layers: list[Layer]) -> list[Row]:
+    """Those of ``layers`` without a rank of the case's once, the others at each rank."""
     built: list[tuple[Row, Task]] = []
     rows: list[Row] = []
+    ranked = [one for one in layers if one.adapter in _RANKED]
     for number, one in enumerate(case.layers()):
-        layers = _layers(options, first=number == 0)
-        problem, found, skipped = build_all("grid", one, options, layers)
+        problem, found, skipped = build_all(suite, one, options, ranked if number else layers)
         rows += skipped
         if options.gate_only:
             rows += gate_rows(found)
@@ -31,13 +37,10 @@ def run(case: GridCase, options: Options) -> list[Row]:
     return with_ratios(timed_rows(built, options, case.m, warmed=True), FLOOR) + rows
 
 
-def _layers(options: Options, first: bool) -> list[Layer]:
-    """The floor and the variants without a rank once, the others at each rank."""
+def _layers(options: Options) -> list[Layer]:
+    """The floor and the plain variants, and this package's library products."""
     known = [one for one in layers_for(options.adapters, options.variants) if one.name in _PLAIN]
     families = {one.adapter for one in known}
-    rivals = [one for one in composed() if one.adapter in families]
-    ranked = [one for one in known + rivals if one.adapter in _RANKED]
-    if not first:
-        return ranked
     floor = [one for one in layers_for(options.adapters, options.variants) if not one.adapter]
-    return floor + ranked + [one for one in known + rivals if one.adapter == "ohora"]
+    rivals = [one for one in composed() if one.adapter in families]
+    return floor + [one for one in known + rivals if one.adapter in _FAMILIES]
