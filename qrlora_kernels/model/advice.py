@@ -38,7 +38,8 @@ def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:
         if isinstance(layer, QRLinear) and layer.options.rank is None
     ]
     weights = sum(shape_of(layer.weight).numel() for layer in ruled)
-    factors = sum(layer.q.numel() + layer.r.numel() for layer in ruled)
+    matrices = (f for layer in ruled for f in layer.frozen_now().values() if f.dim() == 2)
+    factors = sum(factor.numel() for factor in matrices)
     warn_if_large(weights, factors, [layer.rank for layer in ruled], "rank=, max_rank=")
 
 

@@ -33,7 +33,9 @@ class Known:
     def digests(self, layer: AdapterLinear) -> dict[str, str]:
         """The fingerprint of each factor."""
         if not self._factors:
-            self._factors = {name: fingerprint(getattr(layer, name)) for name in layer.factors}
+            self._factors = {
+                name: fingerprint(getattr(layer, name)) for name in layer.held_factors()
+            }
         return self._factors
 
     def rebuilds(self, layer: AdapterLinear, weight: Tensor) -> bool:
@@ -48,7 +50,7 @@ _known: WeakKeyDictionary[AdapterLinear, Known] = WeakKeyDictionary()
 
 def known_of(layer: AdapterLinear, weight: Tensor) -> Known:
     """What is known of ``layer`` as it is; ``weight`` is its base weight as it stores it."""
-    factors = (getattr(layer, name) for name in layer.factors)
+    factors = (getattr(layer, name) for name in layer.held_factors())
     digest = base_weight.digest(layer, weight)
     state = (str(layer.options), digest, *map(quick_digest, factors))
     have = _known.get(layer)
@@ -66,5 +68,5 @@ def _rebuilds(layer: AdapterLinear, weight: Tensor) -> bool:
         return False
     return all(
         made[key].dtype == getattr(layer, key).dtype and torch.equal(made[key], getattr(layer, key))
-        for key in layer.factors
+        for key in layer.held_factors()
     )

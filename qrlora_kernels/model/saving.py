@@ -152,7 +152,7 @@ def contents(model: nn.Module, factors: Factors = "auto", progress: bool = False
 
 def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Factors) -> None:
     weight = whole(layer.base_weight)
-    own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.factors)}
+    own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.held_factors())}
     _check_data({f"{name}.{key}": t for key, t in {"weight": weight, **own}.items()})
     known, changed = known_of(layer, weight), layer.base_changed()
     follow = factors != "stored" and _follow(layer, factors) and not changed
@@ -162,7 +162,7 @@ def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Fact
             f"factors must be 'auto' or 'stored' for {name}, whose factors do not follow from its "
             f"weight (by their option, or it was cast or changed after adapt), got {factors!r}"
         )
-    kept = (*layer.trainables, *(layer.adapter.rebuilt_from if follow else layer.factors))
+    kept = (*layer.trainables, *(layer.adapter.rebuilt_from if follow else layer.held_factors()))
     content.tensors |= {f"{name}.{key}": _narrowed(own[key], key, layer) for key in kept}
     content.layers[name] = Entry(
         adapter_type(layer.kind),

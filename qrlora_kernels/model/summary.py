@@ -185,7 +185,7 @@ def _row_of(name: str, layer: AdapterLinear, tokens: int) -> LayerSummary:
         layer.rank,
         None if is_away(layer) else layer.energy_kept(),
         layer.trained_parameters(),
-        sum(nbytes(getattr(layer, key)) for key in layer.factors),
+        sum(nbytes(factor) for factor in layer.frozen_now().values()),
         nbytes(layer.weight),
         choice.name,
         choice.reason,

@@ -102,7 +102,7 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
         return None
     x, matrix, bias, tensors, dtype = found._replace(tensors=layer._tensors())
     adapter = layer.adapter
-    for name in set(adapter.operands).difference(adapter.trainables, adapter.kept_fp32):
+    for name in tensors.keys() - {*adapter.trainables, *adapter.kept_fp32}:
         factor = keep(layer, name, tensors[name])
         if factor is None:
             return None
