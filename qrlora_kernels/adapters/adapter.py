@@ -141,11 +141,6 @@ class Adapter(Generic[Own]):
         return tensors[cls.trainables[0]].shape[-1]
 
     @classmethod
-    def form(cls, options: Own) -> str:
-        """Its Problem.form."""
-        return "two_sided"
-
-    @classmethod
     def completed(cls, tensors: Tensors, weight: Tensor) -> State:
         """The operands with what follows from W [N, K] and is not kept.
 

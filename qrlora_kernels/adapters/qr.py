@@ -53,6 +53,10 @@ class QROptions(Options):
             del values["factors"]
         return values
 
+    @property
+    def form(self) -> str:
+        return "two_sided" if self.factors == "both" else "output"
+
     def scaling_of(self, rank: int) -> float:
         return self.scaling
 
@@ -80,7 +84,7 @@ class QR(LowRank[QROptions]):
 
     @classmethod
     def _start(cls, weights: State, options: QROptions, run: linalg.StartRunner) -> list[State]:
-        if options.factors == "output":
+        if options.form == "output":
             _check_wide(weights)
         tau = DEFAULT_TAU if options.rank is None and options.tau is None else options.tau
         results = run(
@@ -115,12 +119,9 @@ class QR(LowRank[QROptions]):
 
     @classmethod
     def held_factors(cls, options: QROptions) -> tuple[str, ...]:
-        both = options.factors == "both"
-        return cls.factors if both else tuple(key for key in cls.factors if key != cls.down)
-
-    @classmethod
-    def form(cls, options: QROptions) -> str:
-        return "two_sided" if options.factors == "both" else "output"
+        if options.form == "output":
+            return tuple(key for key in cls.factors if key != cls.down)
+        return cls.factors
 
     @classmethod
     def completed(cls, tensors: Tensors, weight: Tensor) -> State:

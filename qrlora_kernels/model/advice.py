@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..adapters import Options
 from ..nn import QRLinear
 from ..nn.quantised import shape_of
 
@@ -28,6 +29,17 @@ def trained_at(kind: str) -> str:
         f"train {kind} at about {some:g} (query and value), {every:g} (all linear layers): at "
         "LoRA's 1e-4 nothing moves"
     )
+
+
+def followed(options: Mapping[str, Options]) -> str:
+    """What more is to be said of layers whose weight has changed, with their options; or nothing.
+
+    ΔW of two factors stays what it was, and one that is made of W goes with it.
+    """
+    names = [name for name, one in options.items() if one.form == "output"]
+    if not names:
+        return ""
+    return f". With factors='output' the updates of {', '.join(names)} are others as well"
 
 
 def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:

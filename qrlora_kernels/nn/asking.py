@@ -36,8 +36,7 @@ def problem(layer: Adapted, tokens: int, step: str) -> Problem:
     n, k = layer.out_features, layer.in_features
     asked = Problem("linear_add", layer.weight.device, _dtype(layer), tokens, n, k, n, step)
     if not layer._adds_update():
-        form = layer.adapter.form(layer.options)
-        asked = asked._replace(op=layer.operation, r=layer.rank, form=form)
+        asked = asked._replace(op=layer.operation, r=layer.rank, form=layer.options.form)
     if not layer._quantised:  # else it is dequantised in rows
         asked = asked._replace(layout=layout_of(layer.matrix()))
     return joined(asked._replace(bias=layer.bias is not None))

@@ -119,7 +119,7 @@ def _anew(layer: _Linear, name: str, weight: Tensor) -> State:
     gradients = {layer.place: base_weight.gradient(layer.get_base_layer())}
     with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
         made = layer.adapter.start({layer.place: weight}, options, StartRunner(), gradients)
-    return {key: made[layer.place][key] for key in layer.adapter.factors}
+    return {key: made[layer.place][key] for key in layer.adapter.held_factors(options)}
 
 
 def compare(layer: _Linear, name: str) -> None:
