@@ -165,8 +165,8 @@ def _check_wide(weights: State) -> None:
     for name, weight in weights.items():
         if weight.dtype in HALF:
             raise ValueError(
-                f"{name} must be float32 or float64 with factors='output', whose h is made of the "
-                f"base product, got {weight.dtype}, to which that would be rounded before: take "
+                f"{name} must be float32 or float64 with factors='output', got {weight.dtype}, to "
+                "which the base product would be rounded before h is made of it: take "
                 "factors='both'"
             )
 

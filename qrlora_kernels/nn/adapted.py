@@ -114,6 +114,11 @@ class Adapted(nn.Module, ByRow):
             raise ValueError(
                 "scaling and strength of a merged layer are inside its weight: unmerge() first"
             )
+        if self.adapter.held_factors(options) != self.held_factors():
+            raise ValueError(
+                "options must be of the factors that the layer keeps, "
+                f"{', '.join(self.held_factors())}, got {options}"
+            )
         self._set_options(options)
 
     def _set_options(self, options: Options) -> None:

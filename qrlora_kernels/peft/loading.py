@@ -145,6 +145,25 @@ def compare(layer: _Linear, name: str) -> None:
     layer.seen.note(name, layer.records[name])
 
 
+def require_own_base(layer: _Linear, name: str) -> None:
+    """Raise where an update that is made of the base's weight would be made of another.
+
+    That is, of the same dtype and other bits: others may have merged their updates into it.
+    """
+    if layer.options[name].form != "output":
+        return
+    base = layer.get_base_layer()
+    with base_weight.present(base):
+        here = record.head_of(merging.original_stored(layer), base)
+    own = record.head(layer.expected[name])
+    if bool(here[0] == own[0]) and not torch.equal(here, own):
+        raise ValueError(
+            f"{layer.place}.weight must be the one that the adapter {name!r} began with, since "
+            "with factors='output' its update is made of that, got another: take others' updates "
+            "out of it first, or use factors='both'"
+        )
+
+
 def arrived(layer: _Linear, name: str) -> State | None:
     """The awaited factors of an adapter, if all of them came."""
     found = layer.awaited(name)
