@@ -9,9 +9,12 @@ import warnings
 import helpers
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from output_factors import close, pair, trained_by
 from saved import base, drawn, moved, x
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers.pytorch_utils import Conv1D
 
 import qrlora_kernels as qk
@@ -121,3 +124,29 @@ def test_prepacked_under_autocast():
         with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
             want[kept] = model(x())
     torch.testing.assert_close(want[True], want[False], rtol=2e-2, atol=2e-2)
+
+
+# --- spread over ranks
+
+
+def told(model: nn.Module) -> list[torch.Tensor]:
+    """What a model answers, and what is computed of whole weights."""
+    table = qk.summary(model, show=False)
+    energies = torch.tensor([row.energy for row in table.layers])
+    with torch.no_grad():
+        return [model(x()), energies, model[0].delta_weight()]
+
+
+def rank_of_two(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = pair()[1]
+    want = told(model)
+    fully_shard(model[0])
+    for got, one in zip(told(fully_shard(model)), want, strict=True):
+        close(got, one)
+    dist.destroy_process_group()
+
+
+def test_sharded_what_is_made_of_the_weight_is_of_the_whole_one(tmp_path):
+    """``summary`` multiplied a rank's part of the weight."""
+    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)

@@ -232,7 +232,10 @@ class Adapted(nn.Module, ByRow):
     def energy_kept(self) -> float | None:
         """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
         with base_weight.present(self):
-            return self.adapter.energy(self.matrix(), self._tensors(), self._options)
+            matrix, tensors = self.matrix(), self._tensors()
+            if tensors.keys() != set(self.adapter.operands):
+                matrix = base_weight.whole(matrix)  # of which the others are made
+            return self.adapter.energy(matrix, tensors, self._options)
 
     # --- the backends
 
