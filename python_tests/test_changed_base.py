@@ -12,7 +12,10 @@ from torch import nn
 
 import qrlora_kernels as qk
 
-FOLDED = ADAPTERS | {"ohora folded": {**ADAPTERS["ohora"], "fold": True}}
+FOLDED = ADAPTERS | {
+    "ohora folded": {**ADAPTERS["ohora"], "fold": True},
+    "qr output": {**ADAPTERS["qr"], "factors": "output"},
+}
 changed = pytest.mark.filterwarnings("ignore:the base weights of")
 
 

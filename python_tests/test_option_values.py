@@ -51,13 +51,29 @@ NUMBERS = [
     *("0.1", "", b"4", [4], (4,), {}, object(), torch.float32, abs),
 ]
 STRINGS = [
-    *(*Name, "top", "in", "qr", "kron", "magnitude", "selected", "energy", "svd", "random"),
+    *(
+        *Name,
+        "both",
+        "output",
+        "top",
+        "in",
+        "qr",
+        "kron",
+        "magnitude",
+        "selected",
+        "energy",
+        "svd",
+        "random",
+    ),
     *("lora", "materialised", np.str_("top"), np.str_("in"), np.array("top"), "nan", "\ud800"),
     *(b"top", ["top"], None, 0, True, Plain.FOUR),
 ]
 # The options of each adapter, and what else is needed for them to matter in a small layer.
 OPTIONS = {
-    "qr": {name: {} for name in ("rank", "tau", "max_rank", "scaling", "dropout", "rank_rule")},
+    "qr": {
+        **{name: {} for name in ("rank", "tau", "max_rank", "scaling", "dropout", "rank_rule")},
+        "factors": {"rank": 4},
+    },
     "lora_xs": {
         **{name: {"rank": 4} for name in ("alpha", "init_std", "dropout", "vectors", "sigma")},
         "basis": {"rank": 4},

@@ -20,7 +20,7 @@ def qr_linear(
     weight: Tensor,
     bias: Tensor | None,
     q: Tensor,
-    r: Tensor,
+    r: Tensor | None,
     lam: Tensor,
     scaling: float = 1.0,
     *,
@@ -39,9 +39,10 @@ def qr_linear(
     bias : Tensor [N] or None
     q : Tensor [N, r]
         Orthonormal columns of the pivoted QR.
-    r : Tensor [r, K]
-        Its triangular factor with the column permutation undone. Both factors may be wider than
-        lam, alike: what is beyond does not count.
+    r : Tensor [r, K] or None
+        Its triangular factor with the column permutation undone; None for qᵀ weight, and nothing
+        is asked but ``x @ weight.T``. Both factors may be wider than lam, alike: what is beyond
+        does not count.
     lam : Tensor [r]
         The trainable diagonal; x's dtype, or fp32 over half-precision operands.
     scaling : float
@@ -123,7 +124,7 @@ def mixed_low_rank_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
+    a: Tensor | None,
     b: Tensor,
     gates: Tensor,
     index: Tensor,
@@ -144,8 +145,8 @@ def mixed_low_rank_linear(
         Any number of leading dimensions and any strides; fp16, bf16, fp32 or fp64.
     weight : Tensor [N, K]
     bias : Tensor [N] or None
-    a : Tensor [r, K]
-        Input side of the factors: R̃ of QR-LoRA, Σ_r V_rᵀ of LoRA-XS.
+    a : Tensor [r, K] or None
+        Input side of the factors: R̃ of QR-LoRA, Σ_r V_rᵀ of LoRA-XS; None for bᵀ weight.
     b : Tensor [N, r]
         Output side: Q, or U_r. Both factors may be wider than r, alike: what is beyond does not
         count.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,8 +32,10 @@ class Names(NamedTuple):
     factors: tuple[str, ...]
 
 
-LAYERS: dict[str, tuple[type[AdapterLinear], dict[str, bool], Names]] = {
+OUTPUT: dict[str, Any] = {"factors": "output"}
+LAYERS: dict[str, tuple[type[AdapterLinear], dict[str, Any], Names]] = {
     "qr": (qk.QRLinear, {}, Names(("lam",), ("q", "r", "pivots", "diagonal"))),
+    "qr output": (qk.QRLinear, OUTPUT, Names(("lam",), ("q", "pivots", "diagonal"))),
     "lora_xs": (qk.LoRAXSLinear, {}, Names(("core",), ("a", "b"))),
     "ohora": (qk.OHoRALinear, {}, Names(("a", "b"), ("a0", "b0"))),
     "ohora folded": (qk.OHoRALinear, {"fold": True}, Names(("a", "b"), ("a0", "b0"))),

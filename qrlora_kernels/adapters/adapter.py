@@ -111,6 +111,11 @@ class Adapter(Generic[Own]):
         raise NotImplementedError
 
     @classmethod
+    def held_factors(cls, options: Own) -> tuple[str, ...]:
+        """Those of :attr:`factors` that are kept with these options."""
+        return cls.factors
+
+    @classmethod
     def rebuildable(cls, options: Own) -> bool:
         """Whether the factors follow from the base's weight, so that a file can go without them."""
         return True
@@ -126,7 +131,7 @@ class Adapter(Generic[Own]):
         """
         with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
             (state,) = cls._start({"weight": weight}, options, StartRunner())
-        return {name: state[name] for name in cls.factors}
+        return {name: state[name] for name in cls.held_factors(options)}
 
     # --- the update
 
@@ -134,6 +139,14 @@ class Adapter(Generic[Own]):
     def rank(cls, tensors: Tensors) -> int:
         """r of the update: the last dimension of whatever trains."""
         return tensors[cls.trainables[0]].shape[-1]
+
+    @classmethod
+    def completed(cls, tensors: Tensors, weight: Tensor) -> State:
+        """The operands with what follows from W [N, K] and is not kept.
+
+        :meth:`fused` and :meth:`fused_by_row` go without it, the functions of tensors alone do not.
+        """
+        return dict(tensors)
 
     @classmethod
     def fuses(cls, options: Own) -> bool:

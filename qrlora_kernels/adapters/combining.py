@@ -61,7 +61,10 @@ def begin_alike(
     if rebuilt:
         names = [name for name in adapter.rebuilt_from if not one[name].is_floating_point()]
     else:
-        names = [name for name in adapter.operands if name in adapter.factors]
+        known = [name for name in adapter.operands if name in adapter.factors]
+        names = [name for name in known if name in one]
+        if names != [name for name in known if name in other]:
+            return False
     ours, theirs = (
         first_directions(adapter, {name: factors[name] for name in names}, rank)
         for factors in (one, other)

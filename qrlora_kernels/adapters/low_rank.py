@@ -29,8 +29,7 @@ class LowRank(Adapter[Own]):
     def fused(
         cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
     ) -> Tensor:
-        first, second, gate = cls.operands
-        of_three = tensors[first], tensors[second], tensors[gate]
+        of_three = map(tensors.get, cls.operands)  # down is None in the output form
         return cls.function(x, weight, bias, *of_three, strength)
 
     @classmethod
@@ -49,9 +48,10 @@ class LowRank(Adapter[Own]):
 
     @classmethod
     def silent(cls, factors: Tensors, options: Own) -> State:
-        rank, dtype = len(factors[cls.down]), accumulation_dtype(factors[cls.down].dtype)
+        up = factors[cls.up]
+        rank, dtype = up.shape[1], accumulation_dtype(up.dtype)
         shape = (rank, rank) if cls.square else (rank,)
-        return {cls.gate: torch.zeros(shape, dtype=dtype, device=factors[cls.down].device)}
+        return {cls.gate: torch.zeros(shape, dtype=dtype, device=up.device)}
 
     @classmethod
     def fused_by_row(
@@ -67,7 +67,14 @@ class LowRank(Adapter[Own]):
     ) -> Tensor:
         of_tokens = index.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
         return functional.mixed_low_rank_linear(
-            x, weight, bias, tensors[cls.down], tensors[cls.up], own[cls.gate], of_tokens, strength
+            x,
+            weight,
+            bias,
+            tensors.get(cls.down),
+            tensors[cls.up],
+            own[cls.gate],
+            of_tokens,
+            strength,
         )
 
     @classmethod

@@ -52,6 +52,11 @@ class Options:
             del values["strength"]
         return values
 
+    @property
+    def form(self) -> str:
+        """That of the operation, as ``Problem`` calls it: in "output" ΔW is made of W as it is."""
+        return "two_sided"
+
     def scaling_of(self, rank: int) -> float:
         """s in front of an update of ``rank``, without the strength."""
         raise NotImplementedError

@@ -129,9 +129,9 @@ def _begins_alike(layer: AdapterLinear, entry: Entry, own: State, rank: int) -> 
     adapter, weight = layer.adapter, layer.base_weight
     if rank > layer.rank:
         return False
-    here = {key: getattr(layer, key).cpu() for key in adapter.factors}
+    here = {key: factor.cpu() for key, factor in layer.frozen_now().items()}
     if not issubclass(adapter, LowRank):
-        return all(torch.equal(here[key], own[key]) for key in adapter.factors)
+        return all(torch.equal(factor, own[key]) for key, factor in here.items())
     rebuilt = not entry.stored_factors
     if rebuilt and not known_of(layer, weight).rebuilds(layer, weight):
         return False

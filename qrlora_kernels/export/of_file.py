@@ -27,6 +27,11 @@ def of_file(file: AdapterFile) -> Source:
                 "load_adapter and give the model, or save it with factors='stored'"
             )
         tensors = file.tensors_of(name)
+        if missing := set(entry.kind.adapter.operands) - tensors.keys():
+            raise ValueError(
+                f"{file.path} lacks {', '.join(missing)} of {name}, which follows from its base "
+                "(factors='output'): load it with load_adapter and give the model"
+            )
         scaling = entry.options.scaling_of(entry.kind.adapter.rank(tensors))
         updates[name] = Update(
             entry.kind.adapter,

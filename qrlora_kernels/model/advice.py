@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..adapters import Options
 from ..nn import QRLinear
 from ..nn.quantised import shape_of
 
@@ -30,6 +31,17 @@ def trained_at(kind: str) -> str:
     )
 
 
+def followed(options: Mapping[str, Options]) -> str:
+    """What more is to be said of layers whose weight has changed, with their options; or nothing.
+
+    ΔW of two factors stays what it was, and one that is made of W goes with it.
+    """
+    names = [name for name, one in options.items() if one.form == "output"]
+    if not names:
+        return ""
+    return f". With factors='output' the updates of {', '.join(names)} are others as well"
+
+
 def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:
     """Warn where a rank rule gives factors of more than a third of the weights they are of."""
     ruled = [
@@ -38,7 +50,8 @@ def tell_large_factors(layers: Mapping[str, nn.Module]) -> None:
         if isinstance(layer, QRLinear) and layer.options.rank is None
     ]
     weights = sum(shape_of(layer.weight).numel() for layer in ruled)
-    factors = sum(layer.q.numel() + layer.r.numel() for layer in ruled)
+    matrices = (f for layer in ruled for f in layer.frozen_now().values() if f.dim() == 2)
+    factors = sum(factor.numel() for factor in matrices)
     warn_if_large(weights, factors, [layer.rank for layer in ruled], "rank=, max_rank=")
 
 

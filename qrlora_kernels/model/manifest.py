@@ -48,8 +48,8 @@ class Entry:
     def keys(self) -> tuple[str, ...]:
         """The tensors of this layer that are in the file."""
         adapter = self.kind.adapter
-        kept = adapter.factors if self.stored_factors else adapter.rebuilt_from
-        return (*adapter.trainables, *kept)
+        held = adapter.held_factors(self.options)
+        return (*adapter.trainables, *(held if self.stored_factors else adapter.rebuilt_from))
 
     def to_manifest(self, rank: int) -> Manifest:
         """What :func:`_entry` reads; the rank is for people."""

@@ -140,7 +140,7 @@ def _state(name: str, layer: AdapterLinear, rank: int, made: State | None, follo
         if begin_alike(adapter, here, made, min(own, new), rebuilt=follows):
             return made | {gate: resized(here[gate], new)}
     if rank < own:
-        cut = first_directions(adapter, {key: here[key] for key in adapter.factors}, rank)
+        cut = first_directions(adapter, {key: here[key] for key in layer.held_factors()}, rank)
         return cut | {gate: resized(here[gate], rank)}
     raise ValueError(
         f"a start at rank {rank} must begin with the factors of {name}, got others: its weight was "
@@ -149,4 +149,5 @@ def _state(name: str, layer: AdapterLinear, rank: int, made: State | None, follo
 
 
 def _held(layer: AdapterLinear) -> State:
-    return {key: getattr(layer, key).detach() for key in (*layer.trainables, *layer.factors)}
+    held = layer.trained_now() | layer.frozen_now()
+    return {key: tensor.detach() for key, tensor in held.items()}

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..adapters.options import plain_value
+from ..adapters.options import Options, plain_value
 from ..files import save_tensors
 from ..nn import AdapterLinear, zero3
 from ..nn import quantised as few_bits
 from ..nn.base_weight import present, reshard, whole
 from .adapt import adapter_type, require_adapted, trained
+from .advice import followed
 from .comparing import sharded
 from .known import known_of
 from .manifest import (
@@ -90,7 +91,7 @@ def save_adapter(
 def write(model: nn.Module, path: str | os.PathLike[str], content: Contents) -> None:
     """What :func:`contents` found in ``model``, whole or not at all, with what is to be told."""
     file = file_at(path)
-    _tell_changed(content.changed)
+    _tell_changed({name: content.layers[name].options for name in content.changed})
     _tell_left_out(content.left_out)
     _tell_not_finite(content)
     tensors, manifest = packed(content.in_file(file))
@@ -152,7 +153,7 @@ def contents(model: nn.Module, factors: Factors = "auto", progress: bool = False
 
 def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Factors) -> None:
     weight = whole(layer.base_weight)
-    own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.factors)}
+    own = {key: whole(getattr(layer, key)) for key in (*layer.trainables, *layer.held_factors())}
     _check_data({f"{name}.{key}": t for key, t in {"weight": weight, **own}.items()})
     known, changed = known_of(layer, weight), layer.base_changed()
     follow = factors != "stored" and _follow(layer, factors) and not changed
@@ -162,7 +163,7 @@ def _add_layer(content: Contents, name: str, layer: AdapterLinear, factors: Fact
             f"factors must be 'auto' or 'stored' for {name}, whose factors do not follow from its "
             f"weight (by their option, or it was cast or changed after adapt), got {factors!r}"
         )
-    kept = (*layer.trainables, *(layer.adapter.rebuilt_from if follow else layer.factors))
+    kept = (*layer.trainables, *(layer.adapter.rebuilt_from if follow else layer.held_factors()))
     content.tensors |= {f"{name}.{key}": _narrowed(own[key], key, layer) for key in kept}
     content.layers[name] = Entry(
         adapter_type(layer.kind),
@@ -263,12 +264,12 @@ def of_one_rank(model: nn.Module | None) -> Iterator[bool]:
         dist.barrier()
 
 
-def _tell_changed(layers: dict[str, Tensor]) -> None:
+def _tell_changed(layers: dict[str, Options]) -> None:
     if layers:
         warnings.warn(
             f"the base weights of {', '.join(layers)} were changed after their adapters began; the "
             "file holds these weights too, so that it loads over either base. If a checkpoint was "
-            "loaded after adapt, call qk.refresh(model) before training",
+            f"loaded after adapt, call qk.refresh(model) before training{followed(layers)}",
             stacklevel=4,
         )
 

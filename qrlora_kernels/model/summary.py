@@ -14,7 +14,7 @@ from ..nn.derived import kept_bytes
 from ..nn.offload import is_away
 from ..nn.quantised import nbytes
 from .adapt import count_parameters, require_adapted
-from .advice import LARGE, trained_at
+from .advice import LARGE, followed, trained_at
 
 STANDS_OUT = 3.0  # times the median of the ranks, or as small a part of it
 
@@ -54,6 +54,7 @@ class Summary:
     tokens: int
     changed: list[str] = field(default_factory=list)
     kept_bytes: int = 0
+    followed: str = ""  # what changed weights changed besides
     shown: bool = False
 
     def __str__(self) -> str:
@@ -125,6 +126,7 @@ class Summary:
             notes.append(
                 f"note: the weights of {', '.join(self.changed)} are not those that their factors "
                 "came from; qk.refresh(model) starts again from the weights that are there"
+                f"{self.followed}"
             )
         chosen = Counter((row.backend, row.reason) for row in self.layers)
         notes += [
@@ -165,11 +167,11 @@ def summary(model: nn.Module, tokens: int = 2048, show: bool = True) -> Summary:
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     layers = require_adapted(model)
-    changed = [name for name, layer in layers.items() if layer.base_changed()]
+    changed = {name: layer.options for name, layer in layers.items() if layer.base_changed()}
     rows = [_row_of(name, layer, tokens) for name, layer in layers.items()]
     held = sum(nbytes(t) for t in (*model.parameters(), *model.buffers()))
     counts, kept = count_parameters(model), kept_bytes(model)
-    result = Summary(rows, counts, held, tokens, changed, kept)
+    result = Summary(rows, counts, held, tokens, [*changed], kept, followed(changed))
     if show:
         print(result)
         return replace(result, shown=True)
@@ -185,7 +187,7 @@ def _row_of(name: str, layer: AdapterLinear, tokens: int) -> LayerSummary:
         layer.rank,
         None if is_away(layer) else layer.energy_kept(),
         layer.trained_parameters(),
-        sum(nbytes(getattr(layer, key)) for key in layer.factors),
+        sum(nbytes(factor) for factor in layer.frozen_now().values()),
         nbytes(layer.weight),
         choice.name,
         choice.reason,

@@ -101,6 +101,8 @@ def tune(
         for m in sorted(set(tokens))
         for step in layer.steps()
     ]
+    # Of the output form there is one recipe: nothing to choose.
+    problems = [problem for problem in problems if problem.form == "two_sided"]
     return tune_problems(problems, path=path, seconds=seconds, progress=progress)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..nn import AdapterLinear
+from .advice import followed
 from .names import modules
 
 # Hold modules and are never called themselves.
@@ -47,11 +48,13 @@ def forget_loads(root: nn.Module) -> None:
 
 def tell_changed(root: nn.Module, _: Any) -> None:
     """Hook after ``load_state_dict``: names the layers whose factors are of other weights now."""
-    changed = [name for name, layer in _adapted(modules(root)).items() if layer.base_changed()]
+    layers = _adapted(modules(root)).items()
+    changed = {name: layer.options for name, layer in layers if layer.base_changed()}
     if changed:
         warnings.warn(
             f"the state dict brought other weights for {', '.join(changed)} than their factors "
-            "came from: call qk.refresh(model) to start again from these, before training",
+            "came from: call qk.refresh(model) to start again from these, before training"
+            f"{followed(changed)}",
             stacklevel=3,
         )
 
@@ -107,6 +110,7 @@ class Conclusion:
         _tell_unread(called)
         _tell_uncalled([name for name in missed if name not in called])
         layers = {n: m for n, m in _adapted(modules(root)).items() if n in self.arrived}
+        _tell_moving([n for n, m in layers.items() if m.weight.requires_grad and _follows(m)])
         Backward(root, layers).follow(output)
 
 
@@ -150,6 +154,20 @@ def _tell_uncalled(names: list[str]) -> None:
             f"the first training forward did not call the adapted layers {', '.join(names)}, nor "
             "the modules that hold them: a layer that was dropped, an expert without tokens, or "
             "something that takes no part",
+            stacklevel=2,
+        )
+
+
+def _follows(layer: AdapterLinear) -> bool:
+    """Whether the layer's update is made of its weight as it is."""
+    return bool(layer.options.form == "output")
+
+
+def _tell_moving(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"the weights of {', '.join(names)} train, and with factors='output' the updates are "
+            "made of them and change with them: with factors='both' they would not",
             stacklevel=2,
         )
 

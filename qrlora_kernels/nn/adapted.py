@@ -90,8 +90,10 @@ class Adapted(nn.Module, ByRow):
         An optimizer that holds them goes on with these.
         """
         dtype = accumulation_dtype(base_weight.dtype_of(self))
+        held = self.held_factors()
         for name in self.factors:
-            vars(self)[name] = state[name]
+            vars(self).pop(name, None)
+        vars(self).update({name: state[name] for name in held})
         for name in self.trainables:
             offload.settle(self, name)  # from a hook that was hung on the layer since
             have = self._parameters.get(name)
@@ -113,6 +115,11 @@ class Adapted(nn.Module, ByRow):
         if self.merged:
             raise ValueError(
                 "scaling and strength of a merged layer are inside its weight: unmerge() first"
+            )
+        if self.adapter.held_factors(options) != self.held_factors():
+            raise ValueError(
+                "options must be of the factors that the layer keeps, "
+                f"{', '.join(self.held_factors())}, got {options}"
             )
         self._set_options(options)
 
@@ -160,9 +167,14 @@ class Adapted(nn.Module, ByRow):
         raise NotImplementedError
 
     def whole_tensors(self) -> State:
-        """The operands with data: brought in, and gathered from all ranks, which must all call."""
+        """The operands with data: brought in, gathered from all ranks, which must all call, and
+        with what follows from the weight."""
         with base_weight.present(self):
-            return {name: base_weight.whole(t) for name, t in self._tensors().items()}
+            tensors = {name: base_weight.whole(t) for name, t in self._tensors().items()}
+            if tensors.keys() == set(self.adapter.operands):
+                return tensors
+            weight = base_weight.whole(self.base_weight)
+            return self.adapter.completed(tensors, base_weight.matrix(self, weight))
 
     @property
     def rank(self) -> int:
@@ -172,8 +184,12 @@ class Adapted(nn.Module, ByRow):
     def trained_now(self) -> State:
         return {name: getattr(self, name) for name in self.trainables}
 
+    def held_factors(self) -> tuple[str, ...]:
+        """The names of the factors that the layer keeps."""
+        return self.adapter.held_factors(self._options)
+
     def frozen_now(self) -> State:
-        return {name: getattr(self, name) for name in self.factors}
+        return {name: getattr(self, name) for name in self.held_factors()}
 
     def begin(self) -> State:
         return self.adapter.fresh(self.frozen_now(), self._options)
@@ -218,7 +234,10 @@ class Adapted(nn.Module, ByRow):
     def energy_kept(self) -> float | None:
         """Share of ‖W‖² that the frozen basis spans; None where there is no such basis."""
         with base_weight.present(self):
-            return self.adapter.energy(self.matrix(), self._tensors(), self._options)
+            matrix, tensors = self.matrix(), self._tensors()
+            if tensors.keys() != set(self.adapter.operands):
+                matrix = base_weight.whole(matrix)  # of which the others are made
+            return self.adapter.energy(matrix, tensors, self._options)
 
     # --- the backends
 

@@ -34,8 +34,9 @@ def problem(layer: Adapted, tokens: int, step: str) -> Problem:
     if step not in steps(layer):
         raise ValueError(f"step must be one of {steps(layer)} for this layer, got {step!r}")
     n, k = layer.out_features, layer.in_features
-    op, r = (layer.operation, layer.rank) if not layer._adds_update() else ("linear_add", n)
-    asked = Problem(op, layer.weight.device, _dtype(layer), tokens, n, k, r, step)
+    asked = Problem("linear_add", layer.weight.device, _dtype(layer), tokens, n, k, n, step)
+    if not layer._adds_update():
+        asked = asked._replace(op=layer.operation, r=layer.rank, form=layer.options.form)
     if layouts.keeps(layer, asked.dtype, step):
         asked = asked._replace(layout="panels")
     elif not layer._quantised:  # else it is dequantised in rows

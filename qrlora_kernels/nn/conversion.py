@@ -45,7 +45,7 @@ def follow_weight(layer: AdapterLinear) -> None:
 
     ``fully_shard`` and accelerate's ``dispatch_model`` move parameters and buffers, and them alone.
     """
-    for name in layer.factors:
+    for name in layer.held_factors():
         vars(layer)[name] = vars(layer)[name].to(layer.weight.device)
 
 

@@ -246,7 +246,7 @@ class AdapterLinear(Adapted):
         change = conversion.keeping_fp32(self, fn)
         with conversion.account_kept(self, fn):
             super()._apply(change, recurse)
-            for name in self.factors:
+            for name in self.held_factors():
                 vars(self)[name] = change(vars(self)[name])
         return self
 

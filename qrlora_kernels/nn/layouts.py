@@ -60,7 +60,9 @@ def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
     """Whether this step of an adapted layer has its frozen operands in panels, in ``dtype``."""
     if layer._packed is None or (step == "bwd" and layer._packed == "forward"):
         return False
-    if not issubclass(layer.adapter, LowRank) or layer.weight.device.type != "cpu":
+    if not issubclass(layer.adapter, LowRank) or layer.options.form != "two_sided":
+        return False
+    if layer._adds_update() or layer.weight.device.type != "cpu":
         return False
     return dtype in (torch.float32, torch.float64) and panels.used() and not layer._quantised
 

@@ -109,7 +109,7 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     found = found._replace(tensors=layer._tensors())
     x, matrix, bias, tensors, dtype = found
     adapter = layer.adapter
-    for name in set(adapter.operands).difference(adapter.trainables, adapter.kept_fp32):
+    for name in tensors.keys() - {*adapter.trainables, *adapter.kept_fp32}:
         factor = keep(layer, name, tensors[name])
         if factor is None:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..adapters import QR, QROptions, State
+from ..adapters.qr import Sides
 from ..linalg import RankRule
 from .layer import AdapterLinear
 
@@ -17,8 +18,8 @@ class QRLinear(AdapterLinear):
     lam : Parameter [r]
         Starts at zero, so the model starts unchanged.
     q : Tensor [N, r]
-    r : Tensor [r, K]
-        In the original column order; both in the weight's dtype.
+    r : Tensor [r, K] or None
+        In the original column order; both in the weight's dtype. None with ``factors="output"``.
     pivots : Tensor [r] of int64
         Columns of W in the order they were chosen; with W they determine q and r.
     diagonal : Tensor [r]
@@ -31,7 +32,7 @@ class QRLinear(AdapterLinear):
 
     lam: nn.Parameter
     q: Tensor
-    r: Tensor
+    r: Tensor | None = None
     pivots: Tensor
     diagonal: Tensor
 
@@ -45,6 +46,7 @@ class QRLinear(AdapterLinear):
         max_rank: int | None = None,
         scaling: float = 1.0,
         *,
+        factors: Sides = "both",
         dropout: float = 0.0,
     ) -> QRLinear:
         """Adapt a linear layer; its weight is shared and frozen, not copied.
@@ -63,6 +65,10 @@ class QRLinear(AdapterLinear):
             Upper bound on the r that a rule chooses.
         scaling : float
             s in front of the update.
+        factors : "both" or "output"
+            Keep q and r, or q alone, half the memory: r = qᵀ W, so that the adapter acts on the
+            base product. For weights in fp32 and fp64 only, of which h is made before a rounding,
+            and without dropout. Where W is changed the update follows it.
         dropout : float
             Probability of dropping an element of the adapter's input in training.
 
@@ -78,8 +84,11 @@ class QRLinear(AdapterLinear):
             rank_rule=rank_rule,
             max_rank=max_rank,
             scaling=scaling,
+            factors=factors,
         )
         return cls._from_linear(linear, options)
 
     def _tensors(self) -> State:
+        if self.r is None:
+            return {"q": self.q, "lam": self.lam}
         return {"q": self.q, "r": self.r, "lam": self.lam}

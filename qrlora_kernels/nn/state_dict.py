@@ -30,7 +30,7 @@ def save(layer: AdapterLinear, destination: Any, prefix: str, keep_vars: bool) -
         del destination[prefix + name]
     for name in BESIDE if merged else ():
         destination.pop(prefix + name, None)
-    for name in () if merged else layer.factors:
+    for name in () if merged else layer.held_factors():
         tensor = getattr(layer, name)
         destination[prefix + name] = tensor if keep_vars else tensor.detach()
     metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
@@ -49,6 +49,7 @@ def _meaning(layer: AdapterLinear) -> dict[str, Any]:
         "scaling": layer.scaling,
         "strength": layer.options.strength,
         "product": options.get("product"),
+        "factors": getattr(layer.options, "factors", None),
     }
 
 
@@ -82,13 +83,14 @@ def loading(
             missing.remove(key)
     else:
         yield state
-    found = {n: state[prefix + n] for n in layer.factors if prefix + n in state}
+    held = layer.held_factors()
+    found = {n: state[prefix + n] for n in held if prefix + n in state}
     for name, tensor in found.items():
         if prefix + name in unexpected:
             unexpected.remove(prefix + name)
         _take(layer, name, tensor, (metadata or {}).get("assign_to_params_buffers", False))
-    missing.extend(prefix + n for n in layer.factors if strict and n not in found)
-    if prefix + "weight" in state and len(found) == len(layer.factors):
+    missing.extend(prefix + n for n in held if strict and n not in found)
+    if prefix + "weight" in state and len(found) == len(held):
         # A whole state: the factors came from the weight that lies beside them, whether it was
         # taken or not (PyTorch loads nothing into a weight that is away).
         weight = layer.weight
@@ -108,7 +110,7 @@ def _refusal(layer: AdapterLinear, state: Any, prefix: str, saved: Any) -> str:
     for name, value in (saved or {}).items():
         if name in own and own[name] != value:
             return f"was made with {name} {own[name]!r}, and the state dict with {name} {value!r}"
-    for name in layer.factors:
+    for name in layer.held_factors():
         tensor, have = state.get(prefix + name), getattr(layer, name)
         if tensor is not None and tensor.shape != have.shape:
             return (

@@ -45,11 +45,12 @@ class Public(NamedTuple):
     gate: str
     mixed: bool = False
     dims: tuple[int, ...] = (1,)  # that its gate may have
+    output_form: bool = False  # whether down may be None
 
 
-QR_LINEAR = Public("qr_linear", "q", "r", "lam")
+QR_LINEAR = Public("qr_linear", "q", "r", "lam", output_form=True)
 LORA_XS_LINEAR = Public("lora_xs_linear", "b", "a", "core", dims=(2,))
-MIXED_LOW_RANK_LINEAR = Public("mixed_low_rank_linear", "b", "a", "gates", True, (2, 3))
+MIXED_LOW_RANK_LINEAR = Public("mixed_low_rank_linear", "b", "a", "gates", True, (2, 3), True)
 
 
 # --- the operators ------------------------------------------------------------------------------
@@ -259,15 +260,18 @@ def _check_gate(public: Public, gate: Tensor, x: Tensor) -> int:
 
 
 def _check_factors(
-    public: Public, up: Tensor, down: Tensor, rank: int, x: Tensor, weight: Tensor
+    public: Public, up: Tensor, down: Tensor | None, rank: int, x: Tensor, weight: Tensor
 ) -> None:
-    """up [N, w] and down [w, K] of one width w ≥ rank."""
-    if not (isinstance(up, Tensor) and isinstance(down, Tensor)):
-        check_tensor(public.up, up)
-        check_tensor(public.down, down)
-    width = rank
-    if up.ndim == down.ndim == 2 and up.shape[1] == down.shape[0] > rank:
-        width = up.shape[1]
+    """up [N, w] and, of two sides, down [w, K], of one width w ≥ rank."""
+    check_tensor(public.up, up)
+    width = up.shape[1] if up.ndim == 2 and up.shape[1] > rank else rank
+    if down is None and public.output_form:
+        check_operand(public.up, up, (weight.shape[0], width), x)
+        return
+    check_tensor(public.down, down)
+    assert down is not None
+    if down.ndim != 2 or down.shape[0] != width:
+        width = rank
     check_operand(public.up, up, (weight.shape[0], width), x)
     check_operand(public.down, down, (width, weight.shape[1]), x)
 

@@ -204,8 +204,10 @@ class QRLoraConfig(AdapterConfig):
     ----------
     r : int, optional
         The same rank in every layer; None: by ``tau`` and ``rank_rule``.
-    tau, rank_rule, max_rank
-        As :meth:`qrlora_kernels.QRLinear.from_linear` takes them.
+    tau, rank_rule, max_rank, factors
+        As :meth:`qrlora_kernels.QRLinear.from_linear` takes them. With ``factors="output"`` r is
+        computed at each call that computes an update apart: of several adapters at once, or where
+        somebody listens to the base.
     **
         As :class:`AdapterConfig`.
     """
@@ -214,10 +216,11 @@ class QRLoraConfig(AdapterConfig):
     tau: float | None = None
     rank_rule: str = adapters.QR.options_type.rank_rule
     max_rank: int | None = None
+    factors: str = "both"
 
     kind = QKPeftType.QRLORA
     adapter = adapters.QR
-    own = ("tau", "rank_rule", "max_rank")
+    own = ("tau", "rank_rule", "max_rank", "factors")
 
     def __post_init__(self) -> None:
         if self.r is not None and self.tau is not None:

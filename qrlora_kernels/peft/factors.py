@@ -73,6 +73,8 @@ class Factors(nn.Module):
 
     def _holds(self, large: Tensors, small: Tensors) -> bool:
         """Whether ``small`` is ``large`` or, in a low-rank adapter, its first directions."""
+        if large.keys() != small.keys():
+            return False
         if issubclass(self.adapter, LowRank):
             large = {n: prefix(t, small[n].shape) for n, t in large.items()}
         return all(_equal(large[name], small[name]) for name in large)

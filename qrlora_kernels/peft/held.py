@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..adapters import Options, State
 from ..adapters.low_rank import LowRank
+from ..nn import base_weight
 from ..nn.per_row import ByRow
-from . import loading, record
+from . import loading, merging, record
 from .factors import Factors
 
 
@@ -72,7 +73,8 @@ class AdaptedLayer(BaseTunerLayer, ByRow):
 
     def update_layer(self, name: str, made: Made, inference_mode: bool = False) -> None:
         """Take up the adapter called ``name`` with what its start made."""
-        self.take_factors(name, {key: made.state[key] for key in self.adapter.factors}, made.base)
+        held = self.adapter.held_factors(made.options)
+        self.take_factors(name, {key: made.state[key] for key in held}, made.base)
         for key, attribute in self._names():
             getattr(self, attribute)[name] = nn.Parameter(made.state[key].clone())
         self.r[name] = self.adapter.rank(made.state)
@@ -106,15 +108,12 @@ class AdaptedLayer(BaseTunerLayer, ByRow):
 
     def awaited(self, name: str) -> State | None:
         """What stands for the factors of the adapter called ``name`` until a file brings them."""
-        held = {key: getattr(self, self._awaited(key), {}) for key in self.adapter.factors}
-        if not all(name in places for places in held.values()):
-            return None
-        return {key: places[name] for key, places in held.items()}
+        places = {key: getattr(self, self._awaited(key), {}) for key in self.adapter.factors}
+        return {key: held[name] for key, held in places.items() if name in held} or None
 
     def drop_awaited(self, name: str) -> None:
-        if self.awaited(name) is not None:
-            for key in self.adapter.factors:
-                delattr(self, self._awaited(key))
+        for key in self.awaited(name) or ():
+            delattr(self, self._awaited(key))
 
     # --- tensors
 
@@ -140,7 +139,10 @@ class AdaptedLayer(BaseTunerLayer, ByRow):
         return {key: found[key].narrow(side, 0, self.r[name]) for key, side in sides.items()}
 
     def tensors(self, name: str, exact: bool = True) -> State:
-        """The operands of one adapter; the factors may be wider unless ``exact``."""
+        """The operands of one adapter.
+
+        The factors may be wider unless ``exact``, and without what follows from the weight.
+        """
         tensors = self.trainables(name)
         dtype = next(iter(tensors.values())).dtype
         found = self.factors(name) if exact else self.factors_of[name].factors()
@@ -148,7 +150,10 @@ class AdaptedLayer(BaseTunerLayer, ByRow):
             if key in found:
                 wide = key in self.adapter.kept_fp32
                 tensors[key] = found[key].to(dtype) if wide else found[key]
-        return tensors
+        if not exact or tensors.keys() == set(self.adapter.operands):
+            return tensors
+        with base_weight.present(self.get_base_layer()):
+            return self.adapter.completed(tensors, merging.original_matrix(self))
 
     # --- rows of adapters that no name in PEFT stands for, over the factors of the active adapter
 

@@ -91,6 +91,7 @@ class _Linear(nn.Module, AdaptedLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the layout of the base's weight, in fp32 or wider."""
         self.compare(adapter)
+        loading.require_own_base(self, adapter)
         tensors = {key: tensor.detach() for key, tensor in self.tensors(adapter).items()}
         with torch.no_grad():
             delta = self.adapter.delta(tensors, self.options[adapter], self.scaling[adapter])

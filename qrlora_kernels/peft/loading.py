@@ -119,7 +119,7 @@ def _anew(layer: _Linear, name: str, weight: Tensor) -> State:
     gradients = {layer.place: base_weight.gradient(layer.get_base_layer())}
     with torch.random.fork_rng(devices=[]):  # the trainables' start is not of interest
         made = layer.adapter.start({layer.place: weight}, options, StartRunner(), gradients)
-    return {key: made[layer.place][key] for key in layer.adapter.factors}
+    return {key: made[layer.place][key] for key in layer.adapter.held_factors(options)}
 
 
 def compare(layer: _Linear, name: str) -> None:
@@ -143,6 +143,25 @@ def compare(layer: _Linear, name: str) -> None:
             layer.take_factors(name, factors, record.head(held.cpu()))
         layer.drop_awaited(name)
     layer.seen.note(name, layer.records[name])
+
+
+def require_own_base(layer: _Linear, name: str) -> None:
+    """Raise where an update that is made of the base's weight would be made of another.
+
+    That is, of the same dtype and other bits: others may have merged their updates into it.
+    """
+    if layer.options[name].form != "output":
+        return
+    base = layer.get_base_layer()
+    with base_weight.present(base):
+        here = record.head_of(merging.original_stored(layer), base)
+    own = record.head(layer.expected[name])
+    if bool(here[0] == own[0]) and not torch.equal(here, own):
+        raise ValueError(
+            f"{layer.place}.weight must be the one that the adapter {name!r} began with, since "
+            "with factors='output' its update is made of that, got another: take others' updates "
+            "out of it first, or use factors='both'"
+        )
 
 
 def arrived(layer: _Linear, name: str) -> State | None:

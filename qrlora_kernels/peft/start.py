@@ -83,7 +83,8 @@ def start(
 
 def _tell_large(weights: Mapping[str, Tensor], made: Mapping[str, Made]) -> None:
     ruled = [n for n, one in made.items() if "q" in one.state and one.options.rank is None]  # type: ignore[attr-defined]
-    factors = sum(made[n].state[key].numel() for n in ruled for key in ("q", "r"))
+    matrices = (t for n in ruled for t in made[n].state.values() if t.dim() == 2)
+    factors = sum(matrix.numel() for matrix in matrices)
     ranks = [len(made[n].state["lam"]) for n in ruled]
     warn_if_large(sum(weights[n].numel() for n in ruled), factors, ranks, "r=, max_rank=")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -14,7 +14,6 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..adapters import AnyAdapter
 from ..bank import AdapterBank
 from . import combining, loading, merging, mixed
 from .config import AdapterConfig
@@ -166,7 +165,8 @@ class AdapterModel(BaseTuner):
         for name, layer in cls._layers(model, adapter_name):
             saved = found.get(f"{name}.{cls.prefix}record.{adapter_name}")
             device = layer.records[adapter_name].device  # the weight's may be meta, as offloaded
-            brought = _brought(frozen, f"{name}.{cls.prefix}", layer.adapter, device)
+            held = layer.adapter.held_factors(layer.options[adapter_name])
+            brought = _brought(frozen, f"{name}.{cls.prefix}", held, device)
             if saved is not None:
                 factors = loading.check(layer, adapter_name, saved, brought)
                 if factors is not None:
@@ -264,10 +264,10 @@ def _frozen(found: dict[str, Tensor], prefix: str, adapter_name: str) -> dict[st
 
 
 def _brought(
-    frozen: dict[str, Tensor], start: str, adapter: AnyAdapter, device: torch.device
+    frozen: dict[str, Tensor], start: str, factors: Iterable[str], device: torch.device
 ) -> dict[str, Tensor] | None:
     """The factors of one layer, if the file holds them."""
-    names = {key: f"{start.removeprefix(_OF_PEFT)}{key}_frozen" for key in adapter.factors}
+    names = {key: f"{start.removeprefix(_OF_PEFT)}{key}_frozen" for key in factors}
     if not all(name in frozen for name in names.values()):
         return None
     return {key: frozen[name].to(device) for key, name in names.items()}
