@@ -25,6 +25,7 @@ LIBRARY = "library products"
 MEANT = {
     ("amx", "native"): {"native core"},
     ("cpu", "native"): {"native core"},
+    ("cpu", "panels"): {"native core"},
     ("cpu", "native base"): {"native core"},
     ("cpu", "addmm base"): {"native core", LIBRARY},
     ("cpu", "onednn base"): {"native core", LIBRARY},

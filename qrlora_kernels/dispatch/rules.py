@@ -106,10 +106,10 @@ RULES = (
         lambda p: p.m * p.n * p.k < PANEL_WORK or p.m > PANEL_TOKENS,
         lambda p: f"panels measure better to {PANEL_TOKENS} tokens, from {PANEL_WORK} "
         "multiplications on",
-        "fp32, forward and backward of the layer with all operands in panels over its own without, "
-        "AMD EPYC with AVX2, to 256 tokens: 4096² r = 64 0.99 (2), 0.76 (16), 0.86 (128), 1024² r = "
-        "16 1.26 (8), 0.94 (16), 0.82 (32), 0.97 (128), r = 64 1.30, 0.97, 0.84, 0.99, 384² r = 147 "
-        "1.22 (32), 1.00 (64), 0.99 (256); from 512 on 0.93 to 1.00, and no gain in a model's step",
+        "fp32, forward and backward of the layer with its operands in panels over its own without, "
+        "AMD EPYC with AVX2: 4096² r = 64 0.99 (2 tokens), 0.76 (16), 0.86 (128), 1024² r = 16 "
+        "1.26 (8), 0.94 (16), 0.82 (32), 0.97 (128), 384² r = 147 1.22 (32), 1.00 (64); "
+        "from 512 on 0.93 to 1.00, and no gain in a model's step",
     ),
     *(
         Rule(

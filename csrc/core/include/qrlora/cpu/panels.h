@@ -18,8 +18,8 @@ struct PackPanels {
     int threads;
 };
 
-// y [m, n] = x [m, k] B + mid [m, r] B' + bias. Rows of x are contiguous, mid and y are; bias [n] or
-// null, and without mid r is 0.
+// y [m, n] = x [m, k] B + mid [m, r] B' + bias. Rows of x are contiguous, mid and y are; bias [n]
+// or null, and without mid r is 0.
 struct TimesPanels {
     int64_t m, n, k, r;
     DType dtype;

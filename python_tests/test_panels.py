@@ -1,0 +1,138 @@
+"""The native product by a matrix in panels: every edge of its tiles, every element written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import poisoned_memory
+from torch import Tensor
+
+from qrlora_kernels import native, panels
+
+pytestmark = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
+# M, N, K, r: single rows and columns, around a panel, around the 192 terms and 192 rows of a block,
+# rows of A that are copied because they lie far apart.
+SIZES = [
+    (1, 1, 1, 1),
+    (3, 15, 191, 2),
+    (6, 16, 192, 3),
+    (7, 17, 193, 193),
+    (13, 64, 385, 16),
+    (193, 33, 40, 5),
+    (200, 300, 800, 150),
+    (25, 129, 1600, 4),
+]
+
+
+def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def exact(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x.double() @ w.double().T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_every_edge(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    m, n, k, r = size
+    x, w, bias = drawn(m, k, dtype=dtype), drawn(n, k, dtype=dtype), drawn(n, dtype=dtype)
+    mid, v = drawn(m, r, dtype=dtype), drawn(n, r, dtype=dtype)
+    with poisoned_memory():
+        in_panels, beside = panels.Panels(w), panels.Panels(v)
+        plain = in_panels.product(x)
+        with_bias = in_panels.product(x, bias)
+        with_both = in_panels.product(x, bias, (mid, beside))
+    close = {"rtol": 0, "atol": 80 * torch.finfo(dtype).eps * (k + r) ** 0.5}
+    torch.testing.assert_close(plain.double(), exact(x, w), **close)
+    torch.testing.assert_close(with_bias.double(), exact(x, w, bias), **close)
+    torch.testing.assert_close(with_both.double(), exact(x, w, bias) + exact(mid, v), **close)
+
+
+@pytest.mark.parametrize("lies", ["rows", "columns", "strided", "transposed"])
+def test_however_the_matrix_and_the_rows_lie(lies: str) -> None:
+    w, x = drawn(34, 50, dtype=torch.float32), drawn(9, 50, dtype=torch.float32)
+    want = panels.Panels(w).product(x)
+    if lies == "columns":
+        w = w.mT.contiguous().mT
+    elif lies == "strided":
+        w, x = w.repeat_interleave(2, 1)[:, ::2], x.repeat_interleave(3, 0)[::3]
+    elif lies == "transposed":
+        x = x.mT.contiguous().mT
+    assert torch.equal(panels.Panels(w).product(x), want)
+
+
+@pytest.mark.parametrize("size", [(0, 5, 7), (4, 5, 0), (0, 5, 0)], ids=str)
+def test_without_a_row_or_a_term(size: tuple[int, int, int]) -> None:
+    m, n, k = size
+    bias = torch.arange(float(n))
+    y = panels.Panels(torch.ones(n, k)).product(torch.ones(m, k), bias)
+    assert torch.equal(y, bias.expand(m, n))
+
+
+@pytest.mark.parametrize("n", [16, 400], ids=["by rows", "by columns"])
+def test_the_bits_depend_on_neither_threads_nor_other_rows(n: int) -> None:
+    x, w = drawn(300, 700, dtype=torch.float32), drawn(n, 700, dtype=torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = panels.Panels(w).product(x)
+        torch.set_num_threads(3)
+        three = panels.Panels(w).product(x)
+        some = panels.Panels(w).product(x[41:48])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, three)
+    assert torch.equal(one[41:48], some)
+
+
+@pytest.mark.parametrize("k", [384, 1536, 4096])
+def test_no_worse_than_twice_the_error_of_linear(k: int) -> None:
+    """Contract 1: one chain of K additions would be worse from 768 on."""
+    x, w = drawn(64, k, dtype=torch.float32), drawn(48, k, dtype=torch.float32)
+    truth = exact(x, w)
+    ours, theirs = (
+        float((y.double() - truth).square().mean().sqrt())
+        for y in (panels.Panels(w).product(x), torch.nn.functional.linear(x, w))
+    )
+    assert ours <= 2 * theirs
+
+
+def test_what_they_take_in_memory() -> None:
+    """A panel is filled up with zeros."""
+    taken = panels.Panels(torch.zeros(64, 50)).nbytes
+    assert taken == 64 * 50 * 4
+    assert taken < panels.Panels(torch.zeros(65, 50)).nbytes <= 2 * taken
+
+
+def test_where_they_pay() -> None:
+    sizes = {
+        (4, 1024, 1024): True,
+        (3, 1024, 1024): False,
+        (256, 4096, 4096): True,
+        (257, 4096, 4096): False,
+        (16, 384, 384): False,
+    }
+    assert {size: panels.pays(*size, torch.float32) for size in sizes} == sizes
+    assert panels.pays(16, 1024, 1024, torch.float64)
+    assert not panels.pays(17, 1024, 1024, torch.float64)
+    assert not panels.pays(16, 4096, 4096, torch.bfloat16)
+
+
+@pytest.mark.parametrize("column", ["avx2", "avx512", "baseline"])
+def test_they_are_used_with_avx2_alone(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they were measured."""
+
+    class Core:
+        columns = (column,)
+
+        def best_column(self) -> int:
+            return 0
+
+    monkeypatch.setattr(native, "CORE", Core())
+    panels.used.cache_clear()
+    try:
+        assert panels.used() == (column == "avx2")
+    finally:
+        panels.used.cache_clear()
