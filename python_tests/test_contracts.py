@@ -40,6 +40,7 @@ def test_the_grid_holds_more_than_the_reference():
         assert len(helpers.cpu_backends(op, torch.bfloat16)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("op", "backend", "dtype"), ON_BACKENDS)
 def test_error_bound(op, backend, dtype, shape):
