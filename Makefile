@@ -1,4 +1,5 @@
 # make test   set everything up in .venv and run the tests
+# make setup  set everything up alone
 # make demo   set everything up and fine-tune MiniLM with each adapter on sentences of movie reviews
 # make bench  the short benchmark table of this machine      make lint   ruff, clang-format, mypy
 # make papers   the tables and figures of the three papers, in kind (PAPERS_ARGS=--quick: small ones)
@@ -11,20 +12,20 @@
 PYTHON ?= python3
 # A bare "torch" pulls gigabytes of CUDA libraries on Linux; override for a GPU: make TORCH="torch"
 TORCH  ?= torch==2.13.0
-# Processes that share the tests, a file at a time; 0: all of them in one.
+# Processes that share the tests, a file at a time, those with slow tests first; 0: all in one.
 WORKERS ?= 2
 # Threads that wait for each other's cores spin: a worker of the tests has its share of them.
 THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(WORKERS) )); echo $$(( n > 1 ? n : 1 )))
 VENV   := .venv
 BIN    := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Apart from the rest: transformers and PEFT import these wherever they find them, which takes seconds.
 FEW_BITS := $(VENV)/quantised
 NATIVE := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc python_tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test test-quantised test-cpus test-peft test-sanitize fuzz demo bench papers lint format wheel clean
+.PHONY: setup test test-quantised test-cpus test-peft test-sanitize fuzz demo bench papers lint format wheel clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -40,6 +41,8 @@ $(VENV)/.ready: $(VENV)/.torch $(NATIVE)
 $(FEW_BITS)/.ready: $(VENV)/.torch
 	$(PIP) --no-deps --upgrade --target $(FEW_BITS) "bitsandbytes>=0.50" "torchao>=0.18"
 	touch $@
+
+setup: $(VENV)/.ready $(FEW_BITS)/.ready
 
 test: $(VENV)/.ready
 	$(PYTEST) --ignore=python_tests/quantised $(PYTEST_ARGS)

@@ -47,6 +47,12 @@ def emulated_cuda(
         pytest.skip(f"the emulation of CUDA cannot be built: {missing}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of several processes, none is left with one of them alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Which backends run here is asked while tests are collected, and must not hang on a test."""
     assert "TRITON_INTERPRET" not in os.environ or torch.cuda.is_available(), (

@@ -20,7 +20,7 @@ SHAPES = [
     (7, 61, 37, 1),
     (7, 96, 48, 3),
     (199, 736, 480, 16),
-    (199, 150, 300, 150),
+    (71, 150, 300, 150),
 ]
 ON_BACKENDS = [
     pytest.param(op, name, dtype, id=f"{op}-{name}-{str(dtype).removeprefix('torch.')}")
@@ -40,6 +40,7 @@ def test_the_grid_holds_more_than_the_reference():
         assert len(helpers.cpu_backends(op, torch.bfloat16)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("op", "backend", "dtype"), ON_BACKENDS)
 def test_error_bound(op, backend, dtype, shape):
@@ -82,12 +83,17 @@ def test_no_worse_than_eager(op, backend, dtype, what):
     error_bound.assert_no_worse_than_eager(*helpers.pooled(op, backend, dtype, *POOLED[what]))
 
 
+# Tokens over which the roundings average out, which leaves a gain known well within its tolerance.
+# fp16's are an eighth of bf16's: a 64th of the tokens would do.
+TOKENS = {torch.float16: 1024, torch.bfloat16: 8192}
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_small_updates_survive(op, dtype, bias):
     """With ‖ΔW‖/‖W‖ = 1e-4, y keeps the update with a gain of 1 ± 0.02 on every backend."""
-    operands = helpers.operands(op, 8192, 512, 256, 4, dtype, bias, change=1e-4)
+    operands = helpers.operands(op, TOKENS[dtype], 512, 256, 4, dtype, bias, change=1e-4)
     x = operands["x"]
     base = F.linear(x, operands["weight"], operands["bias"])
     if op == "linear_add":
@@ -104,13 +110,14 @@ def test_small_updates_survive(op, dtype, bias):
 @pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear", "kron_linear"])
 def test_small_updates_survive_in_dx(op, dtype):
     """The gradient that flows on keeps the update as the output does."""
-    operands = helpers.operands(op, 8192, 256, 512, 4, dtype, change=1e-4)
+    operands = helpers.operands(op, TOKENS[dtype], 128, 512, 4, dtype, change=1e-4)
     dy = helpers.gradient_like(op, operands)
     update = dy.float() @ helpers.delta_weight(op, operands).float()
+    base = (dy.float() @ operands["weight"].float()).to(dtype)  # once, as the product in half is
     for backend in helpers.cpu_backends(op, dtype):
         x = operands["x"].detach().requires_grad_()
         helpers.call(op, operands | {"x": x}, backend=backend).backward(dy)
-        gain = helpers.update_gain(x.grad, dy @ operands["weight"], update)
+        gain = helpers.update_gain(x.grad, base, update)
         assert gain == pytest.approx(1.0, abs=0.02), backend
 
 

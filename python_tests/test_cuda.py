@@ -69,6 +69,7 @@ def test_every_source_is_compiled_here() -> None:
     assert {path.stem for path in (CORE / "cuda").glob("*.cu")} == set(LIMITS)
 
 
+@pytest.mark.slow
 def test_no_kernel_spills(compiled: Compiled) -> None:
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", compiled.report)
     assert len(frames) == LIMITS[compiled.source].kernels

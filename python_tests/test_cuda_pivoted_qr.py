@@ -89,6 +89,7 @@ def test_emulation_notices_planted_faults(emulated_cuda: ModuleType) -> None:
     assert neighbours(wait=True) == {(*range(2, 65), 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_the_order_of_threads(
     emulated: ModuleType, dtype: torch.dtype

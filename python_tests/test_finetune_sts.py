@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import qrlora_kernels as qk
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data/sts-captions"
-CURVE = 2e-5  # fp32 rounding over ten steps: 2e-7 where it was measured
+CURVE = 2e-5  # fp32 rounding over five steps: 1e-7 where it was measured
 
 pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason=f"the caption pairs are not at {DATA}"),
@@ -51,7 +51,7 @@ def _short_form(folder: Path, rows: int) -> Settings:
 
 @pytest.fixture
 def settings(tmp_path) -> Settings:
-    return _short_form(tmp_path, 160)
+    return _short_form(tmp_path, 80)
 
 
 class PlainQR(nn.Module):
@@ -130,7 +130,7 @@ def _losses(settings: Settings, plain: Callable[..., nn.Module] | None = None) -
 def test_the_loss_curve_is_the_plain_layers(settings, adapter):
     settings = replace(settings, adapter=adapter)
     own, plain = _losses(settings), _losses(settings, PLAIN[adapter])
-    assert len(own) == 10
+    assert len(own) == 5
     torch.testing.assert_close(own, plain, rtol=CURVE, atol=CURVE)
 
 
@@ -142,7 +142,7 @@ def test_the_loss_curve_tells_a_permutation_that_was_not_undone(settings):
 
 @pytest.mark.slow
 def test_an_adapter_learns_what_the_head_alone_cannot_and_reloads(tmp_path):
-    settings, pearson = _short_form(tmp_path, 640), {}
+    settings, pearson = _short_form(tmp_path, 480), {}
     for adapter in ("none", "qr"):
         result = run.fine_tune(replace(settings, adapter=adapter, precision="auto"))
         pearson[adapter] = result["scores"][-1]["pearson"]

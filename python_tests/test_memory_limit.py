@@ -104,6 +104,7 @@ assert torch.equal(call(), again)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_failed_allocation_is_a_memory_error(name: str) -> None:
     done = subprocess.run(

@@ -47,6 +47,7 @@ def as_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return out.copy_(matrix.clamp(-6e4, 6e4) if dtype == torch.float16 else matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", list(matrices()))
 def test_pivots_are_those_of_geqp3(name: str, dtype: torch.dtype, path: str) -> None:

@@ -54,6 +54,7 @@ def losses(printed: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "adapter", "start"),
     [("ddp", "lora_xs", RUN), ("fsdp2", "qr", RUN), ("accelerate", "ohora", LAUNCH)],

@@ -88,6 +88,7 @@ def check(op: str, given: Operands, dy: Tensor | None = None) -> None:
     helpers.assert_error_bound(op, given, dy, run(op, given, dy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 40, 24, 1), (7, 72, 104, 3), (37, 40, 304, 16)])
 @pytest.mark.parametrize("op", ["qr_linear", "lora_xs_linear"])

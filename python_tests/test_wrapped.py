@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -96,6 +97,12 @@ def move(model):
     return model
 
 
+def contents(path):
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
+        return file.metadata(), tensors
+
+
 @pytest.mark.parametrize("wrap", list(WRAPPERS))
 def test_a_plain_file_loads_into_a_wrapped_model(wrap, trained):
     """It did nothing, and nothing was said."""
@@ -110,15 +117,11 @@ def test_a_plain_file_loads_into_a_wrapped_model(wrap, trained):
     assert not torch.allclose(model(X), before)
 
 
-@pytest.mark.parametrize("again", [*WRAPPERS, "plain"])
 @pytest.mark.parametrize("wrap", list(WRAPPERS))
-def test_what_a_wrapped_model_saves_fits_every_other(wrap, again, tmp_path):
-    """Names with ``_orig_mod.`` or ``module.`` went into the file."""
-    model = move(adapt(WRAPPERS[wrap](net())))
-    qk.save_adapter(model, tmp_path)
-    other = WRAPPERS.get(again, lambda m: m)(net())
-    qk.load_adapter(other, tmp_path)
-    torch.testing.assert_close(other(X), model(X))
+def test_a_wrapped_model_saves_what_the_plain_one_saves(wrap, trained, tmp_path):
+    """Names with ``_orig_mod.`` or ``module.`` went into the file; now it fits what that fits."""
+    qk.save_adapter(move(adapt(WRAPPERS[wrap](net()))), tmp_path / "a.safetensors")
+    assert contents(tmp_path / "a.safetensors") == contents(trained[0])
 
 
 @pytest.mark.parametrize("wrap", [*WRAPPERS, *LATE])

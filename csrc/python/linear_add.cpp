@@ -14,9 +14,9 @@ namespace qrlora {
 
 namespace {
 
-using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int>;  // m n k dtype threads
+using LinearAddShape = std::tuple<int64_t, int64_t, int64_t, int64_t, int>;  // m n k dtype threads
 
-void linear_add(int64_t code, const Shape& shape, const Numbers& x, const Numbers& weight,
+void linear_add(int64_t code, const LinearAddShape& shape, const Numbers& x, const Numbers& weight,
                 int64_t bias, int64_t addend, int64_t y) {
     const auto [m, n, k, number, threads] = shape;
     const DType dtype = checked_dtype(number);

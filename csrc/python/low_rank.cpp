@@ -21,11 +21,11 @@ namespace {
 // --- on addresses
 
 using GateArgs = std::tuple<int64_t, int64_t, bool, double>;  // address, dtype, core, scaling
-using Shape =
+using LowRankShape =
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int>;  // m n k r dtype threads
 
-LowRank low_rank(const Shape& shape, const Numbers& weight, const Numbers& down, const Numbers& up,
-                 const GateArgs& gate, int64_t index, int64_t adapters) {
+LowRank low_rank(const LowRankShape& shape, const Numbers& weight, const Numbers& down,
+                 const Numbers& up, const GateArgs& gate, int64_t index, int64_t adapters) {
     const auto [m, n, k, r, dtype, threads] = shape;
     const auto [address, gate_dtype, core, scaling] = gate;
     return {m,
@@ -49,9 +49,10 @@ const Column& column_for(int64_t code, const LowRank& d) {
     return column_of(code, {Operation::low_rank, d.dtype, d.index != nullptr});
 }
 
-void forward(int64_t code, const Shape& shape, const Numbers& x, const Numbers& weight,
-             const Numbers& down, const Numbers& up, const GateArgs& gate, int64_t bias, int64_t y,
-             int64_t h, int64_t index, int64_t adapters) {
+void low_rank_forward(int64_t code, const LowRankShape& shape, const Numbers& x,
+                      const Numbers& weight, const Numbers& down, const Numbers& up,
+                      const GateArgs& gate, int64_t bias, int64_t y, int64_t h, int64_t index,
+                      int64_t adapters) {
     const LowRank d = low_rank(shape, weight, down, up, gate, index, adapters);
     const LowRankForward io{matrix(x), pointer(bias), pointer(y), pointer(h)};
     const Column& column = column_for(code, d);
@@ -59,9 +60,10 @@ void forward(int64_t code, const Shape& shape, const Numbers& x, const Numbers& 
     column.low_rank_forward(d, io);
 }
 
-void backward(int64_t code, const Shape& shape, const Numbers& dy, const Numbers& weight,
-              const Numbers& down, const Numbers& up, const GateArgs& gate, int64_t h, int64_t dx,
-              int64_t dgate, int64_t index, int64_t adapters) {
+void low_rank_backward(int64_t code, const LowRankShape& shape, const Numbers& dy,
+                       const Numbers& weight, const Numbers& down, const Numbers& up,
+                       const GateArgs& gate, int64_t h, int64_t dx, int64_t dgate, int64_t index,
+                       int64_t adapters) {
     const LowRank d = low_rank(shape, weight, down, up, gate, index, adapters);
     const LowRankBackward io{matrix(dy), pointer(h), pointer(dx), pointer(dgate)};
     const Column& column = column_for(code, d);
@@ -187,12 +189,12 @@ py::object low_rank_backward_call(PyObject* const* args) {
 
 void bind_low_rank(py::module_& m) {
     using py::arg;
-    m.def("low_rank_forward", &forward, arg("code"), arg("shape"), arg("x"), arg("weight"),
+    m.def("low_rank_forward", &low_rank_forward, arg("code"), arg("shape"), arg("x"), arg("weight"),
           arg("down"), arg("up"), arg("gate"), arg("bias"), arg("y"), arg("h"), arg("index") = 0,
           arg("adapters") = 1, "y and h; see qrlora/cpu/low_rank.h");
-    m.def("low_rank_backward", &backward, arg("code"), arg("shape"), arg("dy"), arg("weight"),
-          arg("down"), arg("up"), arg("gate"), arg("h"), arg("dx"), arg("dgate"), arg("index") = 0,
-          arg("adapters") = 1, "dx and dG; see qrlora/cpu/low_rank.h");
+    m.def("low_rank_backward", &low_rank_backward, arg("code"), arg("shape"), arg("dy"),
+          arg("weight"), arg("down"), arg("up"), arg("gate"), arg("h"), arg("dx"), arg("dgate"),
+          arg("index") = 0, arg("adapters") = 1, "dx and dG; see qrlora/cpu/low_rank.h");
 }
 
 }  // namespace qrlora

@@ -10,6 +10,7 @@ the chooser alone.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def imports(package: Path) -> set[tuple[str, str]]:
     known = {_named(name) for name, _ in modules(package)}
     found = set()
     for name, path in modules(package):
-        for target in _targets(ast.parse(path.read_text(encoding="utf-8")), name):
+        for target in _targets(path.read_text(encoding="utf-8"), name):
             while target not in known:  # a name that the module defines
                 target = target.rpartition(".")[0] or "__init__"
             if target != _named(name):
@@ -147,9 +148,11 @@ def _named(name: str) -> str:
     return name.removesuffix(".__init__")
 
 
-def _targets(tree: ast.Module, name: str) -> Iterator[str]:
+@functools.cache  # the tests read copies of one package, each with a line of its own
+def _targets(source: str, name: str) -> list[str]:
     """Everything imported from the package, as dotted names within it."""
-    for node in ast.walk(tree):
+    found = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             full = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -158,9 +161,12 @@ def _targets(tree: ast.Module, name: str) -> Iterator[str]:
             full = [f"{start}.{alias.name}" for alias in node.names]
         else:
             continue
-        for target in full:
-            if target == PACKAGE or target.startswith(f"{PACKAGE}."):
-                yield target.removeprefix(PACKAGE).lstrip(".") or "__init__"
+        found += [
+            target.removeprefix(PACKAGE).lstrip(".") or "__init__"
+            for target in full
+            if target == PACKAGE or target.startswith(f"{PACKAGE}.")
+        ]
+    return found
 
 
 def room(module: str) -> str:
