@@ -52,7 +52,8 @@ class Loss:
 def contests(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
     """(ours, the best rival) of every case with a rival of the same family, rank and clock.
 
-    A variant that ran the same backend as ours did is the same code, and no rival.
+    A variant that ran the same backend as ours did is the same code, and no rival; nor is one that
+    keeps frozen matrices packed, unless ours does.
     """
     for group in by_case(rows):
         deciding = [
@@ -71,9 +72,15 @@ def contests(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
                 if (r.adapter, r.r, r.clock) == (ours.adapter, ours.r, ours.clock)
                 and not r.variant.startswith(OURS)
                 and not (r.backend and r.backend == ours.backend)
+                and (_keeps_layouts(ours) or not _keeps_layouts(r))
             ]
             if rivals:
                 yield ours, min(rivals, key=lambda r: r.value or 0.0)
+
+
+def _keeps_layouts(row: Row) -> bool:
+    """Whether frozen matrices are kept in another layout too, which takes their memory again."""
+    return row.variant.endswith("packed")
 
 
 def losses(rows: list[Row]) -> list[Loss]:

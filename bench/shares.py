@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .competitors.ours import FROZEN_PREPACKED
 from .competitors.rivals import FROZEN_PACKED, OVER_FROZEN, OVER_PACKED
 from .losses import NAMES, contests
 from .rows import Row
@@ -64,9 +65,9 @@ def shares_table(rows: list[Row]) -> str:
     if len(lines) == 1:
         return ""
     return (
-        "*packed* is the frozen layer by oneDNN's packed weight, or as PyTorch calls it where that "
-        "is faster: the best frozen layer of this processor. *LoRA* is a LoRA of rank 8, also by "
-        "the one or the other.\n\n" + markdown(lines)
+        "*packed* is the frozen layer by oneDNN's packed weight, by `prepack`'s, or as PyTorch "
+        "calls it, whichever is the fastest: the best frozen layer of this processor. *LoRA* is a "
+        "LoRA of rank 8, also by the one or the other.\n\n" + markdown(lines)
     )
 
 
@@ -74,13 +75,13 @@ def _lines(group: list[Row]) -> Iterator[list[str]]:
     """Of one shape, dtype and number of tokens, at every rank."""
     at = {(row.adapter, row.variant): row for row in group}
     frozen = at.get(("", FLOOR))
-    packed = _faster(frozen, at.get(("", FROZEN_PACKED)))
-    lora = _faster(at.get(("lora", OVER_FROZEN)), at.get(("lora", OVER_PACKED)))
+    packed = _fastest(frozen, at.get(("", FROZEN_PACKED)), at.get(("", FROZEN_PREPACKED)))
+    lora = _fastest(at.get(("lora", OVER_FROZEN)), at.get(("lora", OVER_PACKED)))
     for ours, best in contests(group):
         allowed = limit(ours)
         eager = next((r for r in group if r.variant == "eager" and _same(r, ours)), None)
         yield [
-            f"{NAMES[ours.adapter]} {ours.n}×{ours.k} {ours.dtype}",
+            f"{_named(ours)} {ours.n}×{ours.k} {ours.dtype}",
             str(ours.m),
             str(ours.r),
             _over(ours, frozen),
@@ -94,13 +95,19 @@ def _lines(group: list[Row]) -> Iterator[list[str]]:
         ]
 
 
+def _named(ours: Row) -> str:
+    """The family, and what else the variant's name says."""
+    return " ".join([NAMES[ours.adapter], *ours.variant.split(" ")[1:]])
+
+
 def _same(one: Row, other: Row) -> bool:
     return (one.adapter, one.r) == (other.adapter, other.r)
 
 
-def _faster(plain: Row | None, packed: Row | None) -> Row | None:
+def _fastest(plain: Row | None, *packed: Row | None) -> Row | None:
     """None where nothing can be packed."""
-    return min((plain, packed), key=_value) if plain and packed else None
+    found = [row for row in packed if row]
+    return min((plain, *found), key=_value) if plain and found else None
 
 
 def _value(row: Row) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import gate, registry, shares
+from bench import gate, losses, registry, shares
 from bench.case import Case, GridCase
 from bench.competitors import Layer, onednn, rivals, temporarily
 from bench.competitors import compositions as c
@@ -217,7 +217,11 @@ def test_the_suite_has_two_floors_and_every_variant_or_its_reason() -> None:
     assert packed.status == OK
     assert packed.gate is not None
     assert len({row.key() for row in both}) == len(both)
-    assert len(shares.shares_table(found).splitlines()) == 4 + 5  # qr and LoRA-XS at both ranks
+    lines = shares.shares_table(found).splitlines()
+    assert len(lines) == 4 + 2 * 5  # qr and LoRA-XS at both ranks, prepacked and not
+    assert sum("QR-LoRA prepacked" in line for line in lines) == 2
+    for ours, best in losses.contests(both):  # what costs no memory has no rival that does
+        assert ours.variant.endswith("prepacked") or not best.variant.endswith("packed")
 
 
 def test_a_wrong_frozen_layer_turns_red() -> None:

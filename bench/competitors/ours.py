@@ -18,6 +18,7 @@ from ..problem import TRAINABLES, LayerProblem, Runner, Unavailable
 from .registry import LAYERS, R_KRON, Layer
 
 NAME = "qrlora_kernels"
+FROZEN_PREPACKED = "frozen prepacked"
 _TYPES: dict[str, tuple[type[AdapterLinear], Callable[[int], Options]]] = {
     "qr": (qk.QRLinear, lambda r: QROptions(rank=r)),
     "lora_xs": (qk.LoRAXSLinear, lambda r: LoRAXSOptions(rank=r)),
@@ -46,6 +47,17 @@ def _layer(adapter: str, problem: LayerProblem) -> Runner:
         operation=_OPERATIONS[adapter],
         rank=rank,
     )
+
+
+def _frozen_prepacked(problem: LayerProblem) -> Runner:
+    return Runner(qk.prepack(problem.linear(), packed="both"))
+
+
+def _prepacked(adapter: str, problem: LayerProblem) -> Runner:
+    runner = _layer(adapter, problem)
+    assert isinstance(runner.module, nn.Module)
+    qk.prepack(runner.module, packed="both")
+    return runner
 
 
 def _r_kron(problem: LayerProblem) -> Runner:
@@ -96,6 +108,15 @@ def _pinned(adapter: str, backend: str, problem: LayerProblem) -> Runner:
 def operations() -> list[Layer]:
     """The functions of ``qrlora_kernels.functional``, without the module around them."""
     return [Layer(NAME, adapter, functools.partial(_operation, adapter)) for adapter in _TYPES]
+
+
+def prepacked() -> list[Layer]:
+    """The frozen layer and the adapted ones that keep frozen matrices as a kernel reads them."""
+    adapted = [
+        Layer(f"{NAME} prepacked", adapter, functools.partial(_prepacked, adapter))
+        for adapter in _TYPES
+    ]
+    return [Layer(FROZEN_PREPACKED, "", _frozen_prepacked), *adapted]
 
 
 def composed() -> list[Layer]:
