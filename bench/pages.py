@@ -50,7 +50,8 @@ is ahead, [the notes](../bench/notes/bench.md#where-an-alternative-is-ahead) say
 - *r-kron* is OHoRA's layer with its N × K product formed, the rival that its paper times.
 - The suite *cpu* holds the layer against what a processor's library gives by hand, over two floors.
   *frozen packed* is the frozen layer by oneDNN's packed weight; *over frozen* and *over frozen
-  packed*, a LoRA of rank 8 over each, tell what an adapter costs from what the matrix product does.
+  packed*, a LoRA of rank 8 over each, tell what an adapter costs from what the matrix product does;
+  *frozen prepacked* and *qrlora_kernels prepacked* are after `prepack(packed="both")`.
   *update first* and *base first* say what is added
   onto what, inside oneDNN's product; *output side* works on the base's output alone, *stacked*
   takes h from the same product as y, *one accumulator* makes one sum of both, *effective weight*
