@@ -224,6 +224,17 @@ def test_a_factor_of_another_dtype(kind: str, side: str) -> None:
     assert found[0].startswith("TypeError: ")
 
 
+@pytest.mark.parametrize("kind", ["qr", "lora_xs"])
+@pytest.mark.parametrize("directions", ["forward", "both"])
+def test_a_cast_before_the_backward(kind: str, directions: Any) -> None:
+    layer = layer_of(kind, False)
+    qk.prepack(layer, packed=directions)
+    y = layer(drawn(M, K).requires_grad_())
+    layer.double()
+    with pytest.raises(RuntimeError, match="weight must be of the forward's dtype"):
+        y.sum().backward()
+
+
 @every_kind
 def test_double_precision_is_multiplied_in_panels(kind: str) -> None:
     agree(kind, lambda layer: layer.double()(drawn(M, K).double()).detach())

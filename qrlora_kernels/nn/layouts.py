@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .. import packed, panels
 from ..adapters.low_rank import LowRank
+from ..functional import asks_for_operators
 from ..operands import KeptOperands
-from ..ops.checks import asks_for_operators
 from . import base_weight
 from .derived import Derived
 

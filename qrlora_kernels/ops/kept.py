@@ -12,7 +12,14 @@ from ..dispatch.chooser import choose, pinned_backend, run
 from ..dispatch.problem import PANELS, Choice, problem_of
 from ..operands import KeptOperands, LowRank, LowRankGradient
 from . import eager
-from .checks import asks_for_operators, bias_gradient, flatten, restore, wants_gradient
+from .checks import (
+    asks_for_operators,
+    bias_gradient,
+    flatten,
+    refuse_cast,
+    restore,
+    wants_gradient,
+)
 from .low_rank import by_step
 
 
@@ -48,6 +55,8 @@ class KeptLowRankFunction(torch.autograd.Function):
             if asks_for_operators(dy):
                 dx, dgate = by_step(None, operands, ctx.backend)
             else:
+                if not weight.dtype == up.dtype == down.dtype == dy.dtype:
+                    refuse_cast(dy, weight=weight, up=up, down=down)
                 p = LowRankGradient(*operands)._replace(dy=flatten(dy, "dy"), kept=ctx.back)
                 dx, dgate = run(p, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None

@@ -30,6 +30,7 @@ from .checks import (
     check_scaling,
     check_tensor,
     flatten,
+    refuse_cast,
     restore,
     wants_gradient,
 )
@@ -152,6 +153,9 @@ def by_step(
     dy, *rest = operands
     rows = flatten(dy, "dy")
     if done is None:
+        weight, up, down, *_ = rest
+        if not weight.dtype == up.dtype == (up if down is None else down).dtype == dy.dtype:
+            refuse_cast(dy, weight=weight, up=up, down=down)
         dx, dgate = low_rank_bwd(rows, *rest, backend)
     else:
         choice, *handed_on = done
