@@ -7,6 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .ops import kron, low_rank, onto
 from .ops import linear_add as sums
+from .ops.checks import asks_for_operators as asks_for_operators  # for the layers' own backward
 from .ops.kept import kept_low_rank as kept_low_rank  # for the layers that keep them
 
 __all__ = [

@@ -59,6 +59,7 @@ ROOM_OF = {
     "files": "leaf",
     "fingerprint": "leaf",
     "halves": "leaf",
+    "modes": "leaf",
     "packed": "leaf",
     "panels": "panels",
     "version": "leaf",

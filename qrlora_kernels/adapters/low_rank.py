@@ -44,7 +44,7 @@ class LowRank(Adapter[Own]):
     ) -> Tensor | None:
         """:meth:`fused` by operands in a layout that the layer keeps; None where it is no gain."""
         of_three = tensors[cls.up], tensors[cls.down], tensors[cls.gate]
-        return functional.kept_low_rank(x, weight, bias, *of_three, strength, kept)
+        return functional.kept_low_rank(x, weight, bias, *of_three, strength, cls.square, kept)
 
     @classmethod
     def silent(cls, factors: Tensors, options: Own) -> State:

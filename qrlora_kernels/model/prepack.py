@@ -41,7 +41,8 @@ def prepack(model: nn.Module, on: bool = True, *, packed: Directions | None = No
         Let the layers keep their weights and factors in the order in which a kernel reads them too,
         for y, or for y and dx, and take it on a CPU for the sizes that it measured faster for
         (docs/kernels.md): a native kernel's with AVX2, oneDNN's, for plain layers alone, with
-        AVX-512. Each direction takes the memory of weight and factors once more.
+        AVX-512. Each direction takes the memory of weight and factors once more. Calls inside a
+        torch function mode (``torch.device`` as a context is one) go without.
 
     Returns
     -------

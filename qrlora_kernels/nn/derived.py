@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..modes import seen_through
+
 
 class HasSize(Protocol):
     """A tensor, or what holds some."""
@@ -35,8 +37,9 @@ class Derived:
         """``build(*sources)``, kept until a source changes; None where a call goes without it.
 
         That is outside plain eager mode (a trace records operators of the tensors themselves, a
-        transform or a mode sees other tensors than the stored ones) and for a source that asks for
-        a gradient, which takes part in the call then, or counts no writes.
+        transform, a mode or a forward-mode derivative sees other tensors than the stored ones) and
+        for a source that asks for a gradient, which takes part in the call then, or counts no
+        writes.
 
         Parameters
         ----------
@@ -47,7 +50,7 @@ class Derived:
         sources : Tensor
             Stored tensors, not views made for the call.
         """
-        if _is_seen_through():
+        if seen_through():
             return None
         kept = self._kept.get(name)
         if kept is not None and kept.is_of(sources):
@@ -108,16 +111,6 @@ class _Kept(NamedTuple):
 
 def _seen(source: Tensor) -> _Seen:
     return _Seen(weakref.ref(source), source._version, source.detach())
-
-
-def _is_seen_through() -> bool:
-    """Whether something else than PyTorch's kernels sees the operators of this call."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    )
 
 
 def _is_plain(source: Tensor) -> bool:

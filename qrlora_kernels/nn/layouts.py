@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import packed, panels
 from ..adapters.low_rank import LowRank
+from ..functional import asks_for_operators
 from ..operands import KeptOperands
 from . import base_weight
 from .derived import Derived
@@ -37,10 +38,12 @@ def _layout(m: int, n: int, k: int, dtype: torch.dtype) -> type[Layout] | None:
 
 def product(layer: nn.Module, directions: Directions, found: Kept) -> Tensor | None:
     """y [..., N] = x Wᵀ + b; None where the layout is no gain, or a call goes without it."""
+    if not _fit(found):
+        return None
     x, matrix, bias = found.x, found.matrix, found.bias
     (n, k), m = matrix.shape, x.numel() // max(1, matrix.shape[1])
-    layout = _layout(m, n, k, x.dtype) if x.device.type == "cpu" and x.ndim else None
-    if layout is None or x.shape[-1] != k:
+    layout = _layout(m, n, k, x.dtype)
+    if layout is None:
         return None
     there = _laid(layer, layout, found)
     if there is None:
@@ -75,9 +78,7 @@ def may_pay(layer: AdapterLinear, x: Tensor) -> bool:
 def adapted(layer: AdapterLinear, found: Kept) -> Tensor | None:
     """The adapted layer's y [..., N], likewise; ``found.tensors`` are in the product's dtype."""
     adapter, x = layer.adapter, found.x
-    if not (keeps(layer, x.dtype, "fwd") and issubclass(adapter, LowRank)):
-        return None
-    if x.ndim == 0 or x.shape[-1] != found.matrix.shape[1]:
+    if not (_fit(found) and keeps(layer, x.dtype, "fwd") and issubclass(adapter, LowRank)):
         return None
 
     def laid(backward: bool) -> KeptOperands | None:
@@ -88,6 +89,19 @@ def adapted(layer: AdapterLinear, found: Kept) -> Tensor | None:
         return None if kept is None else KeptOperands(*kept)
 
     return adapter.fused_of_kept(x, found.matrix, found.bias, found.tensors, layer._strength, laid)
+
+
+def _fit(found: Kept) -> bool:
+    """Whether a kernel may read x [..., K], W [N, K] and b [N]; others have their answer or error.
+
+    PyTorch takes bias [1] too, and a sparse x.
+    """
+    x, matrix, bias = found.x, found.matrix, found.bias
+    if x.device.type != "cpu" or x.layout is not torch.strided or x.is_nested:
+        return False
+    if x.ndim == 0 or matrix.ndim != 2 or x.shape[-1] != matrix.shape[1]:
+        return False
+    return bias is None or (bias.shape == matrix.shape[:1] and bias.device == x.device)
 
 
 class _Laid(tuple[Layout, ...]):
@@ -106,6 +120,8 @@ def _laid(
     factors: tuple[str, ...] = (),
 ) -> _Laid | None:
     """Those that the layer keeps, ``turned`` for dx; None where a call goes without."""
+    if torch._C._len_torch_function_stack():
+        return None  # a mode is to see the call, and sees no kernel
     dtype, wide = found.dtype, found.x.dtype
 
     def build(weight: Tensor, *others: Tensor) -> _Laid:
@@ -141,7 +157,7 @@ class _Product(torch.autograd.Function):
         (matrix,) = ctx.saved_tensors
         need_dx, _, need_dbias, *_ = ctx.needs_input_grad
         dx = None
-        if need_dx and (ctx.back is None or torch.is_grad_enabled()):
+        if need_dx and (ctx.back is None or torch.is_grad_enabled() or asks_for_operators(dy)):
             dx = torch.mm(dy, matrix)  # which may be asked for a derivative of its own
         elif need_dx:
             dx = ctx.back.product(dy.contiguous())

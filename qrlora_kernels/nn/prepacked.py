@@ -59,11 +59,12 @@ def operands(layer: nn.Module, x: Tensor, layout: bool = False) -> Kept | None:
         return None
     if offload.offloads(layer) or base_weight.is_gathered(layer):
         return None
-    recast = autocast_enabled(weight.device.type) and x.is_floating_point()
-    if x.dtype == torch.float64 or not (recast or x.dtype == weight.dtype):
+    if not (x.is_floating_point() and _agrees(x, weight)):
         return None  # it has its own answer, or error
     bias: Tensor | None = layer._parameters.get("bias")
-    if bias is not None and not _fits(layer, bias, weight, recast):
+    # One that trains is brought to the weight's dtype.
+    brought = vars(layer).get("_bias_dtype") is not None
+    if bias is not None and not (brought or _agrees(bias, weight)):
         return None  # likewise
     kept = weight if weight.dtype == dtype == wide else keep(layer, "weight", weight)
     if kept is None:
@@ -79,11 +80,12 @@ def _as(tensor: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype == wide else tensor.to(dtype).to(wide)
 
 
-def _fits(layer: nn.Module, bias: Tensor, weight: Tensor, recast: bool) -> bool:
-    """Whether a call without kept weights takes a bias of this dtype."""
-    if vars(layer).get("_bias_dtype") is not None:  # it is brought to the weight's
+def _agrees(operand: Tensor, weight: Tensor) -> bool:
+    """Whether a call without kept weights takes an operand of this dtype beside the weight."""
+    if operand.dtype == weight.dtype:
         return True
-    return bias.dtype != torch.float64 if recast else bias.dtype == weight.dtype
+    wide = torch.float64 in (operand.dtype, weight.dtype)  # which autocast leaves as it is
+    return autocast_enabled(weight.device.type) and not wide
 
 
 def keep(layer: nn.Module, name: str, tensor: Tensor) -> Tensor | None:
@@ -110,7 +112,8 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     x, matrix, bias, tensors, dtype = found
     adapter = layer.adapter
     for name in tensors.keys() - {*adapter.trainables, *adapter.kept_fp32}:
-        factor = keep(layer, name, tensors[name])
+        fits = _agrees(tensors[name], layer.weight)
+        factor = keep(layer, name, tensors[name]) if fits else None
         if factor is None:
             return None
         tensors[name] = factor

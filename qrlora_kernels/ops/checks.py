@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from ..autocast import outside_autocast
 from ..dispatch.chooser import autograd_choice
+from ..modes import seen_through
 from ..native import pointers
 from ..operands import Operands
 from ..reference import HALF
@@ -124,6 +125,29 @@ def asks_for_gradient(*operands: Tensor | None) -> bool:
         if t is not None and t.requires_grad:
             return True
     return False
+
+
+def refuse_cast(dy: Tensor, **frozen: Tensor | None) -> None:
+    """Name what was cast between the forward and this backward.
+
+    ``model.half()`` writes through ``.data``, which PyTorch's count of writes does not see; a
+    kernel would read the new numbers as the old dtype. The caller compares dtypes, since each call
+    of a backward counts.
+    """
+    for name, t in frozen.items():
+        if t is not None and t.dtype != dy.dtype:
+            raise RuntimeError(
+                f"{name} must be of the forward's dtype, {dy.dtype}, got {t.dtype}: it was cast "
+                "before the backward"
+            )
+
+
+def asks_for_operators(dy: Tensor) -> bool:
+    """Whether a backward is to be made of PyTorch's operators, which somebody else sees too.
+
+    ``torch.autograd.grad(..., is_grads_batched=True)`` gives a wrapper without a transform.
+    """
+    return seen_through() or pointers.is_wrapper(dy)
 
 
 def autograd_reason(frozen: Sequence[Tensor | None], trains: Sequence[Tensor | None]) -> str | None:

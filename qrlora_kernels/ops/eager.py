@@ -111,11 +111,21 @@ def backward(
     guarded = once_differentiable(gradients)
 
     def run(ctx: Any, dy: Tensor) -> Gradients:
+        if forward_ad._current_level >= 0:
+            _refuse_tangent(dy)
         # Without create_graph nothing is recorded here, and the wrapper has nothing to guard.
         result: Gradients = (guarded if torch.is_grad_enabled() else gradients)(ctx, dy)
         return result
 
     return run
+
+
+def _refuse_tangent(dy: Tensor) -> None:
+    if forward_ad.unpack_dual(dy).tangent is not None:
+        raise RuntimeError(
+            "dy must have no tangent, got one: the backward of an adapter has no forward-mode "
+            "derivative where its forward ran outside of the dual level"
+        )
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -12,7 +12,15 @@ from ..dispatch.chooser import choose, pinned_backend, run
 from ..dispatch.problem import PANELS, Choice, problem_of
 from ..operands import KeptOperands, LowRank, LowRankGradient
 from . import eager
-from .checks import bias_gradient, flatten, restore, wants_gradient
+from .checks import (
+    asks_for_operators,
+    bias_gradient,
+    flatten,
+    refuse_cast,
+    restore,
+    wants_gradient,
+)
+from .low_rank import by_step
 
 
 class KeptLowRankFunction(torch.autograd.Function):
@@ -43,11 +51,14 @@ class KeptLowRankFunction(torch.autograd.Function):
         dx = dgate = None
         if need_dx or need_dgate:
             weight, up, down, gate, h = ctx.saved_tensors
-            p = LowRankGradient(
-                flatten(dy, "dy"), weight, up, down, gate, None, h, ctx.scaling,
-                need_dx, need_dgate, ctx.back,
-            )  # fmt: skip
-            dx, dgate = run(p, ctx.backend)
+            operands = (dy, weight, up, down, gate, None, h, ctx.scaling, need_dx, need_dgate)
+            if asks_for_operators(dy):
+                dx, dgate = by_step(None, operands, ctx.backend)
+            else:
+                if not weight.dtype == up.dtype == down.dtype == dy.dtype:
+                    refuse_cast(dy, weight=weight, up=up, down=down)
+                p = LowRankGradient(*operands)._replace(dy=flatten(dy, "dy"), kept=ctx.back)
+                dx, dgate = run(p, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, dbias, dgate, None, None, None, None
 
@@ -60,14 +71,16 @@ def kept_low_rank(
     down: Tensor,
     gate: Tensor,
     scaling: float,
+    square: bool,
     kept: Callable[[bool], KeptOperands | None],
 ) -> Tensor | None:
     """y [..., N] by what is kept; None where another recipe is ahead, or the call is odd.
 
-    The operands are those of ``operands.LowRank``, which fit each other, with x [..., K].
-    ``kept(False)`` is what the forward reads, ``kept(True)`` the backward, or None.
+    The operands are those of ``operands.LowRank``, of which x [..., K], weight and bias fit each
+    other; ``square``: whether the gate is to be a core. ``kept(False)`` is what the forward reads,
+    ``kept(True)`` the backward, or None.
     """
-    if up.shape[1] != gate.shape[-1] or gate.dtype != x.dtype:
+    if not _factors_fit(x, weight, up, down, gate, square):
         return None
     p = LowRank(flatten(x), weight, bias, up, down, gate, None, float(scaling))
     backend = pinned_backend()
@@ -83,3 +96,15 @@ def kept_low_rank(
     else:
         y, _ = run(p, backend, choice)
     return restore(y, x)
+
+
+def _factors_fit(
+    x: Tensor, weight: Tensor, up: Tensor, down: Tensor, gate: Tensor, square: bool
+) -> bool:
+    """Whether they may be read as [N, r], [r, K] and [r] or [r, r]; others have their messages."""
+    (n, k), r = weight.shape, gate.shape[-1] if gate.ndim else 0
+    shapes = (n, r), (r, k), (r, r) if square else (r,)
+    return all(
+        t.shape == shape and t.dtype == x.dtype and t.device == x.device
+        for t, shape in zip((up, down, gate), shapes, strict=True)
+    )

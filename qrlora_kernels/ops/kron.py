@@ -24,6 +24,7 @@ from .checks import (
     check_scaling,
     check_tensor,
     flatten,
+    refuse_cast,
     restore,
     wants_gradient,
 )
@@ -106,6 +107,9 @@ def _gradients(dy: Tensor, operands: tuple[Any, ...], backend: str | None) -> ea
     """dx [..., K], da and db; ``operands`` are those of the backward, but for dy [..., N]."""
     done = eager.ask(_backward, KronGradient, (dy, *operands), backend)
     if done is None:
+        x, weight, *_ = operands
+        if not x.dtype == weight.dtype == dy.dtype:
+            refuse_cast(dy, x=x, weight=weight)
         found = kron_bwd(flatten(dy, "dy"), *operands, backend)
         dx, *rest = (t if need else None for t, need in zip(found, operands[-3:], strict=True))
         return None if dx is None else restore(dx, dy), *rest

@@ -30,6 +30,7 @@ from .checks import (
     check_scaling,
     check_tensor,
     flatten,
+    refuse_cast,
     restore,
     wants_gradient,
 )
@@ -136,7 +137,7 @@ class LowRankFunction(torch.autograd.Function):
             done = eager.ask(_backward, LowRankGradient, operands, ctx.backend)
             if type(done) is list and need_dx and handed_on:
                 done = [ctx.made, *handed_on]
-            dx, dgate = done if type(done) is tuple else _by_step(done, operands, ctx.backend)
+            dx, dgate = done if type(done) is tuple else by_step(done, operands, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, None, dbias, None, None, dgate, None, None, None, None
 
@@ -144,7 +145,7 @@ class LowRankFunction(torch.autograd.Function):
 _record = eager.apply_of(LowRankFunction)
 
 
-def _by_step(
+def by_step(
     done: list[Any] | None, operands: tuple[Any, ...], backend: str | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [..., K] and the gate's gradient; ``done``: who makes them of what the native core has
@@ -152,6 +153,9 @@ def _by_step(
     dy, *rest = operands
     rows = flatten(dy, "dy")
     if done is None:
+        weight, up, down, *_ = rest
+        if not weight.dtype == up.dtype == (up if down is None else down).dtype == dy.dtype:
+            refuse_cast(dy, weight=weight, up=up, down=down)
         dx, dgate = low_rank_bwd(rows, *rest, backend)
     else:
         choice, *handed_on = done
