@@ -24,7 +24,7 @@ def case_of(kind: Kind, lead: tuple[int, ...] = FEW, dtype: torch.dtype = torch.
 
 
 def call(case: Case, backend: str | None = None) -> Tensor:
-    x, weight, bias, up, down, gates, index, scaling, _ = case.p
+    x, weight, bias, up, down, gates, index, scaling = case.p
     y: Tensor = functional.mixed_low_rank_linear(
         x, weight, bias, down, up, gates, index, scaling, backend=backend
     )

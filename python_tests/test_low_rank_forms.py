@@ -17,7 +17,7 @@ REASON = r"the output form needs a kernel that keeps x Wᵀ in fp32 until h is m
 
 def steps(case: Case, backend: str | None) -> dict[str, Tensor]:
     """y, h and the gradients by the steps of ``kernels``."""
-    x, weight, bias, up, down, gate, index, scaling, _ = case.p
+    x, weight, bias, up, down, gate, index, scaling = case.p
     y, h = kernels.low_rank_fwd(x, weight, bias, up, down, gate, index, scaling, backend)
     dx, dgate = kernels.low_rank_bwd(
         case.dy, weight, up, down, gate, index, h, scaling, True, True, backend
@@ -43,7 +43,7 @@ def test_it_is_the_two_sided_form_with_down_of_the_weight(
 @pytest.mark.parametrize("backend", ["reference", "composed"])
 def test_gradcheck(backend: str, kind: Kind) -> None:
     case = draw(kind, 6, 7, 5, 3, torch.float64)
-    _, weight, _, up, down, _, index, scaling, _ = case.p
+    _, weight, _, up, down, _, index, scaling = case.p
     assert down is None
 
     def f(x: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def test_half_precision_is_refused_where_the_base_would_be_rounded_first(
 ) -> None:
     """In either step, by name; nobody's choice is the reference, which says why."""
     case = draw(kind, 9, 24, 40, 6, dtype)
-    x, weight, bias, up, down, gate, index, scaling, _ = case.p
+    x, weight, bias, up, down, gate, index, scaling = case.p
     with pytest.raises(ValueError, match=REASON):
         kernels.low_rank_fwd(x, weight, bias, up, down, gate, index, scaling, "composed")
     got = steps(case, None)

@@ -119,7 +119,7 @@ def test_no_tokens(way: str | None, kind: Kind) -> None:
 def test_a_frozen_operand_that_asks_for_a_gradient_gets_it(kind: Kind) -> None:
     case = case_of(kind, (3, 4), torch.float64)
     case = case.given(index=case.p.index.view(3, 4))
-    x, weight, bias, up, down, gate, index, scaling, _ = case.p
+    x, weight, bias, up, down, gate, index, scaling = case.p
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias, up, down, gate)]
     x, weight, bias, up, down, gate = leaves
     y = functional.mixed_low_rank_linear(x, weight, bias, down, up, gate, index, scaling)

@@ -49,7 +49,6 @@ class LowRank(NamedTuple):
     gate: Tensor
     index: Tensor | None  # type: ignore[assignment]  # nobody asks for tuple's
     scaling: float
-    kept: KeptOperands | None = None
 
 
 class LowRankGradient(NamedTuple):
@@ -65,7 +64,6 @@ class LowRankGradient(NamedTuple):
     scaling: float
     need_dx: bool = True
     need_dgate: bool = True
-    kept: KeptOperands | None = None
 
 
 class Kron(NamedTuple):
@@ -106,7 +104,29 @@ class LinearAdd(NamedTuple):
     addend: Tensor
 
 
+class InPanels:
+    """What a record has more where its frozen operands are kept in panels as well."""
+
+    kept: KeptOperands
+
+
+class LowRankInPanels(InPanels, LowRank):
+    """See :func:`in_panels`."""
+
+
+class LowRankGradientInPanels(InPanels, LowRankGradient):
+    """See :func:`in_panels`."""
+
+
 Either = TypeVar("Either", LowRank, LowRankGradient)
+
+
+def in_panels(p: LowRank | LowRankGradient, kept: KeptOperands) -> LowRank | LowRankGradient:
+    """The same operands with what is kept of them; ``_replace`` gives a record without it."""
+    kind = LowRankInPanels if isinstance(p, LowRank) else LowRankGradientInPanels
+    record = kind(*p)
+    record.kept = kept
+    return record
 
 
 def is_core(p: LowRank | LowRankGradient) -> bool:

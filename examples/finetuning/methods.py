@@ -24,7 +24,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
-QR = ("rank", "tau", "rank_rule", "max_rank", "scaling", "dropout")
+QR = ("rank", "tau", "rank_rule", "max_rank", "scaling", "dropout", "factors")
 LORA_XS = ("rank", "alpha", "vectors", "sigma", "basis", "init_std", "seed", "dropout")
 OHORA = ("rank", "alpha", "columns", "start", "product", "fold", "seed", "dropout")
 LORA = ("rank", "alpha", "dropout")
@@ -67,6 +67,7 @@ OPTIONS: dict[str, Option] = {
     "scaling": Option(float, "s in front of QR-LoRA's update"),
     "dropout": Option(float, "on the adapter's input, in training"),
     "tau": Option(float, "threshold of QR-LoRA's rank rule"),
+    "factors": Option(str, "QR-LoRA: Q and R̃ kept, or Q alone", ("both", "output")),
     "rank_rule": Option(str, "QR-LoRA: what tau means", ("magnitude", "energy", "abs_sum")),
     "max_rank": Option(int, "upper bound on what the rank rule chooses"),
     "vectors": Option(str, "LoRA-XS: which singular vectors", ("top", "middle", "bottom")),

@@ -124,13 +124,13 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
 
 def _in_fp32(p: LowRank) -> LowRank:
     """The operands as they are multiplied where the library has no products of halves."""
-    x, weight, bias, up, down, gate, index, scaling, _ = p
+    x, weight, bias, up, down, gate, index, scaling = p
     bias, down = (None if t is None else t.float() for t in (bias, down))
     return LowRank(x.float(), weight.float(), bias, up.float(), down, gate.float(), index, scaling)
 
 
 def _gradient_in_fp32(p: LowRankGradient) -> LowRankGradient:
-    dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate, _ = p
+    dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate = p
     down = None if down is None else down.float()
     wide = dy.float(), weight.float(), up.float(), down, gate.float(), index, h.float()
     return LowRankGradient(*wide, scaling, need_dx, need_dgate)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dispatch.problem import PANELS, Problem, Recipe
-from ..operands import LowRank, LowRankGradient
+from ..operands import InPanels, LowRank, LowRankGradient
 from .gates import back_through_gate, gate_gradient, through_gate
 from .products import times
 
@@ -22,7 +22,7 @@ def recipes(problem: Problem) -> list[Recipe]:
 
 def low_rank_fwd(p: LowRank) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
-    assert p.kept is not None
+    assert isinstance(p, InPanels)
     h = p.kept.into.product(p.x)
     mid = through_gate(h, p.gate, p.index, p.scaling)
     return p.kept.base.product(p.x, p.bias, (mid, p.kept.out)), h
@@ -32,7 +32,7 @@ def low_rank_bwd(p: LowRankGradient) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] and the gate's gradient."""
     if not (p.need_dx or p.need_dgate):
         return None, None
-    assert p.kept is not None
+    assert isinstance(p, InPanels)
     g = p.kept.into.product(p.dy)
     dx = dgate = None
     if p.need_dx:

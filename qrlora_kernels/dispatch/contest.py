@@ -17,6 +17,7 @@ from ..operands import (
     LowRank,
     LowRankGradient,
     Operands,
+    in_panels,
 )
 from ..panels import Panels
 from ..reference import accumulation_dtype
@@ -196,11 +197,12 @@ def _operands(p: Problem) -> Operands:
         return KronGradient(dy, x, weight, a, b, a0, b0, 1.0, *p.needs)
     up, down = draw(n, r, size=n**-0.5), draw(r, k, size=r**-0.5)
     gate = draw(r, dtype=wide) if p.gate == "vector" else draw(r, r, size=r**-0.5, dtype=wide)
-    in_panels, back = p.layout == "panels", p.step == "bwd"
+    back = p.step == "bwd"
     frozen = (weight.mT, up.mT, down.mT) if back else (weight, down, up)
-    kept = KeptOperands(*map(Panels, frozen)) if in_panels else None
+    kept = KeptOperands(*map(Panels, frozen)) if p.layout == "panels" else None
     if not back:
-        return LowRank(x, weight, bias, up, down, gate, None, 1.0, kept)
+        forward = LowRank(x, weight, bias, up, down, gate, None, 1.0)
+        return in_panels(forward, kept) if kept else forward
     h = (x @ down.mT).to(p.dtype)
-    need_dx, need_dgate = p.needs
-    return LowRankGradient(dy, weight, up, down, gate, None, h, 1.0, need_dx, need_dgate, kept)
+    backward = LowRankGradient(dy, weight, up, down, gate, None, h, 1.0, *p.needs)
+    return in_panels(backward, kept) if kept else backward

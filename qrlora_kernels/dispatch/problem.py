@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operands import (
+    InPanels,
     Kron,
     KronGradient,
     LinearAdd,
@@ -131,8 +132,9 @@ def problem_of(p: Operands) -> Problem:
             gate = GATES[2 * (p.index is not None) + is_core(p)]
             if p.down is None:
                 form = "output"
-            if p.kept is not None:
-                layout = "panels"
+            match p:  # no call, each of which counts here
+                case InPanels():
+                    layout = "panels"
         case Kron() | KronGradient():
             op, r = "kron", p.a.shape[1]
         case LinearAdd():

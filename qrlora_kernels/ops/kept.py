@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dispatch.chooser import choose, pinned_backend, run
 from ..dispatch.problem import PANELS, Choice, problem_of
-from ..operands import KeptOperands, LowRank, LowRankGradient
+from ..operands import KeptOperands, LowRank, LowRankGradient, in_panels
 from . import eager
 from .checks import (
     asks_for_operators,
@@ -33,13 +33,15 @@ class KeptLowRankFunction(torch.autograd.Function):
         bias: Tensor | None,
         gate: Tensor,
         p: LowRank,
+        there: KeptOperands,
         back: KeptOperands | None,
         backend: str | None,
         choice: Choice,
     ) -> Tensor:
         """``p`` has all operands; the first three are those that may ask for a gradient."""
         y: Tensor
-        y, h = run(p._replace(x=x, bias=bias, gate=gate), backend, choice)
+        p = p._replace(x=x, bias=bias, gate=gate)
+        y, h = run(in_panels(p, there), backend, choice)
         ctx.save_for_backward(p.weight, p.up, p.down, gate, h)
         ctx.scaling, ctx.backend, ctx.back = p.scaling, backend, back
         return y
@@ -57,10 +59,10 @@ class KeptLowRankFunction(torch.autograd.Function):
             else:
                 if not weight.dtype == up.dtype == down.dtype == dy.dtype:
                     refuse_cast(dy, weight=weight, up=up, down=down)
-                p = LowRankGradient(*operands)._replace(dy=flatten(dy, "dy"), kept=ctx.back)
-                dx, dgate = run(p, ctx.backend)
+                p = LowRankGradient(*operands)._replace(dy=flatten(dy, "dy"))
+                dx, dgate = run(in_panels(p, ctx.back) if ctx.back else p, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
-        return dx, dbias, dgate, None, None, None, None
+        return dx, dbias, dgate, None, None, None, None, None
 
 
 def kept_low_rank(
@@ -90,11 +92,11 @@ def kept_low_rank(
     forward = kept(False)
     if forward is None:
         return None
-    p = p._replace(kept=forward)
     if wants_gradient(x, bias, gate):
-        y: Tensor = KeptLowRankFunction.apply(p.x, bias, gate, p, kept(True), backend, choice)
+        both = forward, kept(True)
+        y: Tensor = KeptLowRankFunction.apply(p.x, bias, gate, p, *both, backend, choice)
     else:
-        y, _ = run(p, backend, choice)
+        y, _ = run(in_panels(p, forward), backend, choice)
     return restore(y, x)
 
 

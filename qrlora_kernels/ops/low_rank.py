@@ -228,7 +228,7 @@ def call(public: Public, backend: str | None, *operands: Any) -> Tensor:
 
 def _checked(public: Public, p: LowRank) -> tuple[Any, ...]:
     """The operands in their final dtypes, with an index, if any, of x's leading dimensions."""
-    x, weight, bias, up, down, gate, index, scaling, _ = p
+    x, weight, bias, up, down, gate, index, scaling = p
     check_scaling(scaling)
     named = {public.up: up, public.down: down, public.gate: gate}
     check_memory(x=x, weight=weight, bias=bias, **named)
