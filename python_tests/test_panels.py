@@ -110,8 +110,10 @@ def test_where_they_pay() -> None:
     sizes = {
         (4, 1024, 1024): True,
         (3, 1024, 1024): False,
-        (256, 4096, 4096): True,
-        (257, 4096, 4096): False,
+        (512, 1024, 1024): True,
+        (513, 4096, 4096): False,
+        (256, 1536, 384): True,
+        (257, 1536, 384): False,
         (16, 384, 384): False,
     }
     assert {size: panels.pays(*size, torch.float32) for size in sizes} == sizes

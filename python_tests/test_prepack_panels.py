@@ -237,7 +237,7 @@ def test_the_chooser_is_asked_and_tune_measures_it() -> None:
     qk.prepack(model, packed="both")
     layer = model[0]
     assert layer.explain(40).recipe == layer.explain(40, "bwd").recipe == "panels"
-    many = layer.explain(rules.PANEL_TOKENS + 1)
+    many = layer.explain(257)
     assert many.recipe != "panels"
     assert "(rule 9)" in many.reason
     found = qk.tune(model, [8], seconds=0.01, progress=False)

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import native
 from .native import DTYPES, pointers
 
-FEW, MANY, MANY_WIDE = 4, 256, 16  # tokens; the last in fp64
-LARGE = 1 << 19  # numbers of a weight
+FEW, MANY, MOST, MOST_WIDE = 4, 256, 512, 16  # tokens; the last in fp64
+LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight; of the latter to MOST tokens
 
 
 class Panels:
@@ -73,5 +73,8 @@ def used() -> bool:
 
 def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the product measured faster than ``F.linear`` for so many tokens."""
-    most = {torch.float32: MANY, torch.float64: MANY_WIDE}.get(dtype, 0)
-    return FEW <= tokens <= most and n * k >= LARGE
+    if n * k < LARGE or tokens < FEW:
+        return False
+    if dtype == torch.float64:
+        return tokens <= MOST_WIDE
+    return dtype == torch.float32 and tokens <= (MOST if n * k >= LARGER else MANY)

@@ -17,7 +17,7 @@ MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
 EFFECTIVE_TOKENS = 2
 KEPT_WEIGHT, KEPT_RANK = 1 << 16, 0.25
 CAST_TOKENS = 4
-PANEL_WORK, PANEL_TOKENS = 1 << 24, 256
+PANEL_WORK, PANEL_WEIGHT = 1 << 25, 1 << 20
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
 
@@ -53,6 +53,11 @@ def _keeps_effective(p: Problem) -> bool:
     """Whether W + ΔW for both steps is ahead, and takes half of what x and y do at most."""
     large = p.n * p.k >= KEPT_WEIGHT and p.r >= KEPT_RANK * min(p.n, p.k)
     return large and p.m >= p.k and p.m * (p.n + p.k) >= 2 * p.n * p.k
+
+
+def panel_tokens(p: Problem) -> int:
+    """To how many tokens operands in panels are ahead."""
+    return 512 if p.n * p.k >= PANEL_WEIGHT else 256
 
 
 RULES = (
@@ -103,13 +108,14 @@ RULES = (
     ),
     Rule(
         9, "cpu", PANELS, "low_rank",
-        lambda p: p.m * p.n * p.k < PANEL_WORK or p.m > PANEL_TOKENS,
-        lambda p: f"panels measure better to {PANEL_TOKENS} tokens, from {PANEL_WORK} "
-        "multiplications on",
-        "fp32, forward and backward of the layer with its operands in panels over its own without, "
-        "AMD EPYC with AVX2: 4096² r = 64 0.99 (2 tokens), 0.76 (16), 0.86 (128), 1024² r = 16 "
-        "1.26 (8), 0.94 (16), 0.82 (32), 0.97 (128), 384² r = 147 1.22 (32), 1.00 (64); "
-        "from 512 on 0.93 to 1.00, and no gain in a model's step",
+        lambda p: p.m * p.n * p.k < PANEL_WORK or p.m > panel_tokens(p) or _keeps_effective(p),
+        lambda p: f"panels measure better to {panel_tokens(p)} tokens, from {PANEL_WORK} "
+        "multiplications on, where W + ΔW is not kept",
+        "fp32, forward and backward of the layer with its operands in panels over its own way, AMD "
+        "EPYC with AVX2. Two threads: 4096² r = 64 0.60 (16 tokens), 0.66 (128), 1024² r = 16 1.15 "
+        "(16), 0.73 (128), r = 64 1.16, 0.77, 384 × 1536 r = 147 1.11 (16), 0.83 (128). One: 4096² "
+        "0.99 (2), 0.76 (16), 0.86 (128), 1024² r = 16 0.94 (16), 0.82 (32), 0.97 (128), 384² r = "
+        "147 1.22 (32), 1.00 (64), 0.99 (256)",
     ),
     *(
         Rule(
