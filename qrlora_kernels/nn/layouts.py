@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import packed, panels
 from ..adapters.low_rank import LowRank
+from ..dispatch.problem import PANELS
 from ..functional import asks_for_operators
 from ..operands import KeptOperands
 from . import base_weight
@@ -71,8 +72,13 @@ def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
 
 
 def may_pay(layer: AdapterLinear, x: Tensor) -> bool:
-    """Whether so much is multiplied that the chooser is worth asking."""
-    return x.numel() * layer.out_features >= LEAST_WORK
+    """Whether so much is multiplied that the chooser is worth asking, and takes what is kept."""
+    adapter, tokens = layer.adapter, x.numel() // max(1, layer.in_features)
+    if not issubclass(adapter, LowRank) or getattr(layer, adapter.gate).ndim == 0:
+        return False
+    if tokens * layer.in_features * layer.out_features < LEAST_WORK:
+        return False
+    return layer.explain(tokens).recipe == PANELS
 
 
 def adapted(layer: AdapterLinear, found: Kept) -> Tensor | None:
