@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "skinny.h"
-#include "vec.h"
+#include "small_gemm.h"
 
 namespace qrlora::QRLORA_ISA {
 
@@ -64,23 +64,8 @@ template <typename T, int ROWS>
 inline void panel_tile(int64_t steps, const T* a, int64_t lda, const T* panel, int64_t columns,
                        Start<T> start, T* c, int64_t ldc) {
     constexpr int64_t lanes = Vec<T>::lanes;
-    typename Vec<T>::type sum[ROWS][PANEL_VECTORS];
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < PANEL_VECTORS; ++v) sum[i][v] = typename Vec<T>::type{};
-    for (int64_t p = 0; p < steps; ++p) {
-        typename Vec<T>::type row[PANEL_VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < PANEL_VECTORS; ++v)
-            row[v] = load(panel + p * panel_width<T> + v * lanes);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; ++i) {
-            const T scale = a[i * lda + p];
-#pragma GCC unroll 4
-            for (int v = 0; v < PANEL_VECTORS; ++v) sum[i][v] += scale * row[v];
-        }
-    }
+    Sums<T, ROWS, PANEL_VECTORS> sum;
+    sum_products<T, ROWS, PANEL_VECTORS>(steps, {a, lda, 1}, panel, panel_width<T>, sum);
     if (columns == panel_width<T>) {
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i)

@@ -12,12 +12,15 @@ struct Strided {
     int64_t row, col;
 };
 
-// C[ROWS, NV vectors] (+)= A B with every sum held in registers.
+// Of a block of a product, ROWS by NV vectors, held in registers.
 template <typename T, int ROWS, int NV>
-inline void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
-                       bool accumulate) {
+using Sums = typename Vec<T>::type[ROWS][NV];
+
+// sum = A B over `depth` terms.
+template <typename T, int ROWS, int NV>
+inline void sum_products(int64_t depth, Strided<T> a, const T* b, int64_t ldb,
+                         Sums<T, ROWS, NV>& sum) {
     constexpr int64_t lanes = Vec<T>::lanes;
-    typename Vec<T>::type sum[ROWS][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
@@ -33,6 +36,15 @@ inline void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* 
             for (int v = 0; v < NV; ++v) sum[i][v] += scale * row[v];
         }
     }
+}
+
+// C[ROWS, NV vectors] (+)= A B.
+template <typename T, int ROWS, int NV>
+inline void gemm_block(int64_t depth, Strided<T> a, const T* b, int64_t ldb, T* c, int64_t ldc,
+                       bool accumulate) {
+    constexpr int64_t lanes = Vec<T>::lanes;
+    Sums<T, ROWS, NV> sum;
+    sum_products<T, ROWS, NV>(depth, a, b, ldb, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
