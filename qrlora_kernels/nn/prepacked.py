@@ -104,6 +104,8 @@ def _cast(dtype: torch.dtype, wide: torch.dtype) -> Any:
 
 def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     """The adapted layer's y by what it keeps; None where there is nothing to gain."""
+    if torch.compiler.is_compiling():  # before the chooser is asked, which is not to be traced
+        return None
     packed = layer._packed is not None and layouts.may_pay(layer, x)
     found = operands(layer, x, layout=packed)
     if found is None:
