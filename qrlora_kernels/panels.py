@@ -1,7 +1,7 @@
 """A frozen matrix as the native product reads it: panels of a few columns (csrc/core/cpu/panels.h).
 
-With AVX2 the sums of four tokens and more are MKL's, to the bit. Figures are in bench/notes/cpu.md;
-with AVX-512 nothing has been measured, and panels are not taken there.
+With AVX2 the fp32 sums of four tokens and more are MKL's, to the bit. Figures are in
+bench/notes/cpu.md; with AVX-512 nothing has been measured, and panels are not taken there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import native
 from .native import DTYPES, pointers
 
 FEW, MANY, MOST, MOST_WIDE = 4, 256, 512, 16  # tokens; the last in fp64
-LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight; of the latter to MOST tokens
+LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
 
 
 class Panels:
@@ -71,10 +71,15 @@ def used() -> bool:
     return core is not None and core.columns[core.best_column()] == "avx2"
 
 
+def most_tokens(n: int, k: int) -> int:
+    """To how many tokens of fp32 panels are ahead."""
+    return MOST if n * k >= LARGER else MANY
+
+
 def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the product measured faster than ``F.linear`` for so many tokens."""
     if n * k < LARGE or tokens < FEW:
         return False
     if dtype == torch.float64:
         return tokens <= MOST_WIDE
-    return dtype == torch.float32 and tokens <= (MOST if n * k >= LARGER else MANY)
+    return dtype == torch.float32 and tokens <= most_tokens(n, k)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
+from ..panels import most_tokens
 from .problem import PANELS, Problem
 
 FEW_TOKENS = 32
@@ -17,7 +20,7 @@ MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
 EFFECTIVE_TOKENS = 2
 KEPT_WEIGHT, KEPT_RANK = 1 << 16, 0.25
 CAST_TOKENS = 4
-PANEL_WORK, PANEL_WEIGHT = 1 << 25, 1 << 20
+PANEL_WORK, PANEL_TOKENS_WIDE = 1 << 25, 128
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
 
@@ -57,7 +60,7 @@ def _keeps_effective(p: Problem) -> bool:
 
 def panel_tokens(p: Problem) -> int:
     """To how many tokens operands in panels are ahead."""
-    return 512 if p.n * p.k >= PANEL_WEIGHT else 256
+    return PANEL_TOKENS_WIDE if p.dtype == torch.float64 else most_tokens(p.n, p.k)
 
 
 RULES = (
@@ -112,10 +115,12 @@ RULES = (
         lambda p: f"panels measure better to {panel_tokens(p)} tokens, from {PANEL_WORK} "
         "multiplications on, where W + ΔW is not kept",
         "fp32, forward and backward of the layer with its operands in panels over its own way, AMD "
-        "EPYC with AVX2. Two threads: 4096² r = 64 0.60 (16 tokens), 0.66 (128), 1024² r = 16 1.15 "
-        "(16), 0.73 (128), r = 64 1.16, 0.77, 384 × 1536 r = 147 1.11 (16), 0.83 (128). One: 4096² "
-        "0.99 (2), 0.76 (16), 0.86 (128), 1024² r = 16 0.94 (16), 0.82 (32), 0.97 (128), 384² r = "
-        "147 1.22 (32), 1.00 (64), 0.99 (256)",
+        "EPYC with AVX2. Two threads, three recordings: 4096² r = 64 0.60 to 0.65 (16 tokens), 0.64 "
+        "to 0.82 (128), 1024² 1.15 (16; one recording), r = 16 0.73 to 0.80 (128), r = 64 0.75 to "
+        "0.87, 384 × 1536 r = 147 0.81 to 0.92. One: 4096² 0.99 (2), 0.76 (16), 0.86 (128), 1024² r "
+        "= 16 0.94 (16), 0.82 (32), 0.97 (128), 384² r = 147 1.22 (32), 1.00 (64), 0.99 (256). "
+        "fp64, 1024² and 2048², one thread beside other work: 0.84 to 0.86 (16), 0.72 to 0.76 (32), "
+        "0.89 to 0.99 (64 to 128), 1.07 (256)",
     ),
     *(
         Rule(

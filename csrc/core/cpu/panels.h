@@ -16,7 +16,7 @@ constexpr int64_t PANEL_ROWS = QRLORA_VECTOR_BYTES == 64 ? 12 : 6;
 template <typename T>
 constexpr int64_t panel_width = PANEL_VECTORS * Vec<T>::lanes;
 
-// Terms summed in registers before C: as many as MKL takes with AVX2, whose bits these are. A
+// Terms summed in registers before C: as many as MKL takes with AVX2, whose fp32 bits these are. A
 // long sum is made of short ones, which keeps its error low.
 constexpr int64_t PANEL_SUM = 192;
 // Rows and columns of A that stay in the L2 cache.
