@@ -114,13 +114,13 @@ RULES = (
         lambda p: p.m * p.n * p.k < PANEL_WORK or p.m > panel_tokens(p) or _keeps_effective(p),
         lambda p: f"panels measure better to {panel_tokens(p)} tokens, from {PANEL_WORK} "
         "multiplications on, where W + ΔW is not kept",
-        "fp32, forward and backward of the layer with its operands in panels over its own way, AMD "
-        "EPYC with AVX2. Two threads, three recordings: 4096² r = 64 0.60 to 0.65 (16 tokens), 0.64 "
-        "to 0.82 (128), 1024² 1.15 (16; one recording), r = 16 0.73 to 0.80 (128), r = 64 0.75 to "
-        "0.87, 384 × 1536 r = 147 0.81 to 0.92. One: 4096² 0.99 (2), 0.76 (16), 0.86 (128), 1024² r "
-        "= 16 0.94 (16), 0.82 (32), 0.97 (128), 384² r = 147 1.22 (32), 1.00 (64), 0.99 (256). "
-        "fp64, 1024² and 2048², one thread beside other work: 0.84 to 0.86 (16), 0.72 to 0.76 (32), "
-        "0.89 to 0.99 (64 to 128), 1.07 (256)",
+        "fp32, forward and backward of the layer with its operands in panels over its own way, "
+        "AMD EPYC with AVX2. Two threads, three recordings: 4096² r = 64 0.60 to 0.65 (16 "
+        "tokens), 0.64 to 0.82 (128), 1024² 1.15 (16; one recording), r = 16 0.73 to 0.80 "
+        "(128), r = 64 0.75 to 0.87, 384 × 1536 r = 147 0.81 to 0.92. One: 4096² 0.99 (2), 0.76 "
+        "(16), 0.86 (128), 1024² r = 16 0.94 (16), 0.82 (32), 0.97 (128), 384² r = 147 1.22 "
+        "(32), 1.00 (64), 0.99 (256). fp64, 1024² and 2048², one thread beside other work: 0.84 "
+        "to 0.86 (16), 0.72 to 0.76 (32), 0.89 to 0.99 (64 to 128), 1.07 (256)",
     ),
     *(
         Rule(
