@@ -1,7 +1,8 @@
 """A frozen matrix as the native product reads it: panels of a few columns (csrc/core/cpu/panels.h).
 
-With AVX2 the fp32 sums of four tokens and more are MKL's, to the bit. Figures are in
-bench/notes/cpu.md; with AVX-512 nothing has been measured, and panels are not taken there.
+With AVX2 the fp32 sums of four tokens and more are MKL's, to the bit. bf16 is multiplied so where
+the CPU has instructions for it; its sums are those of the matrix where it lies. Figures are in
+bench/notes/cpu.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
 
 
 class Panels:
-    """A matrix W [N, K] of fp32 or fp64 on the CPU, in panels.
+    """A matrix W [N, K] of fp32, fp64 or bf16 on the CPU, in panels.
 
     It is opaque: what it was made of has to be kept by somebody else.
     """
@@ -65,10 +66,15 @@ class Panels:
 
 
 @functools.cache
-def used() -> bool:
-    """Whether the native product is that of AVX2."""
+def used(dtype: torch.dtype) -> bool:
+    """Whether the native product in ``dtype`` has measured faster than the library's here."""
     core = native.CORE
-    return core is not None and core.columns[core.best_column()] == "avx2"
+    if core is None:
+        return False
+    column = core.columns[core.best_column()]
+    if dtype == torch.bfloat16:  # the tile unit has its own
+        return column == "avx512_bf16" and bool(core.amx_obstacle())
+    return column == "avx2" and dtype in (torch.float32, torch.float64)
 
 
 def most_tokens(n: int, k: int) -> int:
@@ -78,6 +84,8 @@ def most_tokens(n: int, k: int) -> int:
 
 def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the product measured faster than ``F.linear`` for so many tokens."""
+    if dtype == torch.bfloat16:
+        return tokens > 0
     if n * k < LARGE or tokens < FEW:
         return False
     if dtype == torch.float64:

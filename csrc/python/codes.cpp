@@ -28,7 +28,8 @@ std::string obstacle(const Column& column, const Demand& d, bool base) {
         return name + " has no kernel for " + name_of(d.operation) + in;
     if (kron && base && !column.products.has(d.dtype))
         return name + " has no kernel for kron's base product" + in;
-    if (d.mixed && !column.mixes) return name + " has no kernel for gates by row";
+    if (d.mixed && !column.mixes.has(d.dtype))
+        return name + " has no kernel for gates by row" + in;
     return "";
 }
 

@@ -23,10 +23,14 @@ namespace {
 using GateArgs = std::tuple<int64_t, int64_t, bool, double>;  // address, dtype, core, scaling
 using LowRankShape =
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int>;  // m n k r dtype threads
+using PanelArgs = std::tuple<int64_t, int64_t, int64_t>;           // of LowRankPanels
+constexpr PanelArgs no_panels{0, 0, 0};
 
 LowRank low_rank(const LowRankShape& shape, const Numbers& weight, const Numbers& down,
-                 const Numbers& up, const GateArgs& gate, int64_t index, int64_t adapters) {
+                 const Numbers& up, const GateArgs& gate, int64_t index, int64_t adapters,
+                 const PanelArgs& panels) {
     const auto [m, n, k, r, dtype, threads] = shape;
+    const auto [base, into, out] = panels;
     const auto [address, gate_dtype, core, scaling] = gate;
     return {m,
             n,
@@ -42,7 +46,8 @@ LowRank low_rank(const LowRankShape& shape, const Numbers& weight, const Numbers
             pointer<const int64_t>(index),
             adapters,
             scaling,
-            threads};
+            threads,
+            {pointer(base), pointer(into), pointer(out)}};
 }
 
 const Column& column_for(int64_t code, const LowRank& d) {
@@ -52,8 +57,8 @@ const Column& column_for(int64_t code, const LowRank& d) {
 void low_rank_forward(int64_t code, const LowRankShape& shape, const Numbers& x,
                       const Numbers& weight, const Numbers& down, const Numbers& up,
                       const GateArgs& gate, int64_t bias, int64_t y, int64_t h, int64_t index,
-                      int64_t adapters) {
-    const LowRank d = low_rank(shape, weight, down, up, gate, index, adapters);
+                      int64_t adapters, const PanelArgs& panels) {
+    const LowRank d = low_rank(shape, weight, down, up, gate, index, adapters, panels);
     const LowRankForward io{matrix(x), pointer(bias), pointer(y), pointer(h)};
     const Column& column = column_for(code, d);
     py::gil_scoped_release release;
@@ -63,8 +68,8 @@ void low_rank_forward(int64_t code, const LowRankShape& shape, const Numbers& x,
 void low_rank_backward(int64_t code, const LowRankShape& shape, const Numbers& dy,
                        const Numbers& weight, const Numbers& down, const Numbers& up,
                        const GateArgs& gate, int64_t h, int64_t dx, int64_t dgate, int64_t index,
-                       int64_t adapters) {
-    const LowRank d = low_rank(shape, weight, down, up, gate, index, adapters);
+                       int64_t adapters, const PanelArgs& panels) {
+    const LowRank d = low_rank(shape, weight, down, up, gate, index, adapters, panels);
     const LowRankBackward io{matrix(dy), pointer(h), pointer(dx), pointer(dgate)};
     const Column& column = column_for(code, d);
     py::gil_scoped_release release;
@@ -191,10 +196,11 @@ void bind_low_rank(py::module_& m) {
     using py::arg;
     m.def("low_rank_forward", &low_rank_forward, arg("code"), arg("shape"), arg("x"), arg("weight"),
           arg("down"), arg("up"), arg("gate"), arg("bias"), arg("y"), arg("h"), arg("index") = 0,
-          arg("adapters") = 1, "y and h; see qrlora/cpu/low_rank.h");
+          arg("adapters") = 1, arg("panels") = no_panels, "y and h; see qrlora/cpu/low_rank.h");
     m.def("low_rank_backward", &low_rank_backward, arg("code"), arg("shape"), arg("dy"),
           arg("weight"), arg("down"), arg("up"), arg("gate"), arg("h"), arg("dx"), arg("dgate"),
-          arg("index") = 0, arg("adapters") = 1, "dx and dG; see qrlora/cpu/low_rank.h");
+          arg("index") = 0, arg("adapters") = 1, arg("panels") = no_panels,
+          "dx and dG; see qrlora/cpu/low_rank.h");
 }
 
 }  // namespace qrlora

@@ -19,14 +19,15 @@ namespace {
 using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, int>;  // m n k dtype threads
 
 int64_t panel_elements(int64_t number, int64_t depth, int64_t columns) {
-    return panel_kernels().elements(checked_dtype(number), depth, columns);
+    const DType dtype = checked_dtype(number);
+    return panel_kernels(dtype).elements(dtype, depth, columns);
 }
 
 void pack_panels(const Shape& shape, const Numbers& b, int64_t panels) {
     const auto [none, columns, depth, number, threads] = shape;
     const PackPanels d{depth, columns, checked_dtype(number), matrix(b), pointer(panels), threads};
     py::gil_scoped_release release;
-    panel_kernels().pack(d);
+    panel_kernels(d.dtype).pack(d);
 }
 
 void times_panels(const Shape& shape, const Numbers& x, int64_t panels, int64_t r, int64_t mid,
@@ -45,7 +46,7 @@ void times_panels(const Shape& shape, const Numbers& x, int64_t panels, int64_t 
                         pointer(y),
                         threads};
     py::gil_scoped_release release;
-    panel_kernels().times(d);
+    panel_kernels(d.dtype).times(d);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import native
 from ..native import DTYPES, pointers
-from ..operands import Kron, KronGradient, LowRank, LowRankGradient, is_core
+from ..operands import InPanels, Kron, KronGradient, LowRank, LowRankGradient, is_core
 from ..reference import accumulation_dtype
 
 _UPDATE_ALONE = 16  # added to the code of a column: the base product is the caller's
@@ -40,7 +40,7 @@ def low_rank_fwd(p: LowRank, code: int) -> tuple[Tensor, Tensor]:
     y, h = p.x.new_empty(m, p.weight.shape[0]), p.x.new_empty(m, r)
     native.core().low_rank_forward(
         code, _low_rank_shape(p, p.x), tokens, *frozen, _gate(p, gate_at),
-        bias_at, *pointers.out(y, h), index_at, _adapters(p),
+        bias_at, *pointers.out(y, h), index_at, _adapters(p), _panels(p),
     )  # fmt: skip
     del held
     return y, h
@@ -57,7 +57,7 @@ def low_rank_bwd(p: LowRankGradient, code: int) -> tuple[Tensor | None, Tensor |
     dgate = p.dy.new_empty(p.gate.shape, dtype=wide) if p.need_dgate else None
     native.core().low_rank_backward(
         code, _low_rank_shape(p, p.dy), rows_of_dy, *frozen, _gate(p, gate_at),
-        h_at, *pointers.out(dx, dgate), index_at, _adapters(p),
+        h_at, *pointers.out(dx, dgate), index_at, _adapters(p), _panels(p),
     )  # fmt: skip
     del held
     return dx, None if dgate is None else dgate.to(p.gate.dtype)
@@ -70,6 +70,13 @@ def _low_rank_shape(p: LowRank | LowRankGradient, rows: Tensor) -> tuple[int, ..
 
 def _gate(p: LowRank | LowRankGradient, at: int) -> tuple[int | float | bool, ...]:
     return at, DTYPES[p.gate.dtype], is_core(p), p.scaling
+
+
+def _panels(p: LowRank | LowRankGradient) -> tuple[int, ...]:
+    """The addresses of the frozen operands in panels, which bf16 kernels read where there are."""
+    if not isinstance(p, InPanels) or p.weight.dtype != torch.bfloat16:
+        return 0, 0, 0
+    return tuple(pointers.out(*(kept.panels for kept in p.kept)))
 
 
 def _adapters(p: LowRank | LowRankGradient) -> int:

@@ -1,5 +1,5 @@
-"""Native CPU kernels (``qrlora_kernels._C``) for what library products do badly: few tokens, and
-many small products.
+"""Native CPU kernels (``qrlora_kernels._C``) for what library products do badly: few tokens, many
+small products, and base and update in one sum of bf16.
 
 The Kronecker update is many small products per token: the kernels keep them in the L1 cache, read x
 and dy once and write the update once; the base product then accumulates onto it, in one rounding.
@@ -13,13 +13,12 @@ from torch import Tensor
 from .. import native
 from ..dispatch.problem import PANELS, Problem, Recipe
 from ..native import DTYPES
-from ..operands import Kron, KronGradient, LowRank, LowRankGradient
+from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
 from . import core_calls, in_panels, products
 
 NATIVE = "native"
 NATIVE_BASE = "native base"
 _LIBRARY_BASE = " base"  # after the name of a library's base product
-_STREAMED = (torch.float32, torch.float64)
 
 
 def available() -> tuple[bool, str]:
@@ -34,13 +33,15 @@ def supports(problem: Problem) -> list[Recipe] | str:
         return native.REASON
     if problem.op == "kron":
         return _kron_recipes(problem)
-    if problem.op == "linear_add":
-        return "no native kernel for linear_add"
-    if problem.dtype not in _STREAMED:
-        return f"no native low-rank kernel for {problem.dtype}"
+    half = problem.dtype == torch.bfloat16
+    if problem.dtype not in DTYPES or (problem.op == "linear_add" and not half):
+        return f"no native {problem.op} kernel for {problem.dtype}"
     if problem.form == "output":
         return "no native kernel for the output form"
-    native_call = Recipe("cpu", NATIVE, "one native call for a few tokens", core_calls.code())
+    if half and problem.gate.startswith("mixed"):
+        return "no native kernel for mixed gates in bf16"
+    reason = "base and update in one sum" if half else "one native call for a few tokens"
+    native_call = Recipe("cpu", NATIVE, reason, core_calls.code())
     return [*in_panels.recipes(problem), native_call]
 
 
@@ -52,21 +53,21 @@ def _kron_recipes(problem: Problem) -> list[Recipe] | str:
     recipes = [
         Recipe("cpu", how + _LIBRARY_BASE, reason, update) for how in products.bases(problem)
     ]
-    if problem.dtype in _STREAMED:
+    if problem.dtype in DTYPES:
         recipes.insert(0, Recipe("cpu", NATIVE_BASE, reason, core_calls.code()))
     return recipes
 
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
-    if recipe == PANELS:
+    if recipe == PANELS and p.x.dtype != torch.bfloat16:
         return in_panels.low_rank_fwd(p)
     return core_calls.low_rank_fwd(p, core_calls.code())
 
 
 def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] and the gate's gradient."""
-    if recipe == PANELS:
+    if recipe == PANELS and p.dy.dtype != torch.bfloat16:
         return in_panels.low_rank_bwd(p)
     return core_calls.low_rank_bwd(p, core_calls.code())
 
@@ -89,3 +90,10 @@ def add_base(recipe: str, update: Tensor, x: Tensor, weight: Tensor, bias: Tenso
         core_calls.linear_add(core_calls.code(), x, weight, bias, update, out=update)
         return update
     return products.onto(recipe.removesuffix(_LIBRARY_BASE), update, x, weight, bias)
+
+
+def linear_add_fwd(p: LinearAdd, recipe: str) -> Tensor:
+    """y [M, N] = x Wᵀ + b + addend, in bf16."""
+    y = p.x.new_empty(p.addend.shape)
+    core_calls.linear_add(core_calls.code(), p.x, p.weight, p.bias, p.addend, out=y)
+    return y

@@ -66,7 +66,7 @@ def panel_tokens(p: Problem) -> int:
 RULES = (
     Rule(
         1, "cpu", "native", "low_rank",
-        lambda p: p.m > _few(p),
+        lambda p: p.m > _few(p) and p.dtype != torch.bfloat16,
         lambda p: f"library products measure better from {_few(p) + 1} tokens",
         "fp32 and fp64, one native call over four library products: ahead to 32 tokens; for 64 to "
         "256 features 0.80 to 1.07 of an addmm expression at 33 to 64 tokens and r = 16 to 64, "
@@ -111,7 +111,8 @@ RULES = (
     ),
     Rule(
         9, "cpu", PANELS, "low_rank",
-        lambda p: p.m * p.n * p.k < PANEL_WORK or p.m > panel_tokens(p) or _keeps_effective(p),
+        lambda p: p.dtype != torch.bfloat16
+        and (p.m * p.n * p.k < PANEL_WORK or p.m > panel_tokens(p) or _keeps_effective(p)),
         lambda p: f"panels measure better to {panel_tokens(p)} tokens, from {PANEL_WORK} "
         "multiplications on, where W + ΔW is not kept",
         "fp32, forward and backward of the layer with its operands in panels over its own way, "

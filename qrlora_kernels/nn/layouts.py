@@ -1,7 +1,6 @@
 """Products by frozen weights that a layer keeps in the layout of its kernel, forward or both ways.
 
-That is the native one's with AVX2 and oneDNN's with AVX-512; an adapted layer keeps its factors as
-well, in the former.
+That is the native one's or oneDNN's; an adapted layer keeps its factors as well, in the former.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ LEAST_WORK = 1 << 24  # multiplications: below, what the layer asks takes longer
 
 def _layout(m: int, n: int, k: int, dtype: torch.dtype) -> type[Layout] | None:
     """The layout by which a product of so many tokens is faster."""
-    if panels.used():
+    if panels.used(dtype):
         return panels.Panels if panels.pays(m, n, k, dtype) else None
     return packed.Packed if packed.pays(m, n, k, dtype) and packed.packs(dtype) else None
 
@@ -68,7 +67,7 @@ def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
         return False
     if layer._adds_update() or layer.weight.device.type != "cpu":
         return False
-    return dtype in (torch.float32, torch.float64) and panels.used() and not layer._quantised
+    return panels.used(dtype) and not layer._quantised
 
 
 def may_pay(layer: AdapterLinear, x: Tensor) -> bool:

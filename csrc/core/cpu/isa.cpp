@@ -1,5 +1,6 @@
 #include "qrlora/isa.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 
@@ -19,6 +20,8 @@ Features features([[maybe_unused]] Isa isa) {
     QRLORA_FEATURE("avx512bw");
     QRLORA_FEATURE("avx512dq");
     QRLORA_FEATURE("avx512vl");
+    if (isa == Isa::avx512) return all;
+    all.emplace_back("avx512_bf16", __builtin_cpu_supports("avx512bf16") != 0);
 #undef QRLORA_FEATURE
 #endif
     return all;
@@ -39,18 +42,22 @@ Isa best_isa() {
         if (lacking(features(Isa::avx2)).empty()) best = Isa::avx2;
         if (lacking(features(Isa::avx512)).empty()) best = Isa::avx512;
 #endif
+#if defined(QRLORA_WITH_AVX512_BF16)
+        if (lacking(features(Isa::avx512_bf16)).empty()) best = Isa::avx512_bf16;
+#endif
         const char* named = std::getenv("QRLORA_ISA");
         const std::string asked = named ? named : "";
         if (asked == "baseline") return Isa::baseline;
-        return asked == "avx2" && best == Isa::avx512 ? Isa::avx2 : best;
+        if (asked == "avx2") return std::min(best, Isa::avx2);
+        return asked == "avx512" ? std::min(best, Isa::avx512) : best;
     }();
     return isa;
 }
 
 const std::string& obstacle(Isa isa) {
     static const auto reasons = [] {
-        std::array<std::string, 3> all;
-        for (const Isa set : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+        std::array<std::string, 4> all;
+        for (const Isa set : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
             std::string& reason = all[static_cast<size_t>(set)] = lacking(features(set));
             if (reason.empty() && set > best_isa()) reason = "QRLORA_ISA asks for less";
         }

@@ -29,7 +29,7 @@ struct Part {
 
 // Half of a vector, without a way through memory: that would keep every sum of a tile there.
 template <typename T, int BYTES, int FIRST, int... I>
-inline typename Part<T, BYTES / 2>::type half(typename Part<T, BYTES>::type v,
+inline typename Part<T, BYTES / 2>::type half_of(typename Part<T, BYTES>::type v,
                                               std::integer_sequence<int, I...>) {
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
     return __builtin_shufflevector(v, v, (FIRST + I)...);
@@ -45,8 +45,8 @@ inline T total(typename Part<T, BYTES>::type v) {
         return v[0] + v[1];
     } else {
         constexpr std::make_integer_sequence<int, lanes / 2> indices;
-        return total<T, BYTES / 2>(half<T, BYTES, 0>(v, indices) +
-                                   half<T, BYTES, lanes / 2>(v, indices));
+        return total<T, BYTES / 2>(half_of<T, BYTES, 0>(v, indices) +
+                                   half_of<T, BYTES, lanes / 2>(v, indices));
     }
 }
 

@@ -14,24 +14,17 @@ namespace qrlora::amx {
 
 namespace {
 
-struct Leaf {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    explicit Leaf(unsigned count) {
-        if (!__get_cpuid_count(7, count, &a, &b, &c, &d)) a = b = c = d = 0;
-    }
-};
-
 // Linux gives a process the tile registers only on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
 bool kernel_grants_it() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 }  // namespace
 
 Features features() {
-    Features all = qrlora::features(Isa::avx512);
-    const Leaf first(0), second(1);
-    all.emplace_back("amx_tile", first.d >> 24 & 1);
-    all.emplace_back("amx_bf16", first.d >> 22 & 1);
-    all.emplace_back("avx512_bf16", second.a >> 5 & 1);
+    Features all = qrlora::features(Isa::avx512_bf16);
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) d = 0;
+    all.emplace_back("amx_tile", d >> 24 & 1);
+    all.emplace_back("amx_bf16", d >> 22 & 1);
     return all;
 }
 
@@ -47,7 +40,7 @@ const std::string& obstacle() {
 
 #else
 
-Features features() { return qrlora::features(Isa::avx512); }
+Features features() { return qrlora::features(Isa::avx512_bf16); }
 
 const std::string& obstacle() {
     static const std::string reason = "this build has no kernels for it";

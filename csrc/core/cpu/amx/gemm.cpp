@@ -149,7 +149,7 @@ int useful_threads(const Gemm& g) {
 
 }  // namespace
 
-void gemm(const Gemm& asked) {
+void half::gemm(const Gemm& asked) {
     if (asked.m == 0 || asked.n == 0) return;
     Gemm g = asked;
     g.threads = useful_threads(asked);
@@ -161,20 +161,6 @@ void gemm(const Gemm& asked) {
         team.for_dynamic(cut.panels * cut.chunks,
                          [&](int64_t i) { task.run(i % cut.panels, i / cut.panels); });
     });
-}
-
-void column_dots(int64_t m, int64_t n, const bf16* u, int64_t u_row, const bf16* v, int64_t v_row,
-                 float scale, float* out) {
-    for (int64_t j = 0; j < n; j += 16) {
-        const __mmask16 mask = first16(n - j);
-        __m512 sum[4] = {};
-        for (int64_t i = 0; i < m; ++i)
-            sum[i & 3] = _mm512_fmadd_ps(load_bf16(mask, u + i * u_row + j),
-                                         load_bf16(mask, v + i * v_row + j), sum[i & 3]);
-        const __m512 all =
-            _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-        _mm512_mask_storeu_ps(out + j, mask, _mm512_mul_ps(all, _mm512_set1_ps(scale)));
-    }
 }
 
 }  // namespace qrlora::amx

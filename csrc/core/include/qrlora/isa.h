@@ -7,7 +7,7 @@
 
 namespace qrlora {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // What the compiler may use for a set beyond the baseline, named as in /proc/cpuinfo, and whether
 // this CPU and its operating system have it.

@@ -13,6 +13,12 @@
 
 namespace qrlora {
 
+// In bf16: the frozen operands of a step in panels (panels.h), which are read in their place; null
+// where there are none. Forward Wᵀ, downᵀ and upᵀ, backward W, up and down.
+struct LowRankPanels {
+    const void *base, *into, *out;
+};
+
 struct LowRank {
     int64_t m, n, k, r;
     DType dtype;       // of everything but the gate
@@ -28,6 +34,7 @@ struct LowRank {
     int64_t adapters;  // gates that there are: 1, unless mixed
     double scaling;    // s
     int threads;
+    LowRankPanels panels{};
 };
 
 // Rows of x are contiguous in fp32 and fp64; y [m, n] and h [m, r] are contiguous.

@@ -9,7 +9,7 @@
 
 namespace qrlora {
 
-// B [depth, columns] of fp32 or fp64 into panel_elements(dtype, depth, columns) elements.
+// B [depth, columns] of fp32, fp64 or bf16 into panel_elements(dtype, depth, columns) elements.
 struct PackPanels {
     int64_t depth, columns;
     DType dtype;

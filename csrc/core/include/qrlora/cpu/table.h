@@ -28,7 +28,7 @@ struct Column {
     const std::string& (*obstacle)();  // why it does not run on this machine; empty if it does
     DTypes products;                   // low_rank and linear_add
     DTypes updates;                    // kron
-    bool mixes;                        // low_rank takes gates by row
+    DTypes mixes;                      // low_rank with gates by row
     bool rounded_factors;  // kron reads its factors in bf16, not in the type of the sums
     void (*low_rank_forward)(const LowRank&, const LowRankForward&);
     void (*low_rank_backward)(const LowRank&, const LowRankBackward&);
@@ -36,7 +36,7 @@ struct Column {
     void (*kron_forward)(const KronShape&, DType, const KronForward&);
     void (*kron_backward)(const KronShape&, DType, const KronBackward&);
     const DenseKernels& (*dense_kernels)();
-    const PanelKernels& (*panel_kernels)();
+    const PanelKernels& (*panel_kernels)(DType);
 };
 
 // The instruction sets from the least to the best, then what a CPU may have beside one.
@@ -45,6 +45,6 @@ const std::vector<Column>& columns();
 // QRLORA_ISA names if it is lower.
 int best_column();
 // Those of the instruction set in use.
-const PanelKernels& panel_kernels();
+const PanelKernels& panel_kernels(DType dtype);
 
 }  // namespace qrlora

@@ -3,7 +3,7 @@
 
 #include "gemm.h"
 
-namespace qrlora::amx {
+namespace qrlora::QRLORA_ISA::half {
 
 void linear_add(const LinearAdd& d) {
     Gemm g{};
@@ -19,4 +19,4 @@ void linear_add(const LinearAdd& d) {
     gemm(g);
 }
 
-}  // namespace qrlora::amx
+}  // namespace qrlora::QRLORA_ISA::half
