@@ -21,7 +21,7 @@ ALL, WIDE, NONE = DTYPES, (FP32, FP64), ()
 SUPPORTED = {
     "reference": (ALL, ALL, ALL, ALL, ALL),
     "composed": (ALL, ALL, WIDE, WIDE, ALL),
-    "cpu": (WIDE, WIDE, NONE, NONE, ALL),
+    "cpu": ((BF16, FP32, FP64), WIDE, NONE, NONE, ALL),
     "amx": ((BF16,), NONE, NONE, NONE, (BF16,)),
     "triton": ((FP16, BF16, FP32), NONE, NONE, NONE, (FP16, BF16)),
     "cuda": ((FP16, BF16), NONE, NONE, NONE, NONE),
@@ -31,6 +31,7 @@ OTHERS = {"cuda": "cuda"}  # a device that is not the CPU
 REASONS = {
     ("composed", "output"): "needs a kernel that keeps x Wᵀ in fp32 until h is made",
     ("cpu", "output"): "no native kernel for the output form",
+    ("cpu", "mixed"): "no native kernel for mixed gates in bf16",
     ("amx", "output"): "no AMX kernel for the output form",
     ("amx", "mixed"): "no AMX kernel for the output form and for mixed gates",
     ("triton", "output"): "output form",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qrlora_kernels import native, panels
 
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
 pytestmark = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
 # M, N, K, r: single rows and columns, around a panel, around the 192 terms and 192 rows of a block,
 # rows of A that are copied because they lie far apart.
@@ -34,7 +35,7 @@ def exact(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_edge(size: tuple[int, ...], dtype: torch.dtype) -> None:
     m, n, k, r = size
@@ -51,9 +52,10 @@ def test_every_edge(size: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(with_both.double(), exact(x, w, bias) + exact(mid, v), **close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lies", ["rows", "columns", "strided", "transposed"])
-def test_however_the_matrix_and_the_rows_lie(lies: str) -> None:
-    w, x = drawn(34, 50, dtype=torch.float32), drawn(9, 50, dtype=torch.float32)
+def test_however_the_matrix_and_the_rows_lie(lies: str, dtype: torch.dtype) -> None:
+    w, x = drawn(34, 51, dtype=dtype), drawn(9, 51, dtype=dtype)
     want = panels.Panels(w).product(x)
     if lies == "columns":
         w = w.mT.contiguous().mT
@@ -72,9 +74,10 @@ def test_without_a_row_or_a_term(size: tuple[int, int, int]) -> None:
     assert torch.equal(y, bias.expand(m, n))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [16, 400], ids=["by rows", "by columns"])
-def test_the_bits_depend_on_neither_threads_nor_other_rows(n: int) -> None:
-    x, w = drawn(300, 700, dtype=torch.float32), drawn(n, 700, dtype=torch.float32)
+def test_the_bits_depend_on_neither_threads_nor_other_rows(n: int, dtype: torch.dtype) -> None:
+    x, w = drawn(300, 700, dtype=dtype), drawn(n, 700, dtype=dtype)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -105,10 +108,12 @@ def test_no_worse_than_twice_the_error_of_linear(k: int, dtype: torch.dtype) -> 
 
 
 def test_what_they_take_in_memory() -> None:
-    """A panel is filled up with zeros."""
+    """A panel is filled up with zeros; of bf16 the last one is no wider than it has to be."""
     taken = panels.Panels(torch.zeros(64, 50)).nbytes
     assert taken == 64 * 50 * 4
     assert taken < panels.Panels(torch.zeros(65, 50)).nbytes <= 2 * taken
+    assert panels.Panels(torch.zeros(64, 50, dtype=torch.bfloat16)).nbytes == 64 * 50 * 2
+    assert panels.Panels(torch.zeros(65, 49, dtype=torch.bfloat16)).nbytes <= 80 * 50 * 2
 
 
 def test_where_they_pay() -> None:
@@ -124,22 +129,30 @@ def test_where_they_pay() -> None:
     assert {size: panels.pays(*size, torch.float32) for size in sizes} == sizes
     assert panels.pays(16, 1024, 1024, torch.float64)
     assert not panels.pays(17, 1024, 1024, torch.float64)
-    assert not panels.pays(16, 4096, 4096, torch.bfloat16)
+    halves = {(1, 1024, 512): True, (2048, 4096, 4096): True, (128, 384, 384): False}
+    assert {size: panels.pays(*size, torch.bfloat16) for size in halves} == halves
+    assert not panels.pays(16, 4096, 4096, torch.float16)
 
 
-@pytest.mark.parametrize("column", ["avx2", "avx512", "baseline"])
-def test_they_are_used_with_avx2_alone(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they were measured."""
-
+@pytest.mark.parametrize("tiles", [False, True], ids=["", "with AMX"])
+@pytest.mark.parametrize("column", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_they_are_used_where_they_were_measured(
+    column: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Core:
         columns = (column,)
 
         def best_column(self) -> int:
             return 0
 
+        def amx_obstacle(self) -> str:
+            return "" if tiles else "the CPU lacks it"
+
     monkeypatch.setattr(native, "CORE", Core())
     panels.used.cache_clear()
     try:
-        assert panels.used() == (column == "avx2")
+        wide, half = column == "avx2", column == "avx512_bf16" and not tiles
+        for dtype, used in {F32: wide, F64: wide, torch.bfloat16: half, F16: False}.items():
+            assert panels.used(dtype) == used
     finally:
         panels.used.cache_clear()

@@ -25,7 +25,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def for_every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(panels, "used", lambda: True)
+    monkeypatch.setattr(panels, "used", lambda dtype: True)
     monkeypatch.setattr(panels, "pays", lambda m, n, k, dtype: True)
     monkeypatch.setattr(layouts, "LEAST_WORK", 0)
     monkeypatch.setattr(rules, "PANEL_WORK", 0)

@@ -25,7 +25,7 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "onednn" and not packed.packs(torch.float32):
         pytest.skip("this PyTorch does not pack fp32 weights here")
     kind = panels if request.param == "panels" else packed
-    monkeypatch.setattr(panels, "used", lambda: kind is panels)
+    monkeypatch.setattr(panels, "used", lambda dtype: kind is panels)
     monkeypatch.setattr(kind, "pays", lambda m, n, k, dtype: m > 0 and dtype != torch.float64)
     return panels.Panels if kind is panels else packed.Packed
 
@@ -127,7 +127,7 @@ def test_no_answer_is_of_an_old_weight(how: str) -> None:
 
 @needs_layout
 def test_it_is_in_no_state_dict_and_no_copy_and_goes_when_told() -> None:
-    model, x = net(48, 40), torch.randn(7, 40)
+    model, x = net(64, 40), torch.randn(7, 40)
     want, keys = model[0](x), [*model.state_dict()]
     qk.prepack(model, packed="forward")
     found = model[0](x)
@@ -190,7 +190,7 @@ def test_autocast_without_products_of_halves(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_it_the_answer_is_that_of_linear(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net(48, 40), torch.randn(7, 40)
     if how == "cannot":
-        monkeypatch.setattr(panels, "used", lambda: False)
+        monkeypatch.setattr(panels, "used", lambda dtype: False)
         monkeypatch.setattr(packed, "packs", lambda dtype: False)
     if how == "fp64":
         model, x = model.double(), x.double()

@@ -23,7 +23,7 @@ ADAPTERS = {"qr": {"rank": 7}, "lora_xs": {"rank": 7}}
 @pytest.fixture(autouse=True)
 def for_every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On whatever processor the tests run, whose measurements these are not."""
-    monkeypatch.setattr(panels, "used", lambda: True)
+    monkeypatch.setattr(panels, "used", lambda dtype: True)
     monkeypatch.setattr(layouts, "LEAST_WORK", 0)
     monkeypatch.setattr(rules, "PANEL_WORK", 0)
     chooser.forget()

@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 class Kept(Protocol):
-    """A frozen matrix W [N, K] in a layout of its own."""
+    """A frozen matrix W [N, K] in a layout of its own, at ``address``."""
+
+    address: int
 
     def product(
         self, x: Tensor, bias: Tensor | None = None, beside: tuple[Tensor, Any] | None = None
@@ -121,12 +123,25 @@ class LowRankGradientInPanels(InPanels, LowRankGradient):
 Either = TypeVar("Either", LowRank, LowRankGradient)
 
 
-def in_panels(p: LowRank | LowRankGradient, kept: KeptOperands) -> LowRank | LowRankGradient:
+def in_panels(p: Either, kept: KeptOperands) -> Either:
     """The same operands with what is kept of them; ``_replace`` gives a record without it."""
-    kind = LowRankInPanels if isinstance(p, LowRank) else LowRankGradientInPanels
-    record = kind(*p)
+    record: Any = (LowRankInPanels if isinstance(p, LowRank) else LowRankGradientInPanels)(*p)
     record.kept = kept
-    return record
+    return record  # type: ignore[no-any-return]
+
+
+def low_rank(*operands: Any) -> LowRank:
+    """Those of :class:`LowRank`, and None or what is kept of them in panels."""
+    *own, kept = operands
+    p = LowRank(*own)
+    return p if kept is None else in_panels(p, kept)
+
+
+def low_rank_gradient(*operands: Any) -> LowRankGradient:
+    """Those of :class:`LowRankGradient`, likewise."""
+    *own, kept = operands
+    p = LowRankGradient(*own)
+    return p if kept is None else in_panels(p, kept)
 
 
 def is_core(p: LowRank | LowRankGradient) -> bool:

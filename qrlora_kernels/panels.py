@@ -35,6 +35,7 @@ class Panels:
             (0, n, k, number, torch.get_num_threads()), given, *pointers.out(self.panels)
         )
         del held
+        (self.address,) = pointers.out(self.panels)
 
     @property
     def nbytes(self) -> int:
@@ -56,10 +57,11 @@ class Panels:
         y = x.new_empty(m, n)
         held, tokens = pointers.rows(x)
         also_held, (mid_at, bias_at) = pointers.dense(mid, bias)
-        own, others, result = pointers.out(self.panels, None if other is None else other.panels, y)
+        (result,) = pointers.out(y)
         native.core().times_panels(
             (m, n, k, DTYPES[x.dtype], torch.get_num_threads()),
-            tokens, own, 0 if mid is None else mid.shape[1], mid_at, others, bias_at, result,
+            tokens, self.address, 0 if mid is None else mid.shape[1],
+            mid_at, 0 if other is None else other.address, bias_at, result,
         )  # fmt: skip
         del held, also_held
         return y
@@ -84,9 +86,11 @@ def most_tokens(n: int, k: int) -> int:
 
 def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the product measured faster than ``F.linear`` for so many tokens."""
+    if n * k < LARGE:
+        return False
     if dtype == torch.bfloat16:
         return tokens > 0
-    if n * k < LARGE or tokens < FEW:
+    if tokens < FEW:
         return False
     if dtype == torch.float64:
         return tokens <= MOST_WIDE

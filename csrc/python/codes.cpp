@@ -20,14 +20,11 @@ const char* name_of(DType dtype) {
 }
 
 // Why the column does not do it; empty if it does.
-std::string obstacle(const Column& column, const Demand& d, bool base) {
+std::string obstacle(const Column& column, const Demand& d) {
     const std::string name = column.name, in = std::string(" in ") + name_of(d.dtype);
     if (!column.obstacle().empty()) return name + " does not run here: " + column.obstacle();
-    const bool kron = d.operation == Operation::kron;
-    if (!(kron ? column.updates : column.products).has(d.dtype))
+    if (!column.dtypes.has(d.dtype))
         return name + " has no kernel for " + name_of(d.operation) + in;
-    if (kron && base && !column.products.has(d.dtype))
-        return name + " has no kernel for kron's base product" + in;
     if (d.mixed && !column.mixes.has(d.dtype))
         return name + " has no kernel for gates by row" + in;
     return "";
@@ -48,7 +45,7 @@ Recipe recipe_of(int64_t code, const Demand& demand) {
     if (at < 0 || at >= static_cast<int64_t>(columns().size())) return refuse("no such column");
     if (alone && !kron) return refuse("only kron has an update alone");
     const Column& column = columns()[static_cast<size_t>(at)];
-    const std::string reason = obstacle(column, demand, demand.base && !alone);
+    const std::string reason = obstacle(column, demand);
     if (!reason.empty()) return refuse(reason);
     return {alone ? Recipe::update : Recipe::whole, &column};
 }

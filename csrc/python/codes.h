@@ -26,7 +26,6 @@ struct Demand {
     Operation operation;
     DType dtype;
     bool mixed = false;  // gates by row
-    bool base = false;   // kron: the base product, where the code is not for the update alone
 };
 
 // Throws std::runtime_error, which names the code and why nothing here follows it.

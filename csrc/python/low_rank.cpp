@@ -102,14 +102,20 @@ bool read_factors(PyObject* weight, PyObject* up, PyObject* down, LowRank& d) {
            matrix(*u, d.dtype, d.up) && matrix(*v, d.dtype, d.down);
 }
 
+// The frozen operands in panels, which are those of bf16 here.
+bool read_panels(PyObject* kept, LowRank& d) {
+    return kept == Py_None || (d.dtype == DType::bf16 && panels(kept, d.panels));
+}
+
 Gate gate_of(const LowRank& d) {
     if (d.index) return d.core ? Gate::mixed_core : Gate::mixed_vector;
     return d.core ? Gate::core : Gate::vector;
 }
 
 std::optional<Plan> plan_for(const LowRank& d, Step step, int64_t needs, bool bias) {
+    const int64_t layout = d.panels.base ? 2 : d.weight.col != 1;
     return plans->find({Operation::low_rank, step, d.dtype, d.m, d.n, d.k, d.r, gate_of(d),
-                        d.weight.col != 1, needs, bias},
+                        layout, needs, bias},
                        d.threads);
 }
 
@@ -122,8 +128,9 @@ py::object library(std::initializer_list<py::object> answers) {
 }  // namespace
 
 py::object low_rank_forward_call(PyObject* const* args) {
-    const auto [axes, x, weight, bias_of, up, down, gate, index, scaling] =
-        std::array{args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8]};
+    const auto [axes, x, weight, bias_of, up, down, gate, index, scaling, kept] =
+        std::array{args[0], args[1], args[2], args[3], args[4],
+                   args[5], args[6], args[7], args[8], args[9]};
     if (!in_plain_mode()) return py::none();  // before anything asks a tensor, which a mode hears
     const auto given = read(x);
     if (!given) return py::none();
@@ -134,7 +141,7 @@ py::object low_rank_forward_call(PyObject* const* args) {
     d.dtype = *dtype_of(*given);
     if (!rows(*given, d.m, columns, io.x) || !read_gate(gate, index, *given, d) ||
         !read_factors(weight, up, down, d) || columns != d.k || !number(scaling, d.scaling) ||
-        !bias(bias_of, d.dtype, d.n, io.bias) ||
+        !bias(bias_of, d.dtype, d.n, io.bias) || !read_panels(kept, d) ||
         !gradients_fit({weight, up, down}, {x, bias_of, gate}, record) ||
         (index == Py_None && PyLong_AsLong(axes) != (d.core ? 2 : 1)))
         return py::none();
@@ -162,6 +169,7 @@ py::object low_rank_backward_call(PyObject* const* args) {
     const auto [dy, weight, up, down, gate, index, h_of, scaling] =
         std::array{args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7]};
     const bool need_dx = args[8] == Py_True, need_dgate = args[9] == Py_True;
+    PyObject* kept = args[10];
     if (!in_plain_mode()) return py::none();
     const auto given = read(dy), h = read(h_of);
     if (!given || !h) return py::none();
@@ -170,7 +178,8 @@ py::object low_rank_backward_call(PyObject* const* args) {
     int64_t columns = 0;
     d.dtype = *dtype_of(*given);
     if (!rows(*given, d.m, columns, io.dy) || !read_gate(gate, index, *given, d) ||
-        !read_factors(weight, up, down, d) || columns != d.n || !number(scaling, d.scaling))
+        !read_factors(weight, up, down, d) || columns != d.n || !number(scaling, d.scaling) ||
+        !read_panels(kept, d))
         return py::none();
     if (h->ndim != 2 || h->shape[0] != d.m || h->shape[1] != d.r || !is_contiguous(*h) ||
         dtype_of(*h) != d.dtype)

@@ -48,6 +48,17 @@ bool trainable(const dlpack::Tensor& t, DType of_x) {
     return is_contiguous(t) && (dtype == of_x || (of_x == DType::bf16 && dtype == DType::f32));
 }
 
+bool panels(PyObject* object, LowRankPanels& out) {
+    if (object == Py_None) return true;
+    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 3) return false;
+    const void** to[] = {&out.base, &out.into, &out.out};
+    for (Py_ssize_t i = 0; i < 3; ++i) {
+        const auto address = py::handle(PyTuple_GET_ITEM(object, i)).attr("address");
+        *to[i] = reinterpret_cast<const void*>(address.cast<intptr_t>());
+    }
+    return true;
+}
+
 bool number(PyObject* object, double& out) {
     if (PyBool_Check(object) || !(PyFloat_Check(object) || PyLong_Check(object))) return false;
     out = PyFloat_AsDouble(object);

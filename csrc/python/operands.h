@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "qrlora/cpu/low_rank.h"
 #include "qrlora/strided.h"
 #include "tensors.h"
 
@@ -21,6 +22,8 @@ bool bias(PyObject* object, DType dtype, int64_t n, const void*& out);
 // Contiguous, of x's type, or fp32 over bf16.
 bool trainable(const dlpack::Tensor& t, DType of_x);
 bool number(PyObject* object, double& out);
+// Three matrices in panels, as objects with an address, or None, which gives null
+bool panels(PyObject* object, LowRankPanels& out);
 
 // Whether autograd asks for nothing that a call has no gradient for; `record` tells whether it has
 // to record one.

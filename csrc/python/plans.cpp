@@ -19,7 +19,7 @@ Problem::Key Problem::key() const {
             k,
             r,
             static_cast<int64_t>(gate),
-            columns,
+            layout,
             needs,
             bias};
 }
@@ -61,8 +61,7 @@ void Plans::tell(const Problem::Key& key, int64_t code, py::object name, py::obj
     const auto operation = static_cast<Operation>(key[0]);
     if (operation != Operation::low_rank && operation != Operation::kron)
         throw std::runtime_error("no operation has the number " + std::to_string(key[0]));
-    const Demand demand{operation, checked_dtype(key[2]), is_mixed(static_cast<Gate>(key[7])),
-                        operation == Operation::kron};
+    const Demand demand{operation, checked_dtype(key[2]), is_mixed(static_cast<Gate>(key[7]))};
     Plan plan{recipe_of(code, demand), std::move(name), std::move(choice)};
     meet(threads);
     if (known_.size() >= kept) forget();

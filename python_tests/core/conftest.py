@@ -62,7 +62,7 @@ def core(loaded: ModuleType) -> Iterator[Core]:
     loaded.forget_choices()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
 def column(request: pytest.FixtureRequest, loaded: ModuleType) -> str:
     """Each instruction set that runs here."""
     name: str = request.param

@@ -56,12 +56,12 @@ class LowRank(NamedTuple):
         return 0, step, dtype, m, n, k, self.r, self.kind, columns, needs, int(bias)
 
     def forward_operands(self) -> tuple[Any, ...]:
-        """With the axes of a gate without an index before the operands."""
-        return (self.gate.dim(), *self[:8])
+        """With the axes of a gate without an index before, and no panels after the operands."""
+        return (self.gate.dim(), *self[:8], None)
 
     def backward_operands(self, h: Tensor, dx: bool = True, dgate: bool = True) -> tuple[Any, ...]:
         frozen = (self.weight, self.up, self.down, self.gate, self.index)
-        return (self.dy, *frozen, h, self.scaling, dx, dgate)
+        return (self.dy, *frozen, h, self.scaling, dx, dgate, None)
 
 
 def low_rank(

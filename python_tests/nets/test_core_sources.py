@@ -127,7 +127,8 @@ def compiler() -> str:
 def once_per_instruction_set() -> set[str]:
     """The sources that the build compiles so, as it lists them."""
     text = (CSRC.parent / "CMakeLists.txt").read_text("utf-8")
-    return set(re.search(r"set\(QRLORA_CPU_KERNELS([^)]*)\)", text)[1].split())
+    lists = re.findall(r"set\(QRLORA_(?:CPU|HALF)_KERNELS([^)]*)\)", text)
+    return {source for listed in lists for source in listed.split()}
 
 
 def units() -> Iterator[tuple[Path, str, list[str]]]:

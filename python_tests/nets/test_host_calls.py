@@ -38,9 +38,9 @@ TABLE: dict[tuple[torch.dtype, int], Limits] = {
         ("qr", "amx"): 25,
         ("lora_xs", "amx"): 25,
         ("ohora", "amx"): 34,
+        **NATIVE,
         ("qr", "composed"): 67,
         ("lora_xs", "composed"): 69,
-        ("ohora", "cpu"): 48,
         # Where the library multiplies no halves the operands are cast to fp32, y and dx back.
         ("qr", "composed, fp32"): 87,
         ("lora_xs", "composed, fp32"): 91,

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .. import native
 from ..native import DTYPES, pointers
-from ..operands import InPanels, Kron, KronGradient, LowRank, LowRankGradient, is_core
+from ..operands import Kron, KronGradient, LowRank, LowRankGradient, is_core
 from ..reference import accumulation_dtype
 
+NO_PANELS = (0, 0, 0)
 _UPDATE_ALONE = 16  # added to the code of a column: the base product is the caller's
 
 
@@ -32,22 +33,26 @@ def code(column: str | None = None, update_alone: bool = False) -> int:
 # --- low rank -----------------------------------------------------------------------------------
 
 
-def low_rank_fwd(p: LowRank, code: int) -> tuple[Tensor, Tensor]:
-    """y [M, N] and h [M, r]."""
+def low_rank_fwd(
+    p: LowRank, code: int, panels: tuple[int, ...] = NO_PANELS
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and h [M, r]; ``panels``: where bf16 operands are kept so, in their order."""
     m, r = p.x.shape[0], p.gate.shape[-1]
     held, (tokens, *frozen, (gate_at, bias_at, index_at)) = _read(p, p.x, p.bias)
     # On the device of x: the default device may be another.
     y, h = p.x.new_empty(m, p.weight.shape[0]), p.x.new_empty(m, r)
     native.core().low_rank_forward(
         code, _low_rank_shape(p, p.x), tokens, *frozen, _gate(p, gate_at),
-        bias_at, *pointers.out(y, h), index_at, _adapters(p), _panels(p),
+        bias_at, *pointers.out(y, h), index_at, _adapters(p), panels,
     )  # fmt: skip
     del held
     return y, h
 
 
-def low_rank_bwd(p: LowRankGradient, code: int) -> tuple[Tensor | None, Tensor | None]:
-    """dx [M, K] and the gate's gradient."""
+def low_rank_bwd(
+    p: LowRankGradient, code: int, panels: tuple[int, ...] = NO_PANELS
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [M, K] and the gate's gradient, likewise."""
     if not (p.need_dx or p.need_dgate):
         return None, None
     m, dtype = p.dy.shape[0], p.dy.dtype
@@ -57,7 +62,7 @@ def low_rank_bwd(p: LowRankGradient, code: int) -> tuple[Tensor | None, Tensor |
     dgate = p.dy.new_empty(p.gate.shape, dtype=wide) if p.need_dgate else None
     native.core().low_rank_backward(
         code, _low_rank_shape(p, p.dy), rows_of_dy, *frozen, _gate(p, gate_at),
-        h_at, *pointers.out(dx, dgate), index_at, _adapters(p), _panels(p),
+        h_at, *pointers.out(dx, dgate), index_at, _adapters(p), panels,
     )  # fmt: skip
     del held
     return dx, None if dgate is None else dgate.to(p.gate.dtype)
@@ -70,13 +75,6 @@ def _low_rank_shape(p: LowRank | LowRankGradient, rows: Tensor) -> tuple[int, ..
 
 def _gate(p: LowRank | LowRankGradient, at: int) -> tuple[int | float | bool, ...]:
     return at, DTYPES[p.gate.dtype], is_core(p), p.scaling
-
-
-def _panels(p: LowRank | LowRankGradient) -> tuple[int, ...]:
-    """The addresses of the frozen operands in panels, which bf16 kernels read where there are."""
-    if not isinstance(p, InPanels) or p.weight.dtype != torch.bfloat16:
-        return 0, 0, 0
-    return tuple(pointers.out(*(kept.panels for kept in p.kept)))
 
 
 def _adapters(p: LowRank | LowRankGradient) -> int:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch.problem import PANELS, Problem, Recipe
+from ..dispatch.problem import ELSEWHERE, PANELS, Problem, Recipe
 from ..native import DTYPES
-from ..operands import Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from ..operands import InPanels, Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
 from . import core_calls, in_panels, products
 
 NATIVE = "native"
@@ -42,7 +42,8 @@ def supports(problem: Problem) -> list[Recipe] | str:
         return "no native kernel for mixed gates in bf16"
     reason = "base and update in one sum" if half else "one native call for a few tokens"
     native_call = Recipe("cpu", NATIVE, reason, core_calls.code())
-    return [*in_panels.recipes(problem), native_call]
+    kept = in_panels.recipes(problem, native_call.code if half else ELSEWHERE)
+    return [*kept, native_call]
 
 
 def _kron_recipes(problem: Problem) -> list[Recipe] | str:
@@ -60,16 +61,26 @@ def _kron_recipes(problem: Problem) -> list[Recipe] | str:
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
-    if recipe == PANELS and p.x.dtype != torch.bfloat16:
+    if recipe != PANELS:
+        return core_calls.low_rank_fwd(p, core_calls.code())
+    if p.x.dtype != torch.bfloat16:
         return in_panels.low_rank_fwd(p)
-    return core_calls.low_rank_fwd(p, core_calls.code())
+    return core_calls.low_rank_fwd(p, core_calls.code(), _addresses(p))
 
 
 def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] and the gate's gradient."""
-    if recipe == PANELS and p.dy.dtype != torch.bfloat16:
+    if recipe != PANELS:
+        return core_calls.low_rank_bwd(p, core_calls.code())
+    if p.dy.dtype != torch.bfloat16:
         return in_panels.low_rank_bwd(p)
-    return core_calls.low_rank_bwd(p, core_calls.code())
+    return core_calls.low_rank_bwd(p, core_calls.code(), _addresses(p))
+
+
+def _addresses(p: LowRank | LowRankGradient) -> tuple[int, ...]:
+    """Of the operands in panels, all of which a call in bf16 reads by itself."""
+    assert isinstance(p, InPanels)
+    return tuple(matrix.address for matrix in p.kept)
 
 
 def kron_fwd(p: Kron, recipe: str) -> Tensor:

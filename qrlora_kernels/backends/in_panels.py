@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch.problem import PANELS, Problem, Recipe
+from ..dispatch.problem import ELSEWHERE, PANELS, Problem, Recipe
 from ..operands import InPanels, LowRank, LowRankGradient
 from .gates import back_through_gate, gate_gradient, through_gate
 from .products import times
 
 
-def recipes(problem: Problem) -> list[Recipe]:
-    """The one for operands in panels, where they are."""
+def recipes(problem: Problem, code: int = ELSEWHERE) -> list[Recipe]:
+    """The one for operands in panels, where they are; the native core knows it by ``code``."""
     if problem.layout != "panels" or problem.gate not in ("vector", "core"):
         return []
-    return [Recipe("cpu", PANELS, "products by operands kept in panels")]
+    return [Recipe("cpu", PANELS, "products by operands kept in panels", code)]
 
 
 def low_rank_fwd(p: LowRank) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..panels import LARGE as PANEL_WEIGHT
 from ..panels import most_tokens
 from .problem import PANELS, Problem
 
@@ -63,6 +64,12 @@ def panel_tokens(p: Problem) -> int:
     return PANEL_TOKENS_WIDE if p.dtype == torch.float64 else most_tokens(p.n, p.k)
 
 
+def _panels_pay(p: Problem) -> bool:
+    if p.dtype == torch.bfloat16:
+        return p.n * p.k >= PANEL_WEIGHT
+    return p.m * p.n * p.k >= PANEL_WORK and p.m <= panel_tokens(p) and not _keeps_effective(p)
+
+
 RULES = (
     Rule(
         1, "cpu", "native", "low_rank",
@@ -111,8 +118,7 @@ RULES = (
     ),
     Rule(
         9, "cpu", PANELS, "low_rank",
-        lambda p: p.dtype != torch.bfloat16
-        and (p.m * p.n * p.k < PANEL_WORK or p.m > panel_tokens(p) or _keeps_effective(p)),
+        lambda p: not _panels_pay(p),
         lambda p: f"panels measure better to {panel_tokens(p)} tokens, from {PANEL_WORK} "
         "multiplications on, where W + ΔW is not kept",
         "fp32, forward and backward of the layer with its operands in panels over its own way, "

@@ -70,13 +70,15 @@ def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
     return panels.used(dtype) and not layer._quantised
 
 
-def may_pay(layer: AdapterLinear, x: Tensor) -> bool:
+def may_pay(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether so much is multiplied that the chooser is worth asking, and takes what is kept."""
     adapter, tokens = layer.adapter, x.numel() // max(1, layer.in_features)
     if not issubclass(adapter, LowRank) or getattr(layer, adapter.gate).ndim == 0:
         return False
     if tokens * layer.in_features * layer.out_features < LEAST_WORK:
         return False
+    if dtype == torch.bfloat16:  # whose call is told what to take
+        return True
     return layer.explain(tokens).recipe == PANELS
 
 

@@ -106,7 +106,8 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     """The adapted layer's y by what it keeps; None where there is nothing to gain."""
     if torch.compiler.is_compiling():  # before the chooser is asked, which is not to be traced
         return None
-    packed = layer._packed is not None and layouts.may_pay(layer, x)
+    wide = dtypes(layer.weight)[1]
+    packed = layer._packed is not None and layouts.may_pay(layer, x, wide)
     found = operands(layer, x, layout=packed)
     if found is None:
         return None
@@ -114,8 +115,10 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     x, matrix, bias, tensors, dtype = found
     adapter = layer.adapter
     for name in tensors.keys() - {*adapter.trainables, *adapter.kept_fp32}:
-        fits = _agrees(tensors[name], layer.weight)
-        factor = keep(layer, name, tensors[name]) if fits else None
+        factor: Tensor | None = tensors[name]
+        if not factor.dtype == dtype == wide:
+            fits = _agrees(factor, layer.weight)
+            factor = keep(layer, name, factor) if fits else None
         if factor is None:
             return None
         tensors[name] = factor

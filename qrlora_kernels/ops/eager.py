@@ -92,11 +92,14 @@ def _code(problem: Problem, choice: Choice) -> int:
     return next((recipe.code for recipe in known if recipe.name == choice.recipe), ELSEWHERE)
 
 
+_LAYOUTS = {"columns": 1, "panels": 2}
+
+
 def _key(p: Problem) -> tuple[int, ...]:
     """The problem as the core finds it out for itself."""
     return (
         OPERATIONS.index(p.op), int(p.step == "bwd"), DTYPES[p.dtype], p.m, p.n, p.k, p.r,
-        GATES.index(p.gate) if p.gate else 0, int(p.layout == "columns"),
+        GATES.index(p.gate) if p.gate else 0, _LAYOUTS.get(p.layout, 0),
         sum(need << i for i, need in enumerate(p.needs)), int(p.bias),
     )  # fmt: skip
 

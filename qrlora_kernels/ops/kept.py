@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ..dispatch.chooser import choose, pinned_backend, run
 from ..dispatch.problem import PANELS, Choice, problem_of
-from ..operands import KeptOperands, LowRank, LowRankGradient, in_panels
+from ..operands import (
+    KeptOperands,
+    LowRank,
+    LowRankGradient,
+    in_panels,
+    low_rank,
+    low_rank_gradient,
+)
+from ..reference import accumulation_dtype
 from . import eager
 from .checks import (
     asks_for_operators,
@@ -20,11 +28,11 @@ from .checks import (
     restore,
     wants_gradient,
 )
-from .low_rank import by_step
+from .low_rank import backward_call, by_step, forward_call
 
 
 class KeptLowRankFunction(torch.autograd.Function):
-    """Autograd on x [M, K]; gradients for x, bias and the gate only."""
+    """Autograd on x [..., K]; gradients for x, bias and the gate only."""
 
     @staticmethod
     def forward(
@@ -36,12 +44,15 @@ class KeptLowRankFunction(torch.autograd.Function):
         there: KeptOperands,
         back: KeptOperands | None,
         backend: str | None,
-        choice: Choice,
+        made: tuple[Tensor, Tensor] | Choice,
     ) -> Tensor:
-        """``p`` has all operands; the first three are those that may ask for a gradient."""
-        y: Tensor
-        p = p._replace(x=x, bias=bias, gate=gate)
-        y, h = run(in_panels(p, there), backend, choice)
+        """``p`` has all operands; the first three are those that may ask for a gradient. ``made``:
+        y and h where a native call has made them, or who is to make them."""
+        y, h = (
+            made
+            if type(made) is tuple
+            else _made(p._replace(x=x, bias=bias, gate=gate), there, backend, made)
+        )
         ctx.save_for_backward(p.weight, p.up, p.down, gate, h)
         ctx.scaling, ctx.backend, ctx.back = p.scaling, backend, back
         return y
@@ -54,15 +65,31 @@ class KeptLowRankFunction(torch.autograd.Function):
         if need_dx or need_dgate:
             weight, up, down, gate, h = ctx.saved_tensors
             operands = (dy, weight, up, down, gate, None, h, ctx.scaling, need_dx, need_dgate)
-            if asks_for_operators(dy):
+            kept = (*operands, ctx.back)
+            done = eager.ask(backward_call, low_rank_gradient, kept, ctx.backend)
+            if type(done) is tuple:
+                dx, dgate = done
+            elif ctx.back is None or asks_for_operators(dy):
                 dx, dgate = by_step(None, operands, ctx.backend)
             else:
                 if not weight.dtype == up.dtype == down.dtype == dy.dtype:
                     refuse_cast(dy, weight=weight, up=up, down=down)
                 p = LowRankGradient(*operands)._replace(dy=flatten(dy, "dy"))
-                dx, dgate = run(in_panels(p, ctx.back) if ctx.back else p, ctx.backend)
+                dx, dgate = run(in_panels(p, ctx.back), ctx.backend)
+                dx = restore(dx, dy) if need_dx else None
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, dbias, dgate, None, None, None, None, None
+
+
+_record = eager.apply_of(KeptLowRankFunction)
+
+
+def _made(
+    p: LowRank, there: KeptOperands, backend: str | None, choice: Choice
+) -> tuple[Tensor, Tensor]:
+    """y [..., N] and h [M, r] for x [..., K]."""
+    y, h = run(in_panels(p._replace(x=flatten(p.x)), there), backend, choice)
+    return restore(y, p.x), h
 
 
 def kept_low_rank(
@@ -84,20 +111,25 @@ def kept_low_rank(
     """
     if not _factors_fit(x, weight, up, down, gate, square):
         return None
-    p = LowRank(flatten(x), weight, bias, up, down, gate, None, float(scaling))
-    backend = pinned_backend()
-    choice = choose(problem_of(p)._replace(layout="panels"), backend)
-    if choice.recipe != PANELS:
-        return None
-    forward = kept(False)
-    if forward is None:
-        return None
-    if wants_gradient(x, bias, gate):
-        both = forward, kept(True)
-        y: Tensor = KeptLowRankFunction.apply(p.x, bias, gate, p, *both, backend, choice)
-    else:
-        y, _ = run(in_panels(p, forward), backend, choice)
-    return restore(y, x)
+    backend, p = pinned_backend(), LowRank(x, weight, bias, up, down, gate, None, float(scaling))
+    made: Any = None
+    if x.dtype == torch.bfloat16:  # whose panels the core reads by itself
+        forward = kept(False)
+        if forward is None:
+            return None
+        made = eager.ask(forward_call, low_rank, (*p, forward), backend, gate.ndim)
+    if isinstance(made, Tensor):
+        return made
+    if type(made) is not tuple:
+        made = choose(problem_of(p._replace(x=flatten(x)))._replace(layout="panels"), backend)
+        forward = kept(False) if made.recipe == PANELS else None
+        if forward is None:
+            return None
+    if not wants_gradient(x, bias, gate):
+        return _made(p, forward, backend, made)[0]
+    record = _record if type(made) is tuple else KeptLowRankFunction.apply
+    y: Tensor = record(x, bias, gate, p, forward, kept(True), backend, made)
+    return y
 
 
 def _factors_fit(
@@ -106,7 +138,7 @@ def _factors_fit(
     """Whether they may be read as [N, r], [r, K] and [r] or [r, r]; others have their messages."""
     (n, k), r = weight.shape, gate.shape[-1] if gate.ndim else 0
     shapes = (n, r), (r, k), (r, r) if square else (r,)
-    return all(
-        t.shape == shape and t.dtype == x.dtype and t.device == x.device
+    return gate.dtype in (x.dtype, accumulation_dtype(x.dtype)) and all(
+        t.shape == shape and (t is gate or t.dtype == x.dtype) and t.device == x.device
         for t, shape in zip((up, down, gate), shapes, strict=True)
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..autocast import autocast
 from ..dispatch.chooser import perform, pinned_backend, run
 from ..dispatch.problem import Choice
-from ..operands import LowRank, LowRankGradient
+from ..operands import LowRank, LowRankGradient, low_rank, low_rank_gradient
 from ..reference import hidden_dtype, low_rank_ref
 from . import eager, flops
 from .checks import (
@@ -86,7 +86,8 @@ low_rank_bwd = Operator(
 
 
 # The native calls, of a core that need not be there.
-_forward, _backward = attrgetter("low_rank_forward_call"), attrgetter("low_rank_backward_call")
+forward_call = attrgetter("low_rank_forward_call")
+backward_call = attrgetter("low_rank_backward_call")
 
 
 # --- autograd -----------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class LowRankFunction(torch.autograd.Function):
             weight, up, down, gate, index, h, *handed_on = ctx.saved_tensors
             frozen = (weight, up, down, gate, index, h)
             operands = (dy, *frozen, ctx.scaling, need_dx, need_dgate)
-            done = eager.ask(_backward, LowRankGradient, operands, ctx.backend)
+            done = eager.ask(backward_call, low_rank_gradient, (*operands, None), ctx.backend)
             if type(done) is list and need_dx and handed_on:
                 done = [ctx.made, *handed_on]
             dx, dgate = done if type(done) is tuple else by_step(done, operands, ctx.backend)
@@ -177,7 +178,7 @@ def at_once(public: Public, backend: str | None, *operands: Any) -> Tensor | Non
     ``operands`` are those of ``LowRank``, unchecked, with x [..., K].
     """
     dim = 0 if public.mixed else public.dims[0]  # of a gate without an index
-    done = eager.ask(_forward, LowRank, operands, backend, dim)
+    done = eager.ask(forward_call, low_rank, (*operands, None), backend, dim)
     if type(done) is not tuple and type(done) is not list:
         return done  # y, or None
     if public.mixed:  # by row of the flat x, as backends and backwards have it

@@ -29,7 +29,6 @@ namespace qrlora {
     {#isa,                                                                           \
      []() -> const std::string& { return obstacle(Isa::isa); },                      \
      wide_dtypes | DType::bf16,                                                      \
-     wide_dtypes | DType::bf16,                                                      \
      wide_dtypes,                                                                    \
      false,                                                                          \
      by_dtype<wide::low_rank_forward, isa::half::low_rank_forward>,                  \
@@ -84,7 +83,7 @@ const std::vector<Column>& columns() {
         QRLORA_COLUMN(avx512_bf16, avx512),
 #endif
 #if defined(QRLORA_WITH_AMX)
-        {"amx", amx::obstacle, DTypes{} | DType::bf16, DTypes{} | DType::bf16, DTypes{}, true,
+        {"amx", amx::obstacle, DTypes{} | DType::bf16, DTypes{}, true,
          amx::half::low_rank_forward, amx::half::low_rank_backward, amx::half::linear_add,
          amx::kron_forward, amx::kron_backward, nullptr, nullptr},
 #endif

@@ -26,8 +26,7 @@ struct DTypes {
 struct Column {
     const char* name;
     const std::string& (*obstacle)();  // why it does not run on this machine; empty if it does
-    DTypes products;                   // low_rank and linear_add
-    DTypes updates;                    // kron
+    DTypes dtypes;
     DTypes mixes;                      // low_rank with gates by row
     bool rounded_factors;  // kron reads its factors in bf16, not in the type of the sums
     void (*low_rank_forward)(const LowRank&, const LowRankForward&);
