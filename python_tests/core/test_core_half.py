@@ -126,11 +126,11 @@ def test_panels_of_a_call_on_tensors(core):
     *operands, _ = p.forward_operands()
     key = list(p.forward_key())
     core.c.tell(tuple(key), core.code(), "op", "choice")
-    y, _ = core.c.low_rank_forward_call(*operands, None)
+    y = core.c.low_rank_forward_call(*operands, None)
     assert core.c.low_rank_forward_call(*operands, kept) is NotImplemented
     key[8] = 2
     core.c.tell(tuple(key), core.code(), "op", "choice")
-    by_panels, _ = core.c.low_rank_forward_call(*operands, kept)
+    by_panels = core.c.low_rank_forward_call(*operands, kept)
     assert torch.equal(by_panels, y)
     for wrong in (kept[:2], list(kept), 7):
         assert core.c.low_rank_forward_call(*operands, wrong) is None
