@@ -35,7 +35,8 @@ void times(const TimesPanels& d) {
     auto* y = static_cast<T*>(d.y);
     const int threads = useful_threads(d.threads, d.m, d.n, d.k);
     // A thread that has columns of its own reads its own panels only.
-    const bool by_columns = d.n >= 4 * threads * panel_width<T>;
+    const int64_t count = (d.n + panel_width<T> - 1) / panel_width<T>;
+    const bool by_columns = count >= 4 * threads || count % threads == 0;
     const auto block = [&](Team team, int64_t i, int64_t rows, int64_t j, int64_t columns) {
         auto* part = reinterpret_cast<T*>(team.scratch());
         T* out = y + i * d.n + j;

@@ -10,9 +10,10 @@
 
 namespace qrlora::QRLORA_ISA {
 
-// 12 rows by two vectors fill the 32 registers of AVX-512; 6 by two the 16 of the others.
-constexpr int PANEL_VECTORS = 2;
-constexpr int64_t PANEL_ROWS = QRLORA_VECTOR_BYTES == 64 ? 12 : 6;
+// 6 rows by four vectors fill the 32 registers of AVX-512, by two the 16 of the others. The fewer
+// rows, the fewer elements of A that are brought to all lanes; 12 where a panel has fewer columns.
+constexpr int PANEL_VECTORS = QRLORA_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int PANEL_ROWS = 6;
 template <typename T>
 constexpr int64_t panel_width = PANEL_VECTORS * Vec<T>::lanes;
 
@@ -59,41 +60,42 @@ struct Start {
     int64_t ld;
 };
 
-// ROWS rows of C by the first `columns` of one panel, over up to PANEL_SUM of its rows.
-template <typename T, int ROWS>
+// ROWS rows of C by the first `columns` of one panel, which are in VECTORS vectors, over up to
+// PANEL_SUM of its rows.
+template <typename T, int ROWS, int VECTORS>
 inline void panel_tile(int64_t steps, const T* a, int64_t lda, const T* panel, int64_t columns,
                        Start<T> start, T* c, int64_t ldc) {
     constexpr int64_t lanes = Vec<T>::lanes;
-    Sums<T, ROWS, PANEL_VECTORS> sum;
-    sum_products<T, ROWS, PANEL_VECTORS>(steps, {a, lda, 1}, panel, panel_width<T>, sum);
-    if (columns == panel_width<T>) {
+    Sums<T, ROWS, VECTORS> sum;
+    sum_products<T, ROWS, VECTORS>(steps, {a, lda, 1}, panel, panel_width<T>, sum);
+    if (columns == VECTORS * lanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-            for (int v = 0; v < PANEL_VECTORS; ++v) {
+            for (int v = 0; v < VECTORS; ++v) {
                 auto total = sum[i][v];
                 if (start.data) total += load(start.data + i * start.ld + v * lanes);
                 store(c + i * ldc + v * lanes, total);
             }
         return;
     }
-    T part[ROWS * panel_width<T>];
+    T part[ROWS * VECTORS * lanes];
     std::memcpy(part, sum, sizeof part);
     for (int i = 0; i < ROWS; ++i)
         for (int64_t j = 0; j < columns; ++j) {
-            const T total = part[i * panel_width<T> + j];
+            const T total = part[i * VECTORS * lanes + j];
             c[i * ldc + j] = start.data ? total + start.data[i * start.ld + j] : total;
         }
 }
 
 // The same over all of `steps`, a sum after the other.
-template <typename T, int ROWS>
+template <typename T, int ROWS, int VECTORS>
 inline void panel_rows(int64_t steps, const T* a, int64_t lda, const T* panel, int64_t columns,
                        Start<T> start, T* c, int64_t ldc) {
     int64_t p = 0;
     do {  // at least once: an empty sum is the start
-        panel_tile<T, ROWS>(std::min(PANEL_SUM, steps - p), a + p, lda, panel + p * panel_width<T>,
-                            columns, start, c, ldc);
+        panel_tile<T, ROWS, VECTORS>(std::min(PANEL_SUM, steps - p), a + p, lda,
+                                     panel + p * panel_width<T>, columns, start, c, ldc);
         start = {c, ldc};
         p += PANEL_SUM;
     } while (p < steps);
@@ -108,7 +110,7 @@ constexpr int64_t panel_room = CACHED_ROWS * cached_depth<T>;
 template <typename T>
 inline void times_panels(int64_t m, const T* a, int64_t lda, int64_t depth, const T* panels,
                          int64_t columns, Start<T> start, T* c, int64_t ldc, T* part) {
-    constexpr int64_t width = panel_width<T>, near = 2 * cached_depth<T>;
+    constexpr int64_t lanes = Vec<T>::lanes, width = panel_width<T>, near = 2 * cached_depth<T>;
     int64_t p = 0;
     do {
         const int64_t steps = std::min(cached_depth<T>, depth - p);
@@ -122,21 +124,31 @@ inline void times_panels(int64_t m, const T* a, int64_t lda, int64_t depth, cons
                 left = part;
                 ld = cached_depth<T>;
             }
-            for (int64_t j = 0; j < columns; j += width) {
+            const auto panel = [&](int64_t j, auto vectors) {
                 int64_t i = i0;
                 const auto rows = [&](auto count) {
                     for (; i + count() <= end; i += count()) {
                         Start<T> at = start;
                         if (at.data) at.data += i * at.ld + j;
-                        panel_rows<T, count()>(
+                        panel_rows<T, count(), vectors()>(
                             steps, left + (i - i0) * ld, ld, panels + j * depth + p * width,
                             std::min(width, columns - j), at, c + i * ldc + j, ldc);
                     }
                 };
+                if constexpr (2 * vectors() <= PANEL_VECTORS) rows(constant<2 * PANEL_ROWS>);
                 rows(constant<PANEL_ROWS>);
                 rows(constant<4>);
                 rows(constant<2>);
                 rows(constant<1>);
+            };
+            int64_t j = 0;
+            for (; j + width <= columns; j += width) panel(j, constant<PANEL_VECTORS>);
+            const int64_t rest = (columns - j + lanes - 1) / lanes;
+            if (rest == 1) panel(j, constant<1>);
+            if (rest == 2) panel(j, constant<2>);
+            if constexpr (PANEL_VECTORS == 4) {
+                if (rest == 3) panel(j, constant<3>);
+                if (rest == 4) panel(j, constant<4>);
             }
         }
         start = {c, ldc};
