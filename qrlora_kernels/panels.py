@@ -15,8 +15,13 @@ from torch import Tensor
 from . import native
 from .native import DTYPES, pointers
 
-FEW, MANY, MOST, MOST_WIDE = 4, 256, 512, 16  # tokens; the last in fp64
+# Tokens to which the panels of AVX2 are ahead; WIDE: in fp64, ADAPTED: with an adapter.
+FEW, MANY, MOST, MOST_WIDE, MOST_WIDE_ADAPTED = 4, 256, 512, 16, 128
 LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
+WORK = 1 << 25  # multiplications, below which asking for panels takes longer than they save
+
+
+WIDE = (torch.float32, torch.float64)
 
 
 class Panels:
@@ -68,30 +73,38 @@ class Panels:
 
 
 @functools.cache
+def _instructions() -> str:
+    """Those of the products here; "" where there are none, or have not been compared."""
+    there = native.CORE is not None and native.CORE.amx_obstacle()  # with AMX it is an Intel CPU
+    return native.instructions() if there else ""
+
+
 def used(dtype: torch.dtype) -> bool:
     """Whether the native product in ``dtype`` has measured faster than the library's here."""
-    core = native.CORE
-    if core is None:
-        return False
-    column = core.columns[core.best_column()]
-    if dtype == torch.bfloat16:  # the tile unit has its own
-        return column == "avx512_bf16" and bool(core.amx_obstacle())
-    return column == "avx2" and dtype in (torch.float32, torch.float64)
-
-
-def most_tokens(n: int, k: int) -> int:
-    """To how many tokens of fp32 panels are ahead."""
-    return MOST if n * k >= LARGER else MANY
+    if dtype == torch.bfloat16:
+        return _instructions() == "avx512_bf16"
+    return dtype in WIDE and _instructions() in ("avx2", "avx512_bf16")
 
 
 def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the product measured faster than ``F.linear`` for so many tokens."""
-    if n * k < LARGE:
-        return False
     if dtype == torch.bfloat16:
-        return tokens > 0
-    if tokens < FEW:
+        return n * k >= LARGE and tokens > 0
+    if _instructions() != "avx2":
+        return tokens >= FEW and (n * k >= LARGE or tokens * n * k >= WORK)
+    return n * k >= LARGE and FEW <= tokens <= _most(n, k, dtype, MOST_WIDE)
+
+
+def pays_adapted(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
+    """The same of a layer with its adapter, where the update meets the base product."""
+    if dtype == torch.bfloat16:
+        return n * k >= LARGE
+    if tokens * n * k < WORK:
         return False
+    return _instructions() != "avx2" or tokens <= _most(n, k, dtype, MOST_WIDE_ADAPTED)
+
+
+def _most(n: int, k: int, dtype: torch.dtype, wide: int) -> int:
     if dtype == torch.float64:
-        return tokens <= MOST_WIDE
-    return dtype == torch.float32 and tokens <= most_tokens(n, k)
+        return wide
+    return MOST if n * k >= LARGER else MANY

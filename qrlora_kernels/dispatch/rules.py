@@ -6,13 +6,13 @@ runs all the same; here is only what the chooser does unasked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from ..panels import LARGE as PANEL_WEIGHT
-from ..panels import most_tokens
+from .. import native, panels
 from .problem import PANELS, Problem
 
 FEW_TOKENS = 32
@@ -21,7 +21,7 @@ MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
 EFFECTIVE_TOKENS = 2
 KEPT_WEIGHT, KEPT_RANK = 1 << 16, 0.25
 CAST_TOKENS = 4
-PANEL_WORK, PANEL_TOKENS_WIDE = 1 << 25, 128
+HALF_TOKENS = 64
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
 
@@ -37,12 +37,17 @@ class Rule(NamedTuple):
     figures: str  # what was measured, as a ratio of times
 
 
-def _few(p: Problem) -> int:
+def _few(p: Problem) -> float:
+    """Up to how many tokens one native call is ahead."""
+    if p.dtype == torch.bfloat16:
+        return math.inf if native.instructions().startswith("avx512") else HALF_TOKENS
     light = p.n * p.k <= LIGHT_WEIGHT and p.r <= LIGHT_RANK
     return MORE_TOKENS if light else FEW_TOKENS
 
 
 def _streams_base(p: Problem) -> bool:
+    if p.dtype == torch.bfloat16:
+        return p.m <= _few(p)
     if p.step == "fwd":
         return p.m <= STREAMED_FORWARD
     return p.m <= STREAMED_BACKWARD and p.n * p.k >= STREAMED_WEIGHT
@@ -59,26 +64,17 @@ def _keeps_effective(p: Problem) -> bool:
     return large and p.m >= p.k and p.m * (p.n + p.k) >= 2 * p.n * p.k
 
 
-def panel_tokens(p: Problem) -> int:
-    """To how many tokens operands in panels are ahead."""
-    return PANEL_TOKENS_WIDE if p.dtype == torch.float64 else most_tokens(p.n, p.k)
-
-
-def _panels_pay(p: Problem) -> bool:
-    if p.dtype == torch.bfloat16:
-        return p.n * p.k >= PANEL_WEIGHT
-    return p.m * p.n * p.k >= PANEL_WORK and p.m <= panel_tokens(p) and not _keeps_effective(p)
-
-
 RULES = (
     Rule(
-        1, "cpu", "native", "low_rank",
-        lambda p: p.m > _few(p) and p.dtype != torch.bfloat16,
+        1, "cpu", "native", "",
+        lambda p: p.m > _few(p),
         lambda p: f"library products measure better from {_few(p) + 1} tokens",
         "fp32 and fp64, one native call over four library products: ahead to 32 tokens; for 64 to "
         "256 features 0.80 to 1.07 of an addmm expression at 33 to 64 tokens and r = 16 to 64, "
         "where library products take 1.08 to 1.29 at r = 16; mostly behind for larger weights or "
-        "ranks",
+        "ranks. bf16, AMD EPYC, over addmm onto an update: with AVX512-BF16 0.62 to 0.95 at 16 to "
+        "2,048 tokens, with AVX-512 alone 0.34 to 0.45, with AVX2 alone 0.09 to 0.80 to 16 tokens, "
+        "1.0 to 1.3 from 128 on",
     ),
     Rule(
         2, "cpu", "native base", "kron",
@@ -86,7 +82,8 @@ RULES = (
         lambda p: "the library's base product measures better here",
         "fp32 and fp64, the base product streamed over that of addmm, 128 to 4,096 features: 0.4 "
         "to 1.1 to 32 tokens; dx, which adds rows of W up, 0.5 to 1.2 to 16 tokens of a weight "
-        "that comes from memory (1,024 features and more), mostly 1.1 to 2 below",
+        "that comes from memory (1,024 features and more), mostly 1.1 to 2 below. bf16 with "
+        "AVX512-BF16, 384 to 2,048 features: 0.69 to 0.98, with the backward 0.79 to 1.00",
     ),
     Rule(
         3, "amx", "native", "linear_add",
@@ -118,9 +115,9 @@ RULES = (
     ),
     Rule(
         9, "cpu", PANELS, "low_rank",
-        lambda p: not _panels_pay(p),
-        lambda p: f"panels measure better to {panel_tokens(p)} tokens, from {PANEL_WORK} "
-        "multiplications on, where W + ΔW is not kept",
+        lambda p: _keeps_effective(p) or not panels.pays_adapted(p.m, p.n, p.k, p.dtype),
+        lambda p: "panels measure better where much is multiplied, with AVX2 for few tokens, and "
+        "W + ΔW is not kept",
         "fp32, forward and backward of the layer with its operands in panels over its own way, "
         "AMD EPYC with AVX2. Two threads, three recordings: 4096² r = 64 0.60 to 0.65 (16 "
         "tokens), 0.64 to 0.82 (128), 1024² 1.15 (16; one recording), r = 16 0.73 to 0.80 "

@@ -34,6 +34,11 @@ def core() -> ModuleType:
     return CORE
 
 
+def instructions() -> str:
+    """The instruction set of the CPU kernels in use; "" without a core."""
+    return "" if CORE is None else str(CORE.columns[CORE.best_column()])
+
+
 def build_config() -> dict[str, str]:
     """What the native core was built from and for, read from the binary; empty without one."""
     return {} if CORE is None else dict(CORE.build_config())

@@ -21,9 +21,10 @@ constexpr int64_t panel_width = PANEL_VECTORS * Vec<T>::lanes;
 // long sum is made of short ones, which keeps its error low.
 constexpr int64_t PANEL_SUM = 192;
 // Rows and columns of A that stay in the L2 cache.
-constexpr int64_t CACHED_ROWS = 192;
+constexpr int64_t CACHED_SUMS = QRLORA_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t CACHED_ROWS = 384 / CACHED_SUMS;
 template <typename T>
-constexpr int64_t cached_depth = 2 * PANEL_SUM * sizeof(float) / sizeof(T);
+constexpr int64_t cached_depth = CACHED_SUMS * PANEL_SUM * sizeof(float) / sizeof(T);
 
 template <typename T>
 constexpr int64_t whole_panels(int64_t columns) {
