@@ -127,7 +127,7 @@ def in_panels(p: Either, kept: KeptOperands) -> Either:
     """The same operands with what is kept of them; ``_replace`` gives a record without it."""
     record: Any = (LowRankInPanels if isinstance(p, LowRank) else LowRankGradientInPanels)(*p)
     record.kept = kept
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def low_rank(*operands: Any) -> LowRank:

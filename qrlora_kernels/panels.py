@@ -18,6 +18,7 @@ from .native import DTYPES, pointers
 # Tokens to which the panels of AVX2 are ahead; WIDE: in fp64, ADAPTED: with an adapter.
 FEW, MANY, MOST, MOST_WIDE, MOST_WIDE_ADAPTED = 4, 256, 512, 16, 128
 LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
+MANY_MADE = 512
 WORK = 1 << 25  # multiplications, below which asking for panels takes longer than they save
 
 
@@ -102,6 +103,11 @@ def pays_adapted(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     if tokens * n * k < WORK:
         return False
     return _instructions() != "avx2" or tokens <= _most(n, k, dtype, MOST_WIDE_ADAPTED)
+
+
+def pays_made(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether it is faster even where the panels are made for one product of so many tokens."""
+    return dtype in WIDE and tokens >= MANY_MADE and _instructions() == "avx512_bf16"
 
 
 def _most(n: int, k: int, dtype: torch.dtype, wide: int) -> int:

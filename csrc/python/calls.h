@@ -10,8 +10,8 @@ namespace qrlora {
 // frozen operands in panels) -> y where there is nothing to record, else (y, h); for library
 // products [choice, whether autograd must record].
 pybind11::object low_rank_forward_call(PyObject* const* args);
-// (dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate, None or those) -> (dx | None,
-// dgate | None); for library products [choice].
+// (dy, weight, up, down, gate, index, h, scaling, need_dx, need_dgate, None or those) -> (dx |
+// None, dgate | None); for library products [choice].
 pybind11::object low_rank_backward_call(PyObject* const* args);
 
 // (x, weight, bias, a, b, a0, b0, scaling) -> (y, the choice where the base product is still to be

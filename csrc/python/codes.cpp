@@ -25,8 +25,7 @@ std::string obstacle(const Column& column, const Demand& d) {
     if (!column.obstacle().empty()) return name + " does not run here: " + column.obstacle();
     if (!column.dtypes.has(d.dtype))
         return name + " has no kernel for " + name_of(d.operation) + in;
-    if (d.mixed && !column.mixes.has(d.dtype))
-        return name + " has no kernel for gates by row" + in;
+    if (d.mixed && !column.mixes.has(d.dtype)) return name + " has no kernel for gates by row" + in;
     return "";
 }
 

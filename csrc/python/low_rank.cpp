@@ -114,9 +114,9 @@ Gate gate_of(const LowRank& d) {
 
 std::optional<Plan> plan_for(const LowRank& d, Step step, int64_t needs, bool bias) {
     const int64_t layout = d.panels.base ? 2 : d.weight.col != 1;
-    return plans->find({Operation::low_rank, step, d.dtype, d.m, d.n, d.k, d.r, gate_of(d),
-                        layout, needs, bias},
-                       d.threads);
+    return plans->find(
+        {Operation::low_rank, step, d.dtype, d.m, d.n, d.k, d.r, gate_of(d), layout, needs, bias},
+        d.threads);
 }
 
 py::object library(std::initializer_list<py::object> answers) {
@@ -128,9 +128,8 @@ py::object library(std::initializer_list<py::object> answers) {
 }  // namespace
 
 py::object low_rank_forward_call(PyObject* const* args) {
-    const auto [axes, x, weight, bias_of, up, down, gate, index, scaling, kept] =
-        std::array{args[0], args[1], args[2], args[3], args[4],
-                   args[5], args[6], args[7], args[8], args[9]};
+    const auto [axes, x, weight, bias_of, up, down, gate, index, scaling, kept] = std::array{
+        args[0], args[1], args[2], args[3], args[4], args[5], args[6], args[7], args[8], args[9]};
     if (!in_plain_mode()) return py::none();  // before anything asks a tensor, which a mode hears
     const auto given = read(x);
     if (!given) return py::none();

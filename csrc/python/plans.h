@@ -16,10 +16,10 @@ struct Problem {
     Step step;
     DType dtype;
     int64_t m, n, k, r;
-    Gate gate;      // of kron: vector
+    Gate gate;       // of kron: vector
     int64_t layout;  // of W: 1 where columns are contiguous and rows are not, 2 in panels, else 0
-    int64_t needs;  // backward: bits of the gradients asked for, in their order; forward: 0
-    bool bias;      // forward: whether there is one; backward: false
+    int64_t needs;   // backward: bits of the gradients asked for, in their order; forward: 0
+    bool bias;       // forward: whether there is one; backward: false
     using Key = std::array<int64_t, 11>;
     Key key() const;
 };

@@ -43,7 +43,8 @@ def attach(model: nn.Module, settings: Settings) -> nn.Module:
         progress=settings.progress,
         **options,
     )
-    return qk.prepack(model)  # under autocast no call casts a frozen weight again
+    # Under autocast no call casts a frozen weight again, and none brings it into a kernel's order.
+    return qk.prepack(model, packed="both")
 
 
 def trained_numbers(model: nn.Module) -> tuple[int, int]:
@@ -68,7 +69,7 @@ def save(model: nn.Module, settings: Settings) -> None:
 def load(model: nn.Module, settings: Settings) -> nn.Module:
     """Adapt a fresh model with what :func:`save` wrote."""
     if METHODS[settings.adapter].provider == "package":
-        return qk.prepack(qk.load_adapter(model, settings.adapter_file))
+        return qk.prepack(qk.load_adapter(model, settings.adapter_file), packed="forward")
     model = attach(model, settings)
     load_trained(model, settings.adapter_file)
     return model

@@ -25,6 +25,7 @@ from .products import (
     ADDMM,
     FP32,
     bases,
+    by_made,
     gram,
     into_fp32,
     onto,
@@ -84,11 +85,11 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, ...]:
     if p.down is None:
         return _output_form(p)
     fp16 = p.x.dtype == torch.float16
-    h = into_fp32(p.x, p.down.mT) if fp16 else F.linear(p.x, p.down)
     if recipe in (EFFECTIVE, KEPT):
         effective = effective_weight(p)
-        results = F.linear(p.x, effective, p.bias), h
+        results = by_made(p.x, effective, p.bias), by_made(p.x, p.down)
         return results if recipe == EFFECTIVE else (*results, effective)
+    h = into_fp32(p.x, p.down.mT) if fp16 else F.linear(p.x, p.down)
     mid = through_gate(h, p.gate, p.index, p.scaling)
     y = through(recipe, mid, p.up, p.x, p.weight, p.bias)
     return (y.to(dtype), h.to(hidden_dtype(dtype))) if recipe == FP32 else (y, h)
@@ -104,11 +105,14 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     if p.up.shape[1] != p.gate.shape[-1]:
         p = as_wide_as_the_gate(p)
     fp16 = p.dy.dtype == torch.float16
-    g = into_fp32(p.dy, p.up) if fp16 else torch.mm(p.dy, p.up)
     dx = dgate = None
-    if p.need_dx and recipe in (EFFECTIVE, KEPT):
-        dx = torch.mm(p.dy, effective_weight(p) if recipe == EFFECTIVE else p.weight)
-    elif p.need_dx:
+    if recipe in (EFFECTIVE, KEPT):
+        g = by_made(p.dy, p.up.mT)
+        effective = effective_weight(p) if recipe == EFFECTIVE else p.weight
+        dx = by_made(p.dy, effective.mT) if p.need_dx else None
+    else:
+        g = into_fp32(p.dy, p.up) if fp16 else torch.mm(p.dy, p.up)
+    if p.need_dx and dx is None:
         mid = back_through_gate(g, p.gate, p.index, p.scaling)
         if p.down is None:
             dx = torch.addmm(p.dy, mid, p.up.mT) @ p.weight

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dispatch.problem import Problem
 from ..halves import multiplies
+from ..panels import Panels, pays_made
 from ..reference import HALF, accumulation_dtype
 
 # How the base product and a bias meet an update; :func:`bases` says which apply, best first.
@@ -72,6 +73,16 @@ def through(
     narrow = mid.dtype == up.dtype
     update = torch.mm(mid, up.mT) if narrow else out_of_fp32(mid, up.mT)
     return onto(how, update, x, weight, bias)
+
+
+def by_made(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] Aᵀ + b by a matrix [N, K] that was made for this call, W + ΔW say.
+
+    Nobody keeps panels of such a one, and for many tokens they are worth making.
+    """
+    if x.device.type == "cpu" and pays_made(x.shape[0], x.dtype):
+        return Panels(matrix).product(x, bias)
+    return F.linear(x, matrix, bias)
 
 
 def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:

@@ -75,10 +75,11 @@ def may_pay(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> bool:
     adapter, tokens = layer.adapter, x.numel() // max(1, layer.in_features)
     if not issubclass(adapter, LowRank) or getattr(layer, adapter.gate).ndim == 0:
         return False
-    if tokens * layer.in_features * layer.out_features < LEAST_WORK:
+    n, k = layer.out_features, layer.in_features
+    if tokens * n * k < LEAST_WORK:
         return False
-    if dtype == torch.bfloat16:  # whose call is told what to take
-        return True
+    if dtype == torch.bfloat16 and panels.pays_adapted(tokens, n, k, dtype):
+        return True  # the call is told what to take
     return layer.explain(tokens).recipe == PANELS
 
 

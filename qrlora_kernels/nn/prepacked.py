@@ -115,10 +115,10 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     x, matrix, bias, tensors, dtype = found
     adapter = layer.adapter
     for name in tensors.keys() - {*adapter.trainables, *adapter.kept_fp32}:
-        factor: Tensor | None = tensors[name]
-        if not factor.dtype == dtype == wide:
-            fits = _agrees(factor, layer.weight)
-            factor = keep(layer, name, factor) if fits else None
+        if tensors[name].dtype == dtype == wide:
+            continue
+        fits = _agrees(tensors[name], layer.weight)
+        factor = keep(layer, name, tensors[name]) if fits else None
         if factor is None:
             return None
         tensors[name] = factor

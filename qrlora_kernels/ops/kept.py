@@ -18,6 +18,7 @@ from ..operands import (
     low_rank,
     low_rank_gradient,
 )
+from ..panels import pays_adapted
 from ..reference import accumulation_dtype
 from . import eager
 from .checks import (
@@ -48,11 +49,9 @@ class KeptLowRankFunction(torch.autograd.Function):
     ) -> Tensor:
         """``p`` has all operands; the first three are those that may ask for a gradient. ``made``:
         y and h where a native call has made them, or who is to make them."""
-        y, h = (
-            made
-            if type(made) is tuple
-            else _made(p._replace(x=x, bias=bias, gate=gate), there, backend, made)
-        )
+        if isinstance(made, Choice):
+            made = _made(p._replace(x=x, bias=bias, gate=gate), there, backend, made)
+        y, h = made
         ctx.save_for_backward(p.weight, p.up, p.down, gate, h)
         ctx.scaling, ctx.backend, ctx.back = p.scaling, backend, back
         return y
@@ -112,23 +111,23 @@ def kept_low_rank(
     if not _factors_fit(x, weight, up, down, gate, square):
         return None
     backend, p = pinned_backend(), LowRank(x, weight, bias, up, down, gate, None, float(scaling))
-    made: Any = None
-    if x.dtype == torch.bfloat16:  # whose panels the core reads by itself
-        forward = kept(False)
-        if forward is None:
-            return None
-        made = eager.ask(forward_call, low_rank, (*p, forward), backend, gate.ndim)
-    if isinstance(made, Tensor):
-        return made
-    if type(made) is not tuple:
-        made = choose(problem_of(p._replace(x=flatten(x)))._replace(layout="panels"), backend)
-        forward = kept(False) if made.recipe == PANELS else None
-        if forward is None:
-            return None
+    (n, k), tokens = weight.shape, x.numel() // max(1, x.shape[-1])
+    if x.dtype == torch.bfloat16 and pays_adapted(tokens, n, k, x.dtype):
+        forward = kept(False)  # which the core reads by itself
+        made = forward and eager.ask(forward_call, low_rank, (*p, forward), backend, gate.ndim)
+        if isinstance(made, Tensor):
+            return made
+        if type(made) is tuple:
+            recorded: Tensor = _record(x, bias, gate, p, forward, kept(True), backend, made)
+            return recorded
+    choice = choose(problem_of(p._replace(x=flatten(x)))._replace(layout="panels"), backend)
+    forward = kept(False) if choice.recipe == PANELS else None
+    if forward is None:
+        return None
     if not wants_gradient(x, bias, gate):
-        return _made(p, forward, backend, made)[0]
-    record = _record if type(made) is tuple else KeptLowRankFunction.apply
-    y: Tensor = record(x, bias, gate, p, forward, kept(True), backend, made)
+        return _made(p, forward, backend, choice)[0]
+    args = (x, bias, gate, p, forward, kept(True), backend, choice)
+    y: Tensor = KeptLowRankFunction.apply(*args)
     return y
 
 

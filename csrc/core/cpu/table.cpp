@@ -25,19 +25,19 @@ namespace qrlora {
     const PanelKernels& panel_kernels();                            \
     }
 // The column of a set whose bf16 products are its own, and which has everything else of `wide`.
-#define QRLORA_COLUMN(isa, wide)                                                     \
-    {#isa,                                                                           \
-     []() -> const std::string& { return obstacle(Isa::isa); },                      \
-     wide_dtypes | DType::bf16,                                                      \
-     wide_dtypes,                                                                    \
-     false,                                                                          \
-     by_dtype<wide::low_rank_forward, isa::half::low_rank_forward>,                  \
-     by_dtype<wide::low_rank_backward, isa::half::low_rank_backward>,                \
-     by_dtype<wide::linear_add, isa::half::linear_add>,                              \
-     wide::kron_forward,                                                             \
-     wide::kron_backward,                                                            \
-     wide::dense_kernels,                                                            \
-     [](DType dtype) -> const PanelKernels& {                                        \
+#define QRLORA_COLUMN(isa, wide)                                                           \
+    {#isa,                                                                                 \
+     []() -> const std::string& { return obstacle(Isa::isa); },                            \
+     wide_dtypes | DType::bf16,                                                            \
+     wide_dtypes,                                                                          \
+     false,                                                                                \
+     by_dtype<wide::low_rank_forward, isa::half::low_rank_forward>,                        \
+     by_dtype<wide::low_rank_backward, isa::half::low_rank_backward>,                      \
+     by_dtype<wide::linear_add, isa::half::linear_add>,                                    \
+     wide::kron_forward,                                                                   \
+     wide::kron_backward,                                                                  \
+     wide::dense_kernels,                                                                  \
+     [](DType dtype) -> const PanelKernels& {                                              \
          return dtype == DType::bf16 ? isa::half::panel_kernels() : wide::panel_kernels(); \
      }}
 
@@ -83,9 +83,9 @@ const std::vector<Column>& columns() {
         QRLORA_COLUMN(avx512_bf16, avx512),
 #endif
 #if defined(QRLORA_WITH_AMX)
-        {"amx", amx::obstacle, DTypes{} | DType::bf16, DTypes{}, true,
-         amx::half::low_rank_forward, amx::half::low_rank_backward, amx::half::linear_add,
-         amx::kron_forward, amx::kron_backward, nullptr, nullptr},
+        {"amx", amx::obstacle, DTypes{} | DType::bf16, DTypes{}, true, amx::half::low_rank_forward,
+         amx::half::low_rank_backward, amx::half::linear_add, amx::kron_forward, amx::kron_backward,
+         nullptr, nullptr},
 #endif
     };
     return table;

@@ -29,8 +29,8 @@ bool in_place(const Product& p) { return p.a.col == 1 && p.depth % 2 == 0; }
 // How many threads are worth waking: that takes as long as some millions of multiplications.
 int useful_threads(const Gemm& g) {
     constexpr int64_t grain = 1 << 21;
-    return static_cast<int>(
-        std::min<int64_t>(g.threads, 1 + std::max<int64_t>(4, g.m) * g.n * paired_depth(g) / grain));
+    return static_cast<int>(std::min<int64_t>(
+        g.threads, 1 + std::max<int64_t>(4, g.m) * g.n * paired_depth(g) / grain));
 }
 
 // Sizes of what is worked on at a time, in elements, and how it is shared among threads.
@@ -224,12 +224,9 @@ class Task {
 
     Plain at(int64_t i, int64_t j) const {
         const int64_t to = i * g_.ldc + j;
-        return {static_cast<bf16*>(g_.c) + to,
-                g_.bias ? g_.bias + j : nullptr,
-                g_.addend ? g_.addend + to : nullptr,
-                g_.scaled ? g_.column_scale + j : nullptr,
-                g_.scaled ? g_.scaled + to : nullptr,
-                g_.ldc};
+        return {static_cast<bf16*>(g_.c) + to,        g_.bias ? g_.bias + j : nullptr,
+                g_.addend ? g_.addend + to : nullptr, g_.scaled ? g_.column_scale + j : nullptr,
+                g_.scaled ? g_.scaled + to : nullptr, g_.ldc};
     }
 
     // Panels of a term: a column's share of them, and the depth at which the segment begins.

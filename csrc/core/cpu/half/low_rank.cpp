@@ -44,8 +44,8 @@ void over_gate(const LowRank& d, int64_t size, const Write& write) {
     }
 }
 
-// Elements [first, last) of out = scale sum_i (u ∘ v)[i, :] over u, v [m, n], in fp32 and in a fixed
-// order; they are no more than DOT_COLUMNS.
+// Elements [first, last) of out = scale sum_i (u ∘ v)[i, :] over u, v [m, n], in fp32 and in a
+// fixed order; they are no more than DOT_COLUMNS.
 void column_dots(int64_t m, int64_t n, int64_t first, int64_t last, const bf16* u, const bf16* v,
                  float scale, float* out) {
     float sums[DOTS][DOT_COLUMNS] = {};
@@ -55,8 +55,8 @@ void column_dots(int64_t m, int64_t n, int64_t first, int64_t last, const bf16* 
         float* sum = sums[i % DOTS];
         int64_t j = 0;
         for (; j + lanes <= columns; j += lanes)
-            store(sum + j, load(sum + j) +
-                               widen(load_halves(left + j)) * widen(load_halves(right + j)));
+            store(sum + j,
+                  load(sum + j) + widen(load_halves(left + j)) * widen(load_halves(right + j)));
         for (; j < columns; ++j) sum[j] += to_float(left[j]) * to_float(right[j]);
     }
     for (int64_t j = 0; j < columns; ++j)
@@ -91,7 +91,8 @@ void into_rank(const LowRank& d, Matrix rows, Matrix b, int64_t depth, bool turn
 void gate_gradient(const LowRank& d, const bf16* h, const bf16* g, float* out, Buffers& scratch) {
     const auto s = static_cast<float>(d.scaling);
     if (!d.core) {
-        const auto useful = static_cast<int>(std::min<int64_t>(d.threads, 1 + d.m * d.r / DOT_WORK));
+        const auto useful =
+            static_cast<int>(std::min<int64_t>(d.threads, 1 + d.m * d.r / DOT_WORK));
         return parallel_for(useful, (d.r + DOT_COLUMNS - 1) / DOT_COLUMNS, [&](int64_t block) {
             const int64_t first = block * DOT_COLUMNS, last = std::min(d.r, first + DOT_COLUMNS);
             column_dots(d.m, d.r, first, last, h, g, s, out);
@@ -121,10 +122,9 @@ void low_rank_forward(const LowRank& d, const LowRankForward& io) {
     bf16* mid = scratch.mid.reserve(d.m * d.r);
     const Matrix x = matrix(io.x);
     into_rank(d, x, matrix(transposed(d.down)), d.k, false, static_cast<bf16*>(io.h), mid, scratch);
-    Gemm g = product(
-        d, d.m, d.n, {x, matrix(transposed(d.weight)), d.k, as_panels(d.panels.base)}, io.y);
-    g.products[g.count++] = {
-        {mid, d.r, 1}, matrix(transposed(d.up)), d.r, as_panels(d.panels.out)};
+    Gemm g = product(d, d.m, d.n, {x, matrix(transposed(d.weight)), d.k, as_panels(d.panels.base)},
+                     io.y);
+    g.products[g.count++] = {{mid, d.r, 1}, matrix(transposed(d.up)), d.r, as_panels(d.panels.out)};
     g.bias = static_cast<const bf16*>(io.bias);
     gemm(g);
 }
@@ -139,8 +139,7 @@ void low_rank_backward(const LowRank& d, const LowRankBackward& io) {
         gate_gradient(d, static_cast<const bf16*>(io.h), inner, static_cast<float*>(io.dgate),
                       scratch);
     if (!io.dx) return;
-    Gemm g =
-        product(d, d.m, d.k, {dy, matrix(d.weight), d.n, as_panels(d.panels.base)}, io.dx);
+    Gemm g = product(d, d.m, d.k, {dy, matrix(d.weight), d.n, as_panels(d.panels.base)}, io.dx);
     g.products[g.count++] = {{mid, d.r, 1}, matrix(d.down), d.r, as_panels(d.panels.out)};
     gemm(g);
 }

@@ -11,7 +11,9 @@ constexpr int64_t panel_width = MOST_VECTORS * lanes;
 
 // Rows that fill the registers beside so many vectors.
 template <int VECTORS>
-constexpr int TALLEST = QRLORA_VECTOR_BYTES < 64 ? 6 : VECTORS <= 2 ? 12 : 24 / VECTORS;
+constexpr int TALLEST = QRLORA_VECTOR_BYTES < 64 ? 6
+                        : VECTORS <= 2           ? 12
+                                                 : 24 / VECTORS;
 
 // A, pair (i, p) at data[i * row + p * pair].
 struct Left {

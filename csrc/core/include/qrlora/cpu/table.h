@@ -27,7 +27,7 @@ struct Column {
     const char* name;
     const std::string& (*obstacle)();  // why it does not run on this machine; empty if it does
     DTypes dtypes;
-    DTypes mixes;                      // low_rank with gates by row
+    DTypes mixes;          // low_rank with gates by row
     bool rounded_factors;  // kron reads its factors in bf16, not in the type of the sums
     void (*low_rank_forward)(const LowRank&, const LowRankForward&);
     void (*low_rank_backward)(const LowRank&, const LowRankBackward&);
