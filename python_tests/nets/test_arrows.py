@@ -107,7 +107,7 @@ ROOMS: dict[str, set[str]] = {
     "backend triton": {"products", "problem", "operands", "native", "reference"},
     "in panels": {"gates", "products", "problem", "operands"},
     "gates": {"products", "operands", "reference"},
-    "products": {"problem", "reference", "leaf"},
+    "products": {"panels", "problem", "reference", "leaf"},
     "panels": {"native"},
     "core calls": {"operands", "native", "reference"},
     "linalg": {"native", "leaf"},

@@ -24,7 +24,8 @@ def _cpu() -> str:
         text = info.read_text(encoding="utf-8")
         name = re.search(r"model name\s*:\s*(.*)", text)
         # A virtual machine may hide what the model has.
-        isa = [flag for flag in ("avx2", "avx512f", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
+        known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+        isa = [flag for flag in known if re.search(rf"\b{flag}\b", text)]
         if name:
             return " ".join([name[1].strip(), *isa])
     return platform.processor() or platform.machine()

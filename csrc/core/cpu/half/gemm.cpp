@@ -42,24 +42,26 @@ struct Cut {
 
     int64_t depth, segment, group, rows;
     int64_t row_part, column_part;  // of a thread's task
-    bool packs = false, copies = false;
+    bool packs = false;             // some of B is brought into panels
+    int64_t copied_depth = 0;       // of a segment, where A is copied
 
     explicit Cut(const Gemm& g) : depth(paired_depth(g)) {
         for (int t = 0; t < g.count; ++t) {
             packs |= !g.products[t].panels;
-            copies |= !in_place(g.products[t]);
+            if (!in_place(g.products[t])) copied_depth += 2 * whole_pairs(g.products[t].depth);
         }
         segment = std::max<int64_t>(2, depth);
         if (packs) {
             const int64_t most = far_apart(g) ? cached / stretch(g) : deepest;
             segment = up(segment / ((segment + most - 1) / most) + 1, 2);
         }
+        copied_depth = std::min(copied_depth, segment);
         group = std::max<int64_t>(1, cached / segment / panel_width) * panel_width;
         share(g);
         group = std::min(group, up(column_part, panel_width));
         rows = row_part;
         if (segments() > 1) rows = std::min(rows, waiting);
-        if (copies) rows = std::min(rows, std::max<int64_t>(48, copied / segment));
+        if (copied_depth > 0) rows = std::min(rows, std::max<int64_t>(48, copied / copied_depth));
     }
     int64_t segments() const { return std::max<int64_t>(1, (depth + segment - 1) / segment); }
     int64_t copied_rows() const { return up(rows, lanes); }
@@ -89,7 +91,7 @@ struct Work {
     float* sums;
     Work(const Cut& cut, Arena& arena)
         : panels(arena.take<bf16>(cut.packs ? cut.group * cut.segment : 0)),
-          left(arena.take<bf16>(cut.copies ? cut.copied_rows() * cut.segment : 0)),
+          left(arena.take<bf16>(cut.copied_rows() * cut.copied_depth)),
           sums(arena.take<float>(cut.segments() > 1 ? cut.rows * cut.group : 0)) {}
 };
 

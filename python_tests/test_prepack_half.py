@@ -1,0 +1,131 @@
+"""Adapted bf16 layers by panels: one native call, and the bits of the layer without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qrlora_kernels as qk
+from qrlora_kernels import native, panels
+from qrlora_kernels.dispatch import chooser
+from qrlora_kernels.nn import layouts, prepacked
+from qrlora_kernels.ops import eager, kept
+
+pytestmark = pytest.mark.skipif(not eager.AVAILABLE, reason=native.REASON)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def for_every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On whatever processor the tests run, whose measurements these are not."""
+    monkeypatch.setattr(panels, "used", lambda dtype: True)
+    monkeypatch.setattr(prepacked, "multiplies", lambda device, dtype: True)
+    monkeypatch.setattr(layouts, "LEAST_WORK", 0)
+    for module in (panels, kept):
+        monkeypatch.setattr(module, "pays_adapted", lambda *shape: True)
+    chooser.forget()
+    yield
+    chooser.forget()
+
+
+def net(adapter: str, dtype: torch.dtype = BF16, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(45, 70)).to(dtype)
+    qk.adapt(model, ["0"], adapter=adapter, rank=7, progress=False, **options)
+    with torch.no_grad():
+        (model[0].lam if adapter == "qr" else model[0].core).normal_()
+    return model
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def choices() -> list[str]:
+    found = [chooser.last_choice("low_rank", step) for step in ("fwd", "bwd")]
+    return [f"{choice.backend}:{choice.recipe}" for choice in found if choice]
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("adapter", ["qr", "lora_xs"])
+def test_the_same_bits_as_without(adapter: str, lead: tuple[int, ...]) -> None:
+    model, x = net(adapter), torch.randn(*lead, 45).to(BF16)
+    with qk.backends.use_backend("cpu:native"):
+        plain = step(model, x)
+    qk.prepack(model, packed="both")
+    found = step(model, x)
+    assert choices() == ["cpu:panels", "cpu:panels"]
+    assert all(map(torch.equal, found, plain))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain[0])
+
+
+def test_forward_alone_keeps_half_of_it() -> None:
+    model, x = net("qr"), torch.randn(5, 45).to(BF16)
+    with qk.backends.use_backend("cpu:native"):
+        plain = step(model, x)
+    qk.prepack(model, packed="forward")
+    found = step(model, x)
+    assert choices()[0] == "cpu:panels"
+    assert choices()[1] != "cpu:panels"
+    assert torch.equal(found[0], plain[0])
+    once = qk.summary(model).kept_bytes
+    qk.prepack(model, False)
+    qk.prepack(model, packed="both")
+    step(model, x)
+    assert once < qk.summary(model).kept_bytes
+
+
+@pytest.mark.parametrize("adapter", ["qr", "lora_xs"])
+def test_under_autocast_over_an_fp32_weight(adapter: str) -> None:
+    model, x = net(adapter, torch.float32), torch.randn(5, 45)
+    with torch.autocast("cpu", BF16):
+        with qk.backends.use_backend("cpu:native"):
+            plain = step(model, x)
+        qk.prepack(model, packed="both")
+        found = step(model, x)
+        assert choices() == ["cpu:panels", "cpu:panels"]
+    assert [t.dtype for t in found] == [t.dtype for t in plain]
+    assert all(map(torch.equal, found, plain))
+
+
+@pytest.mark.parametrize("name", ["weight", "q", "r"])
+def test_no_answer_is_of_old_operands(name: str) -> None:
+    model, x = net("qr"), torch.randn(5, 45).to(BF16)
+    qk.prepack(model, packed="both")
+    before = step(model, x)
+    with torch.no_grad():
+        getattr(model[0], name).mul_(2)
+    after = step(model, x)
+    assert not torch.equal(before[0], after[0])
+    qk.prepack(model, False)
+    with qk.backends.use_backend("cpu:native"):
+        assert all(map(torch.equal, after, step(model, x)))
+
+
+def test_a_small_layer_makes_no_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be memory for nothing: the chooser takes the operands where they lie."""
+    monkeypatch.undo()
+    monkeypatch.setattr(layouts, "LEAST_WORK", 0)
+    model, x = net("qr"), torch.randn(5, 45).to(BF16)
+    qk.prepack(model, packed="both")
+    step(model, x)
+    assert not any("laid out" in name for name in model[0].derived.nbytes())
+
+
+def test_a_cast_before_the_backward_is_refused() -> None:
+    """The saved weight is read again, as the dtype that it had."""
+    model, x = net("qr"), torch.randn(5, 45).to(BF16).requires_grad_()
+    qk.prepack(model, packed="forward")
+    y = model(x)
+    model.double()
+    with pytest.raises(RuntimeError, match="cast before the backward"):
+        y.sum().backward()
