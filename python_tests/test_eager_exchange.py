@@ -81,7 +81,7 @@ def test_an_older_table_behind_an_unknown_one_is_found():
     assert _set_torch(newer)
     operands = helpers.operands("qr_linear", 7, N, K, R)
     assert helpers.call("qr_linear", operands).shape == (7, N)
-    assert eager.CORE.low_rank_forward_call(1, *operands.values(), None, 1.0).shape == (7, N)
+    assert eager.CORE.low_rank_forward_call(1, *operands.values(), None, 1.0, None).shape == (7, N)
 
 
 @of_each

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,9 @@ def test_what_they_take_in_memory() -> None:
     assert panels.Panels(torch.zeros(65, 49, dtype=torch.bfloat16)).nbytes <= 80 * 50 * 2
 
 
-def test_where_they_pay() -> None:
+def test_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of AVX2 for few tokens, where MKL's own kernels of it are as fast."""
+    monkeypatch.setattr(panels, "_instructions", lambda: "avx2")
     sizes = {
         (4, 1024, 1024): True,
         (3, 1024, 1024): False,
@@ -129,6 +133,9 @@ def test_where_they_pay() -> None:
     assert {size: panels.pays(*size, torch.float32) for size in sizes} == sizes
     assert panels.pays(16, 1024, 1024, torch.float64)
     assert not panels.pays(17, 1024, 1024, torch.float64)
+    assert panels.pays_adapted(128, 1024, 1024, torch.float64)
+    assert not panels.pays_adapted(129, 1024, 1024, torch.float64)
+    assert panels.least_for_one() == math.inf
     halves = {(1, 1024, 512): True, (2048, 4096, 4096): True, (128, 384, 384): False}
     assert {size: panels.pays(*size, torch.bfloat16) for size in halves} == halves
     assert not panels.pays(16, 4096, 4096, torch.float16)
@@ -149,10 +156,24 @@ def test_they_are_used_where_they_were_measured(
             return "" if tiles else "the CPU lacks it"
 
     monkeypatch.setattr(native, "CORE", Core())
-    panels.used.cache_clear()
+    panels._instructions.cache_clear()
     try:
-        wide, half = column == "avx2", column == "avx512_bf16" and not tiles
+        half = column == "avx512_bf16" and not tiles
+        wide = half or (column == "avx2" and not tiles)
         for dtype, used in {F32: wide, F64: wide, torch.bfloat16: half, F16: False}.items():
             assert panels.used(dtype) == used
     finally:
-        panels.used.cache_clear()
+        panels._instructions.cache_clear()
+
+
+def test_where_they_pay_with_avx512_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any number of tokens: MKL takes AVX2 there."""
+    monkeypatch.setattr(panels, "_instructions", lambda: "avx512_bf16")
+    assert all(panels.pays(m, 1024, 1024, d) for m in (4, 4096) for d in (F32, F64))
+    assert not panels.pays(3, 1024, 1024, F32)
+    assert panels.pays(2048, 384, 384, F32)
+    assert not panels.pays(16, 384, 384, F32)
+    assert panels.pays_adapted(4096, 1024, 1024, F64)
+    assert not panels.pays_adapted(16, 384, 384, F32)
+    assert not panels.pays(2048, 1024, 1024, F16)
+    assert panels.least_for_one() == 1024

@@ -232,11 +232,13 @@ def test_training_agrees_with_and_without() -> None:
     torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-5)
 
 
-def test_the_chooser_is_asked_and_tune_measures_it() -> None:
+def test_the_chooser_is_asked_and_tune_measures_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net(n=96, k=64)
     qk.prepack(model, packed="both")
     layer = model[0]
     assert layer.explain(40).recipe == layer.explain(40, "bwd").recipe == "panels"
+    monkeypatch.setattr(panels, "pays_adapted", lambda *shape: False)
+    chooser.forget()
     many = layer.explain(257)
     assert many.recipe != "panels"
     assert "(rule 9)" in many.reason

@@ -8,6 +8,7 @@ bench/notes/cpu.md.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .native import DTYPES, pointers
 # Tokens to which the panels of AVX2 are ahead; WIDE: in fp64, ADAPTED: with an adapter.
 FEW, MANY, MOST, MOST_WIDE, MOST_WIDE_ADAPTED = 4, 256, 512, 16, 128
 LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
-MANY_MADE = 512
+MANY_FOR_ONE = 1024
 WORK = 1 << 25  # multiplications, below which asking for panels takes longer than they save
 
 
@@ -91,6 +92,8 @@ def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether the product measured faster than ``F.linear`` for so many tokens."""
     if dtype == torch.bfloat16:
         return n * k >= LARGE and tokens > 0
+    if dtype not in WIDE:
+        return False
     if _instructions() != "avx2":
         return tokens >= FEW and (n * k >= LARGE or tokens * n * k >= WORK)
     return n * k >= LARGE and FEW <= tokens <= _most(n, k, dtype, MOST_WIDE)
@@ -105,9 +108,9 @@ def pays_adapted(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     return _instructions() != "avx2" or tokens <= _most(n, k, dtype, MOST_WIDE_ADAPTED)
 
 
-def pays_made(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether it is faster even where the panels are made for one product of so many tokens."""
-    return dtype in WIDE and tokens >= MANY_MADE and _instructions() == "avx512_bf16"
+def least_for_one() -> float:
+    """From how many tokens of fp32 and fp64 on it is faster even where panels serve one product."""
+    return MANY_FOR_ONE if _instructions() == "avx512_bf16" else math.inf
 
 
 def _most(n: int, k: int, dtype: torch.dtype, wide: int) -> int:

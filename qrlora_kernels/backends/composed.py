@@ -19,13 +19,14 @@ from ..operands import (
     LowRankGradient,
     as_wide_as_the_gate,
 )
+from ..panels import least_for_one
 from ..reference import HALF, accumulation_dtype, hidden_dtype
 from .gates import back_through_gate, effective_weight, gate_gradient, through_gate
 from .products import (
     ADDMM,
     FP32,
     bases,
-    by_made,
+    by_panels,
     gram,
     into_fp32,
     onto,
@@ -34,6 +35,7 @@ from .products import (
     times,
 )
 
+_MANY = least_for_one()
 EFFECTIVE, KEPT = "effective weight", "effective weight, kept"
 DTYPES = (torch.float32, torch.float64, *HALF)
 
@@ -86,8 +88,9 @@ def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, ...]:
         return _output_form(p)
     fp16 = p.x.dtype == torch.float16
     if recipe in (EFFECTIVE, KEPT):
+        product = by_panels if p.x.shape[0] >= _MANY else F.linear
         effective = effective_weight(p)
-        results = by_made(p.x, effective, p.bias), by_made(p.x, p.down)
+        results = product(p.x, effective, p.bias), product(p.x, p.down)
         return results if recipe == EFFECTIVE else (*results, effective)
     h = into_fp32(p.x, p.down.mT) if fp16 else F.linear(p.x, p.down)
     mid = through_gate(h, p.gate, p.index, p.scaling)
@@ -107,9 +110,11 @@ def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor
     fp16 = p.dy.dtype == torch.float16
     dx = dgate = None
     if recipe in (EFFECTIVE, KEPT):
-        g = by_made(p.dy, p.up.mT)
-        effective = effective_weight(p) if recipe == EFFECTIVE else p.weight
-        dx = by_made(p.dy, effective.mT) if p.need_dx else None
+        product = by_panels if p.dy.shape[0] >= _MANY else F.linear
+        g = product(p.dy, p.up.mT)
+        if p.need_dx:
+            effective = effective_weight(p) if recipe == EFFECTIVE else p.weight
+            dx = product(p.dy, effective.mT)
     else:
         g = into_fp32(p.dy, p.up) if fp16 else torch.mm(p.dy, p.up)
     if p.need_dx and dx is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dispatch.problem import Problem
 from ..halves import multiplies
-from ..panels import Panels, pays_made
+from ..panels import Panels
 from ..reference import HALF, accumulation_dtype
 
 # How the base product and a bias meet an update; :func:`bases` says which apply, best first.
@@ -75,21 +75,19 @@ def through(
     return onto(how, update, x, weight, bias)
 
 
-def by_made(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [M, K] Aᵀ + b by a matrix [N, K] that was made for this call, W + ΔW say.
-
-    Nobody keeps panels of such a one, and for many tokens they are worth making.
-    """
-    if x.device.type == "cpu" and pays_made(x.shape[0], x.dtype):
-        return Panels(matrix).product(x, bias)
-    return F.linear(x, matrix, bias)
+def by_panels(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] Aᵀ + b in fp32 and fp64 by panels of A [N, K] that serve this product alone."""
+    return Panels(matrix).product(x, bias)
 
 
 def _linear_bias_add(x: Tensor, weight: Tensor, bias: Tensor, addend: Tensor) -> Tensor:
-    # oneDNN takes the bias as N elements from its address on, whatever its stride; the other three
-    # operands it reorders itself.
-    dense = bias.contiguous()
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, addend, weight, dense, "add")
+    # oneDNN takes the bias as N elements from its address on, whatever its stride; x and the addend
+    # it reorders itself. A weight with gaps it multiplies in a loop, one that overlaps not at all.
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+        x, addend, weight, bias.contiguous(), "add"
+    )
     return y
 
 
