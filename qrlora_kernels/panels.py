@@ -20,7 +20,9 @@ from .native import DTYPES, pointers
 FEW, MANY, MOST, MOST_WIDE, MOST_WIDE_ADAPTED = 4, 256, 512, 16, 128
 LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
 MANY_FOR_ONE = 1024
-WORK = 1 << 25  # multiplications, below which asking for panels takes longer than they save
+# Multiplications, below which asking for panels takes longer than they save; ADAPTED: with AVX-512,
+# whose one native call takes few tokens as fast.
+WORK, WORK_ADAPTED = 1 << 25, 1 << 26
 
 
 WIDE = (torch.float32, torch.float64)
@@ -103,9 +105,9 @@ def pays_adapted(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """The same of a layer with its adapter, where the update meets the base product."""
     if dtype == torch.bfloat16:
         return n * k >= LARGE
-    if tokens * n * k < WORK:
-        return False
-    return _instructions() != "avx2" or tokens <= _most(n, k, dtype, MOST_WIDE_ADAPTED)
+    if _instructions() != "avx2":
+        return tokens * n * k >= WORK_ADAPTED
+    return tokens * n * k >= WORK and tokens <= _most(n, k, dtype, MOST_WIDE_ADAPTED)
 
 
 def least_for_one() -> float:

@@ -76,11 +76,10 @@ def may_pay(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> bool:
     if not issubclass(adapter, LowRank) or getattr(layer, adapter.gate).ndim == 0:
         return False
     n, k = layer.out_features, layer.in_features
-    if tokens * n * k < LEAST_WORK:
-        return False
-    if dtype == torch.bfloat16 and panels.pays_adapted(tokens, n, k, dtype):
+    half = dtype == torch.bfloat16 and panels.used(dtype)
+    if half and panels.pays_adapted(tokens, n, k, dtype):
         return True  # the call is told what to take
-    return layer.explain(tokens).recipe == PANELS
+    return tokens * n * k >= LEAST_WORK and layer.explain(tokens).recipe == PANELS
 
 
 def adapted(layer: AdapterLinear, found: Kept) -> Tensor | None:

@@ -69,7 +69,7 @@ class KeptLowRankFunction(torch.autograd.Function):
             if type(done) is tuple:
                 dx, dgate = done
             elif ctx.back is None or asks_for_operators(dy):
-                dx, dgate = by_step(None, operands, ctx.backend)
+                dx, dgate = by_step(done, operands, ctx.backend)
             else:
                 if not weight.dtype == up.dtype == down.dtype == dy.dtype:
                     refuse_cast(dy, weight=weight, up=up, down=down)
