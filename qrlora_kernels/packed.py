@@ -1,7 +1,7 @@
 """A frozen weight in the layout that oneDNN multiplies, which calls would otherwise bring it into.
 
-For CPUs with AVX-512 for which :mod:`.panels` has not been measured, by figures that others measured
-on Zen 4, where the native product is ahead of it (bench/notes/cpu.md).
+For CPUs with AVX-512 for which :mod:`.panels` has not been measured, by figures that others
+measured on Zen 4, where the native product is ahead of it (bench/notes/cpu.md).
 """
 
 from __future__ import annotations

@@ -23,8 +23,6 @@ MANY_FOR_ONE = 1024
 # Multiplications, below which asking for panels takes longer than they save; ADAPTED: with AVX-512,
 # whose one native call takes few tokens as fast.
 WORK, WORK_ADAPTED = 1 << 25, 1 << 26
-
-
 WIDE = (torch.float32, torch.float64)
 
 
