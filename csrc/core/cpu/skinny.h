@@ -30,7 +30,7 @@ struct Part {
 // Half of a vector, without a way through memory: that would keep every sum of a tile there.
 template <typename T, int BYTES, int FIRST, int... I>
 inline typename Part<T, BYTES / 2>::type half_of(typename Part<T, BYTES>::type v,
-                                              std::integer_sequence<int, I...>) {
+                                                 std::integer_sequence<int, I...>) {
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
     return __builtin_shufflevector(v, v, (FIRST + I)...);
 #else
