@@ -31,7 +31,7 @@ Features features() {
 const std::string& obstacle() {
     static const std::string reason = [] {
         std::string lacks = lacking(features());
-        if (lacks.empty()) lacks = qrlora::obstacle(Isa::avx512);
+        if (lacks.empty()) lacks = qrlora::obstacle(Isa::avx512_bf16);
         if (!lacks.empty()) return lacks;
         return std::string(kernel_grants_it() ? "" : "Linux does not grant the tile registers");
     }();
