@@ -244,3 +244,37 @@ def test_the_chooser_is_asked_and_tune_measures_it(monkeypatch: pytest.MonkeyPat
     assert "(rule 9)" in many.reason
     found = qk.tune(model, [8], seconds=0.01, progress=False)
     assert all("cpu:panels" in contest.seconds for contest in found.contests)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_autocast_around_the_backward_alone(adapter: str) -> None:
+    """It recast a core and its product, which the kernel then read as twice as long."""
+    model, x = net(adapter, 96, 64), torch.randn(30, 64, requires_grad=True)
+    qk.prepack(model, packed="both")
+    dy = torch.randn(30, 96)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    want = torch.autograd.grad(model(x), [x, *trained], dy)
+    y = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, [x, *trained], dy)
+    assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize("lead", [(6,), (2, 3)], ids=str)
+def test_y_may_be_written_in_place(lead: tuple[int, ...]) -> None:
+    model, x = net(), torch.randn(*lead, 40)
+    want = torch.relu(model(x))
+    qk.prepack(model, packed="both")
+    y = nn.Sequential(model, nn.ReLU(inplace=True))(x.requires_grad_())
+    y.sum().backward()
+    assert used(model)
+    torch.testing.assert_close(y, want)
+
+
+def test_panels_refuse_rows_of_another_width_or_dtype() -> None:
+    kept, beside = panels.Panels(torch.randn(8, 5)), panels.Panels(torch.randn(8, 2))
+    x, mid = torch.randn(3, 5), torch.randn(3, 2)
+    kept.product(x, None, (mid, beside))
+    for wrong in ((x.double(), mid), (x[:, 1:], mid), (x, mid.bfloat16()), (x, mid[:, 1:])):
+        with pytest.raises(ValueError, match="as the panels are, got"):
+            kept.product(wrong[0], None, (wrong[1], beside))

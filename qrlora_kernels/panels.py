@@ -35,7 +35,7 @@ class Panels:
     def __init__(self, matrix: Tensor) -> None:
         n, k = matrix.shape
         number = DTYPES[matrix.dtype]
-        self.rows = n
+        self.rows, self.depth = n, k
         self.panels = matrix.new_empty(native.core().panel_elements(number, k, n))
         held, given = pointers.matrix(matrix.t())
         native.core().pack_panels(
@@ -61,6 +61,10 @@ class Panels:
         """
         mid, other = beside or (None, None)
         (m, k), n = x.shape, self.rows
+        self._check(x)
+        if other is not None:
+            assert mid is not None
+            other._check(mid)
         y = x.new_empty(m, n)
         held, tokens = pointers.rows(x)
         also_held, (mid_at, bias_at) = pointers.dense(mid, bias)
@@ -72,6 +76,14 @@ class Panels:
         )  # fmt: skip
         del held, also_held
         return y
+
+    def _check(self, rows: Tensor) -> None:
+        """A kernel reads as many rows of its dtype as it is told."""
+        if rows.shape[1] != self.depth or rows.dtype != self.panels.dtype:
+            raise ValueError(
+                f"x must be [M, {self.depth}] of {self.panels.dtype} as the panels are, got "
+                f"{list(rows.shape)} of {rows.dtype}"
+            )
 
 
 @functools.cache

@@ -125,7 +125,8 @@ def test_whoever_else_calls_it(kind):
     want = model(x())
     with torch.inference_mode():
         assert torch.equal(model(x()), want)
-    assert torch.equal(torch.jit.trace(model, (x(),), check_trace=False)(x()), want)
+    traced = torch.jit.trace(model, (x(),), check_trace=False)(x())  # by operators, not kernels
+    torch.testing.assert_close(traced, want, rtol=2e-2, atol=2e-2)
     x0 = x().requires_grad_()
     model(x0).float().sum().backward()
     found = torch.func.grad(lambda x0: model(x0).float().sum())(x())

@@ -127,6 +127,18 @@ def asks_for_gradient(*operands: Tensor | None) -> bool:
     return False
 
 
+def refuse_resize(before: tuple[torch.Size | None, ...], **now: Tensor | None) -> None:
+    """Name what was resized between the forward and this backward, which a kernel would read as
+    what it was. The caller compares the shapes, for the reason below."""
+    for shape, (name, t) in zip(before, now.items(), strict=True):
+        found = None if t is None else t.shape
+        if found != shape:
+            raise RuntimeError(
+                f"{name} must be of the forward's shape, {shape and list(shape)}, got "
+                f"{found and list(found)}: it was resized before the backward"
+            )
+
+
 def refuse_cast(dy: Tensor, **frozen: Tensor | None) -> None:
     """Name what was cast between the forward and this backward.
 

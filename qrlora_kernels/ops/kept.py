@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import outside_autocast
 from ..dispatch.chooser import choose, pinned_backend, run
 from ..dispatch.problem import PANELS, Choice, problem_of
 from ..operands import (
@@ -26,6 +27,7 @@ from .checks import (
     bias_gradient,
     flatten,
     refuse_cast,
+    refuse_resize,
     restore,
     wants_gradient,
 )
@@ -54,6 +56,8 @@ class KeptLowRankFunction(torch.autograd.Function):
         y, h = made
         ctx.save_for_backward(p.weight, p.up, p.down, gate, h)
         ctx.scaling, ctx.backend, ctx.back = p.scaling, backend, back
+        assert p.down is not None
+        ctx.shapes = p.weight.shape, p.up.shape, p.down.shape, gate.shape
         return y
 
     @staticmethod
@@ -63,6 +67,8 @@ class KeptLowRankFunction(torch.autograd.Function):
         dx = dgate = None
         if need_dx or need_dgate:
             weight, up, down, gate, h = ctx.saved_tensors
+            if ctx.shapes != (weight.shape, up.shape, down.shape, gate.shape):
+                refuse_resize(ctx.shapes, weight=weight, up=up, down=down, gate=gate)
             operands = (dy, weight, up, down, gate, None, h, ctx.scaling, need_dx, need_dgate)
             kept = (*operands, ctx.back)
             done = eager.ask(backward_call, low_rank_gradient, kept, ctx.backend)
@@ -74,7 +80,8 @@ class KeptLowRankFunction(torch.autograd.Function):
                 if not weight.dtype == up.dtype == down.dtype == dy.dtype:
                     refuse_cast(dy, weight=weight, up=up, down=down)
                 p = LowRankGradient(*operands)._replace(dy=flatten(dy, "dy"))
-                dx, dgate = run(in_panels(p, ctx.back), ctx.backend)
+                with outside_autocast(dy.device.type):  # which is the caller's, not the forward's
+                    dx, dgate = run(in_panels(p, ctx.back), ctx.backend)
                 dx = restore(dx, dy) if need_dx else None
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, dbias, dgate, None, None, None, None, None
@@ -88,7 +95,11 @@ def _made(
 ) -> tuple[Tensor, Tensor]:
     """y [..., N] and h [M, r] for x [..., K]."""
     y, h = run(in_panels(p._replace(x=flatten(p.x)), there), backend, choice)
-    return restore(y, p.x), h
+    if p.x.ndim == 2:
+        return y, h
+    # No view: one that is made within an autograd.Function may not be written in place.
+    whole: Tensor = torch.ops.aten._unsafe_view(y, (*p.x.shape[:-1], y.shape[1]))
+    return whole, h
 
 
 def kept_low_rank(

@@ -25,6 +25,7 @@ from .checks import (
     check_tensor,
     flatten,
     refuse_cast,
+    refuse_resize,
     restore,
     wants_gradient,
 )
@@ -82,6 +83,7 @@ class KronFunction(torch.autograd.Function):
         # The rows, whichever way the call goes: a checkpoint may go either way twice.
         ctx.save_for_backward(flatten(x), weight, a, b, a0, b0)
         ctx.scaling, ctx.backend = scaling, backend
+        ctx.shapes = weight.shape, a.shape, b.shape
         if made is None:
             y: Tensor = kron_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
             return y
@@ -94,6 +96,9 @@ class KronFunction(torch.autograd.Function):
         need_dx, _, need_dbias, *needed = ctx.needs_input_grad[:5]
         dx = da = db = None
         if need_dx or any(needed):
+            _, weight, a, b, *_ = ctx.saved_tensors
+            if ctx.shapes != (weight.shape, a.shape, b.shape):
+                refuse_resize(ctx.shapes, weight=weight, a=a, b=b)
             operands = (*ctx.saved_tensors, ctx.scaling, need_dx, *needed)
             dx, da, db = _gradients(dy, operands, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None

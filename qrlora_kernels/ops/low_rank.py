@@ -31,6 +31,7 @@ from .checks import (
     check_tensor,
     flatten,
     refuse_cast,
+    refuse_resize,
     restore,
     wants_gradient,
 )
@@ -124,6 +125,7 @@ class LowRankFunction(torch.autograd.Function):
             handed_on = []  # it is for dx
         ctx.save_for_backward(weight, up, down, gate, index, h, *handed_on)
         ctx.scaling, ctx.backend, ctx.made = scaling, backend, made if handed_on else None
+        ctx.shapes = weight.shape, up.shape, down if down is None else down.shape, gate.shape
         return y
 
     @staticmethod
@@ -133,6 +135,9 @@ class LowRankFunction(torch.autograd.Function):
         dx = dgate = None
         if need_dx or need_dgate:
             weight, up, down, gate, index, h, *handed_on = ctx.saved_tensors
+            of_down = down if down is None else down.shape
+            if ctx.shapes != (weight.shape, up.shape, of_down, gate.shape):
+                refuse_resize(ctx.shapes, weight=weight, up=up, down=down, gate=gate)
             frozen = (weight, up, down, gate, index, h)
             operands = (dy, *frozen, ctx.scaling, need_dx, need_dgate)
             done = eager.ask(backward_call, low_rank_gradient, (*operands, None), ctx.backend)
