@@ -96,10 +96,11 @@ class KronFunction(torch.autograd.Function):
         need_dx, _, need_dbias, *needed = ctx.needs_input_grad[:5]
         dx = da = db = None
         if need_dx or any(needed):
-            _, weight, a, b, *_ = ctx.saved_tensors
+            saved = ctx.saved_tensors  # once: a checkpoint unpacks them no second time
+            _, weight, a, b, *_ = saved
             if ctx.shapes != (weight.shape, a.shape, b.shape):
                 refuse_resize(ctx.shapes, weight=weight, a=a, b=b)
-            operands = (*ctx.saved_tensors, ctx.scaling, need_dx, *needed)
+            operands = (*saved, ctx.scaling, need_dx, *needed)
             dx, da, db = _gradients(dy, operands, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, None, dbias, da, db, None, None, None, None, None
