@@ -17,6 +17,7 @@ from qrlora_kernels.ops import eager, kept
 
 pytestmark = pytest.mark.skipif(not eager.AVAILABLE, reason=native.REASON)
 BF16 = torch.bfloat16
+PAYS = panels.pays_adapted
 
 
 @pytest.fixture(autouse=True)
@@ -113,8 +114,9 @@ def test_no_answer_is_of_old_operands(name: str) -> None:
 
 def test_a_small_layer_makes_no_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be memory for nothing: the chooser takes the operands where they lie."""
-    monkeypatch.undo()
-    monkeypatch.setattr(layouts, "LEAST_WORK", 0)
+    for module in (panels, kept):
+        monkeypatch.setattr(module, "pays_adapted", PAYS)
+    chooser.forget()
     model, x = net("qr"), torch.randn(5, 45).to(BF16)
     qk.prepack(model, packed="both")
     step(model, x)
