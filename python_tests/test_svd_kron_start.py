@@ -9,7 +9,14 @@ import torch
 from pivot_matrices import gaussian
 from torch import Tensor
 
-from qrlora_kernels.linalg import effective_rank, high_rank, kron_factors, krylov, truncated_svd
+from qrlora_kernels.linalg import (
+    effective_rank,
+    high_rank,
+    kron_factors,
+    krylov,
+    ritz,
+    truncated_svd,
+)
 from qrlora_kernels.linalg import svd as svd_module
 from qrlora_kernels.linalg.parallel import SHARED_ELEMENTS
 
@@ -45,20 +52,58 @@ def test_krylov_is_taken_where_the_tail_is_resolved(monkeypatch: pytest.MonkeyPa
     truncated_svd(decaying(400, 400), 8)
 
 
-def test_unresolved_tail_falls_back_to_the_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresolved_tail_falls_back_to_the_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
+    weight = gaussian(500, 500)
+    assert krylov.top_triplets(weight, 8, 0, 1e-13) is None
+    u, s, vh = truncated_svd(weight, 8, tol=1e-13)
+    assert (weight @ vh.mT - u * s).norm() < 1e-12 * s[0]
+
+
+def test_an_unreachable_tolerance_ends_at_the_full_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     full = svd_module._full
     monkeypatch.setattr(svd_module, "_full", lambda *args: calls.append(1) or full(*args))
-    weight = gaussian(400, 400)
-    u, s, vh = truncated_svd(weight, 8, tol=1e-13)
+    weight = gaussian(200, 200)
+    u, s, vh = truncated_svd(weight, 8, tol=1e-20)
     assert calls == [1]
-    assert (weight @ vh.mT - u * s).norm() < 1e-10 * s[0]
+    assert (weight @ vh.mT - u * s).norm() < 1e-12 * s[0]
 
 
-def test_rank_that_costs_a_full_svd_takes_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_that_costs_an_eigenproblem_takes_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(krylov._Basis, "grow", lambda *_: pytest.fail("started a Krylov basis"))
-    for shape, rank in (((300, 400), 40), ((1100, 1000), 160)):
+    for shape, rank in (((300, 400), 10), ((1100, 1000), 111), ((384, 1536), 8)):
         assert krylov.top_triplets(gaussian(*shape), rank, 0, 1e-3) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(90, 200), (200, 90), (120, 120)], ids=str)
+def test_triplets_of_the_gram_matrix_are_the_full_svds(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = gaussian(*shape).to(dtype)
+    rank = min(shape) // 2
+    want = svd_module._canonical(*(full := svd_module._full(weight.double(), rank, "top"))[::2])
+    monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
+    u, s, vh = truncated_svd(weight, rank)
+    rounding = 1e3 * torch.finfo(dtype).eps
+    torch.testing.assert_close(s.double(), full.s, rtol=rounding, atol=0)
+    # Where a gap is narrow single vectors turn: the spaces are compared, weighted by σ.
+    product = (u * s).double() @ vh.double()
+    torch.testing.assert_close(
+        product, (want[0] * full.s) @ want[1], rtol=0, atol=rounding * float(full.s[0])
+    )
+
+
+def test_what_the_squares_lose_is_taken_from_the_full_svd() -> None:
+    """σ_30 = 1e-5 σ_1: its square is far under the rounding of a Gram matrix in fp32."""
+    left, right = (torch.linalg.qr(gaussian(100, 100, seed)).Q for seed in (1, 2))
+    values = 10.0 ** torch.linspace(0, -5, 30, dtype=torch.float64)
+    values = torch.cat([values, torch.full((70,), 1e-6, dtype=torch.float64)])
+    weight = ((left * values) @ right.mT).float()
+    assert ritz.dense_triplets(weight, 30, 1e-3) is None
+    _, s, _ = truncated_svd(weight, 30)
+    torch.testing.assert_close(s.double(), values[:30], rtol=2e-2, atol=0)
 
 
 def _rows_only(count: int) -> Tensor:
@@ -67,6 +112,7 @@ def _rows_only(count: int) -> Tensor:
     return weight
 
 
+@pytest.mark.parametrize("rank", [12, 100])
 @pytest.mark.parametrize(
     "weight",
     [
@@ -79,13 +125,13 @@ def _rows_only(count: int) -> Tensor:
     ],
     ids=["4 rows", "20 rows", "diagonal", "zero", "large", "small"],
 )
-def test_svd_of_a_space_that_ends_early(weight: Tensor) -> None:
+def test_svd_of_a_space_that_ends_early(weight: Tensor, rank: int) -> None:
     """A Krylov space ends with the matrix's rank; what would follow is rounding."""
-    u, s, vh = truncated_svd(weight, 12)
-    want = torch.linalg.svdvals(weight.double())[:12]
+    u, s, vh = truncated_svd(weight, rank)
+    want = torch.linalg.svdvals(weight.double())[:rank]
     torch.testing.assert_close(s.double(), want, rtol=1e-4, atol=1e-6 * float(want[0]))
     for basis in (u, vh.mT):
-        assert (basis.mT @ basis - torch.eye(12)).abs().max() < 1e-4
+        assert (basis.mT @ basis - torch.eye(rank)).abs().max() < 1e-4
 
 
 def test_repeated_singular_values_are_all_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from .ritz import Triplets, top_of_images
+from .ritz import residual as residual_of
+
 BLOCK = 16
-# Measured on Gaussian matrices: beyond a rank of MOST_RANK * side, or of side² / SIDE2_PER_RANK,
-# the basis costs about as much as a full SVD. At MOST_BASIS * side the search ends.
-MOST_RANK = 0.15
-SIDE2_PER_RANK = 6500
+# Measured on Gaussian matrices, one thread: beyond a rank of MOST_RANK * side, or of side³ over
+# COST_PER_RANK * the longer side, the basis costs as much as an eigenproblem of the whole matrix.
+# At MOST_BASIS * side the search ends.
+MOST_RANK = 0.11
+COST_PER_RANK = 12000
 MOST_BASIS = 0.75
 # Between two checks the basis grows by these factors.
 LEAST_GROWTH, MOST_GROWTH = 1.1, 1.3
@@ -20,11 +24,9 @@ PROBE_STEPS = 3
 # entry of UᵀU - I.
 EXHAUSTED, ORTHOGONAL = 1e-5, 1e-4
 
-Triplets = tuple[Tensor, Tensor, Tensor]
-
 
 def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets | None:
-    """u [N, r], s [r], vh [r, K] of ``weight`` [N, K], or None where a full SVD has to be taken.
+    """u [N, r], s [r], vh [r, K] of ``weight`` [N, K], or None where it does not pay.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets |
         found = top_triplets(weight.mT, rank, seed, tol)
         return found and (found[2].mT, found[1], found[0].mT)
     side = weight.shape[0]
-    if rank > min(MOST_RANK * side, side**2 / SIDE2_PER_RANK):
+    if rank > min(MOST_RANK * side, side**3 / (COST_PER_RANK * weight.shape[1])):
         return None
     limit = int(MOST_BASIS * side) // BLOCK * BLOCK
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +52,7 @@ def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets |
         if triplets is None:
             return None
         before = (size, residual)
-        size, residual = basis.size, _residual(weight, triplets)
+        size, residual = basis.size, residual_of(weight, triplets)
         check = _next_check(*before, size, residual, tol)
         if not residual <= tol:  # NaN included
             continue
@@ -94,37 +96,20 @@ class _Basis:
         return True
 
     def triplets(self, rank: int) -> Triplets | None:
-        """Rayleigh-Ritz triplets in the span of the basis; None where they have no meaning.
-
-        The eigenvectors of the large problem, in the weight's precision, give the subspace; its
-        values and vectors come from a problem of order ``rank`` in fp64.
-        """
-        columns, images = self._columns[: self.size], self._images[: self.size]
-        gram = images @ images.mT
-        if not bool(torch.isfinite(gram).all()):  # of values whose squares overflow
+        """Rayleigh-Ritz triplets in the span of the basis; None where they have no meaning."""
+        found = top_of_images(self._images[: self.size], rank)
+        if found is None:
             return None
-        left = torch.linalg.eigh(gram)[1][:, -rank:]
-        image = (images.mT @ left).double()
-        values, turn = torch.linalg.eigh(image.mT @ image)
-        turn, s = turn.flip(1), values.flip(0).clamp(min=0).sqrt().to(columns)
-        # QR and not a division by s, which may be zero.
-        right, triangle = torch.linalg.qr((image @ turn).to(columns))
-        sign = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(right)
-        u = columns.mT @ (left @ turn.to(left))
+        left, s, vh = found
+        u = self._columns[: self.size].mT @ left
         # Part of a block may have been rounding: its directions are not orthogonal to the others.
         error = (u.mT @ u - torch.eye(rank).to(u)).abs().max()
-        return (u, s, (right * sign).mT) if float(error) < ORTHOGONAL else None
+        return (u, s, vh) if float(error) < ORTHOGONAL else None
 
 
 def _draw(weight: Tensor, generator: torch.Generator) -> Tensor:
     shape = (weight.shape[1], BLOCK)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(weight)
-
-
-def _residual(weight: Tensor, triplets: Triplets) -> float:
-    """Largest ‖W v - σu‖ over σ_1; ‖Wᵀu - σv‖ vanishes by construction of v."""
-    u, s, vh = triplets
-    return float((weight @ vh.mT - u * s).norm(dim=0).max() / s[0].clamp(min=1e-30))
 
 
 def _next_check(size0: int, residual0: float, size: int, residual: float, tol: float) -> int:

@@ -13,6 +13,7 @@ from .factorisation import factorisation
 from .krylov import top_triplets
 from .parallel import map_matrices
 from .products import work_dtype
+from .ritz import Triplets, dense_triplets
 from .rules import check_rank_options
 
 Which = Literal["top", "middle", "bottom"]
@@ -41,11 +42,12 @@ def truncated_svd(
 ) -> list[TruncatedSVD]:
     """``rank`` singular triplets of a matrix or of each matrix of a list.
 
-    "top" runs a randomised block Krylov iteration (Halko et al. 2011; Musco and Musco 2015) with a
-    fixed seed and checks its residual; where the tail is not resolved within the cost of a full
-    SVD, or for a rank above 0.15 min(N, K) or min(N, K)²/6500, the full SVD is taken. "middle"
-    (around the median singular value) and "bottom" always take it. The global random state is not
-    touched. Small matrices run one per thread; results do not depend on the rest of the list.
+    "top" of a low rank runs a randomised block Krylov iteration (Halko et al. 2011; Musco and Musco
+    2015) with a fixed seed; of a rank to min(N, K)/2, or where that does not converge, it comes
+    from the Gram matrix of the shorter side. Both check their residual; where neither passes, for
+    higher ranks, and for "middle" (around the median singular value) and "bottom", the full SVD is
+    taken. The global random state is not touched. Small matrices run one per thread; results do not
+    depend on the rest of the list.
 
     Parameters
     ----------
@@ -84,7 +86,7 @@ def truncated_svd(
         work = scaled.to(work_dtype(weight))
         if 1 not in work.stride():
             work = work.contiguous()  # or every product would copy it
-        found = top_triplets(work, rank, seed, tol) if which == "top" else None
+        found = _top(work, rank, seed, tol) if which == "top" else None
         u, s, vh = found or _full(work, rank, which)
         dtype = out_dtype or weight.dtype
         u, vh = _canonical(u, vh)
@@ -93,6 +95,10 @@ def truncated_svd(
         return TruncatedSVD(u.to(dtype).contiguous(), s, vh.to(dtype).contiguous())
 
     return map_matrices(one, weights, "SVD", progress)
+
+
+def _top(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets | None:
+    return top_triplets(weight, rank, seed, tol) or dense_triplets(weight, rank, tol)
 
 
 def _full(weight: Tensor, rank: int, which: Which) -> TruncatedSVD:
