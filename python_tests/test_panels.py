@@ -43,15 +43,19 @@ def test_every_edge(size: tuple[int, ...], dtype: torch.dtype) -> None:
     m, n, k, r = size
     x, w, bias = drawn(m, k, dtype=dtype), drawn(n, k, dtype=dtype), drawn(n, dtype=dtype)
     mid, v = drawn(m, r, dtype=dtype), drawn(n, r, dtype=dtype)
+    addend = drawn(m, n, dtype=dtype)
     with poisoned_memory():
         in_panels, beside = panels.Panels(w), panels.Panels(v)
         plain = in_panels.product(x)
         with_bias = in_panels.product(x, bias)
         with_both = in_panels.product(x, bias, (mid, beside))
+        onto = [in_panels.product(x, b, onto=addend.clone()) for b in (None, bias)]
     close = {"rtol": 0, "atol": 80 * torch.finfo(dtype).eps * (k + r) ** 0.5}
     torch.testing.assert_close(plain.double(), exact(x, w), **close)
     torch.testing.assert_close(with_bias.double(), exact(x, w, bias), **close)
     torch.testing.assert_close(with_both.double(), exact(x, w, bias) + exact(mid, v), **close)
+    for y, b in zip(onto, (None, bias), strict=True):
+        torch.testing.assert_close(y.double(), exact(x, w, b) + addend.double(), **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

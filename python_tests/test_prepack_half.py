@@ -18,6 +18,10 @@ from qrlora_kernels.ops import eager, kept
 pytestmark = pytest.mark.skipif(not eager.AVAILABLE, reason=native.REASON)
 BF16 = torch.bfloat16
 PAYS = panels.pays_adapted
+RANK = {"qr": 7, "lora_xs": 7, "ohora": 5}
+# The same sums over the weight where it lies.
+NATIVE = {"qr": "cpu:native", "lora_xs": "cpu:native", "ohora": "cpu:native base"}
+every_adapter = pytest.mark.parametrize("adapter", RANK)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +40,10 @@ def for_every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def net(adapter: str, dtype: torch.dtype = BF16, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(45, 70)).to(dtype)
-    qk.adapt(model, ["0"], adapter=adapter, rank=7, progress=False, **options)
+    qk.adapt(model, ["0"], adapter=adapter, rank=RANK[adapter], progress=False, **options)
     with torch.no_grad():
-        (model[0].lam if adapter == "qr" else model[0].core).normal_()
+        for trained in model[0].trained_now().values():
+            trained.normal_()
     return model
 
 
@@ -50,33 +55,35 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
 
-def choices() -> list[str]:
-    found = [chooser.last_choice("low_rank", step) for step in ("fwd", "bwd")]
+def choices(adapter: str = "qr") -> list[str]:
+    op = "kron" if adapter == "ohora" else "low_rank"
+    found = [chooser.last_choice(op, step) for step in ("fwd", "bwd")]
     return [f"{choice.backend}:{choice.recipe}" for choice in found if choice]
 
 
 @pytest.mark.parametrize("lead", [(5,), (2, 3), ()], ids=str)
-@pytest.mark.parametrize("adapter", ["qr", "lora_xs"])
+@every_adapter
 def test_the_same_bits_as_without(adapter: str, lead: tuple[int, ...]) -> None:
     model, x = net(adapter), torch.randn(*lead, 45).to(BF16)
-    with qk.backends.use_backend("cpu:native"):
+    with qk.backends.use_backend(NATIVE[adapter]):
         plain = step(model, x)
     qk.prepack(model, packed="both")
     found = step(model, x)
-    assert choices() == ["cpu:panels", "cpu:panels"]
+    assert choices(adapter) == ["cpu:panels", "cpu:panels"]
     assert all(map(torch.equal, found, plain))
     with torch.no_grad():
         assert torch.equal(model(x), plain[0])
 
 
-def test_forward_alone_keeps_half_of_it() -> None:
-    model, x = net("qr"), torch.randn(5, 45).to(BF16)
-    with qk.backends.use_backend("cpu:native"):
+@every_adapter
+def test_forward_alone_keeps_half_of_it(adapter: str) -> None:
+    model, x = net(adapter), torch.randn(5, 45).to(BF16)
+    with qk.backends.use_backend(NATIVE[adapter]):
         plain = step(model, x)
     qk.prepack(model, packed="forward")
     found = step(model, x)
-    assert choices()[0] == "cpu:panels"
-    assert choices()[1] != "cpu:panels"
+    assert choices(adapter)[0] == "cpu:panels"
+    assert choices(adapter)[1] != "cpu:panels"
     assert torch.equal(found[0], plain[0])
     once = qk.summary(model).kept_bytes
     qk.prepack(model, False)
@@ -85,15 +92,15 @@ def test_forward_alone_keeps_half_of_it() -> None:
     assert once < qk.summary(model).kept_bytes
 
 
-@pytest.mark.parametrize("adapter", ["qr", "lora_xs"])
+@every_adapter
 def test_under_autocast_over_an_fp32_weight(adapter: str) -> None:
     model, x = net(adapter, torch.float32), torch.randn(5, 45)
     with torch.autocast("cpu", BF16):
-        with qk.backends.use_backend("cpu:native"):
+        with qk.backends.use_backend(NATIVE[adapter]):
             plain = step(model, x)
         qk.prepack(model, packed="both")
         found = step(model, x)
-        assert choices() == ["cpu:panels", "cpu:panels"]
+        assert choices(adapter) == ["cpu:panels", "cpu:panels"]
     assert [t.dtype for t in found] == [t.dtype for t in plain]
     assert all(map(torch.equal, found, plain))
 
@@ -112,20 +119,22 @@ def test_no_answer_is_of_old_operands(name: str) -> None:
         assert all(map(torch.equal, after, step(model, x)))
 
 
-def test_a_small_layer_makes_no_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_adapter
+def test_a_small_layer_makes_no_panels(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be memory for nothing: the chooser takes the operands where they lie."""
     for module in (panels, kept):
         monkeypatch.setattr(module, "pays_adapted", PAYS)
     chooser.forget()
-    model, x = net("qr"), torch.randn(5, 45).to(BF16)
+    model, x = net(adapter), torch.randn(5, 45).to(BF16)
     qk.prepack(model, packed="both")
     step(model, x)
     assert not any("laid out" in name for name in model[0].derived.nbytes())
 
 
-def test_a_cast_before_the_backward_is_refused() -> None:
+@every_adapter
+def test_a_cast_before_the_backward_is_refused(adapter: str) -> None:
     """The saved weight is read again, as the dtype that it had."""
-    model, x = net("qr"), torch.randn(5, 45).to(BF16).requires_grad_()
+    model, x = net(adapter), torch.randn(5, 45).to(BF16).requires_grad_()
     qk.prepack(model, packed="forward")
     y = model(x)
     model.double()

@@ -19,7 +19,7 @@ from qrlora_kernels.nn import layouts
 
 pytestmark = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
 M, N, K, RANK = 9, 48, 40, 7
-KINDS = ["plain", "qr", "lora_xs"]
+KINDS = ["plain", "qr", "lora_xs", "ohora"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -39,7 +39,7 @@ def layer_of(kind: str, packed: bool, bias: bool = True) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N, bias=bias)).requires_grad_(False)
     if kind != "plain":
-        qk.adapt(model, ["0"], adapter=kind, rank=RANK, progress=False)
+        qk.adapt(model, ["0"], adapter=kind, rank=4 if kind == "ohora" else RANK, progress=False)
         for gate in model[0].trained_now().values():
             nn.init.normal_(gate)
     return (qk.prepack(model, packed="both") if packed else model)[0]
@@ -125,7 +125,12 @@ def test_a_mode_around_the_backward_alone(kind: str) -> None:
 
 @every_kind
 def test_a_mode_that_answers_the_call(kind: str) -> None:
-    answered = {F.linear, functional.qr_linear, functional.lora_xs_linear}
+    answered = {
+        F.linear,
+        functional.qr_linear,
+        functional.lora_xs_linear,
+        functional.kron_linear,
+    }
 
     class Zeros(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
@@ -224,7 +229,7 @@ def test_a_factor_of_another_dtype(kind: str, side: str) -> None:
     assert found[0].startswith("TypeError: ")
 
 
-@pytest.mark.parametrize("kind", ["qr", "lora_xs"])
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("directions", ["forward", "both"])
 def test_a_cast_before_the_backward(kind: str, directions: Any) -> None:
     layer = layer_of(kind, False)

@@ -17,7 +17,8 @@ from qrlora_kernels.dispatch import chooser
 from qrlora_kernels.nn import layouts, prepacked
 
 pytestmark = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
-ADAPTERS = {"qr": {"rank": 7}, "lora_xs": {"rank": 7}}
+LIBRARY = "composed:addmm"
+ADAPTERS = {"qr": {"rank": 7}, "lora_xs": {"rank": 7}, "ohora": {"rank": 4}}
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +32,15 @@ def for_every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     chooser.forget()
 
 
-def net(adapter: str = "qr", n: int = 48, k: int = 40, **options: Any) -> nn.Sequential:
+def net(
+    adapter: str = "qr", n: int = 48, k: int = 40, bias: bool = True, **options: Any
+) -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(k, n))
+    model = nn.Sequential(nn.Linear(k, n, bias=bias))
     qk.adapt(model, ["0"], adapter=adapter, progress=False, **{**ADAPTERS[adapter], **options})
-    gate = model[0].lam if adapter == "qr" else model[0].core
     with torch.no_grad():
-        gate.normal_()
+        for trained in model[0].trained_now().values():
+            trained.normal_()
     return model
 
 
@@ -66,13 +69,14 @@ def _rms(error: Tensor) -> float:
 @pytest.mark.parametrize("directions", ["forward", "both"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_contract_1_and_the_same_bits_again(adapter: str, directions: Any) -> None:
-    model, x = net(adapter, 96, 1100), torch.randn(70, 1100)
+    model, x = net(adapter, 288, 1100), torch.randn(70, 1100)
     plain = step(model, x)
     exact = step(copy.deepcopy(model).double(), x.double())
     qk.prepack(model, packed=directions)
     found = step(model, x)
-    by_step = ["cpu:panels", "cpu:panels" if directions == "both" else "composed:addmm"]
-    assert choices() == by_step
+    op, library = ("kron", "cpu:addmm base") if adapter == "ohora" else ("low_rank", LIBRARY)
+    by_step = ["cpu:panels", "cpu:panels" if directions == "both" else library]
+    assert choices(op) == by_step
     for got, want, truth in zip(found, plain, exact, strict=True):
         assert _rms(got - truth) <= WORSE_THAN_EAGER * _rms(want - truth)
     assert all(map(torch.equal, found, step(model, x)))
@@ -81,11 +85,9 @@ def test_contract_1_and_the_same_bits_again(adapter: str, directions: Any) -> No
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_leading_dimensions_strides_no_bias_and_strength(strength: float) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 48, bias=False))
-    qk.adapt(model, ["0"], rank=7, progress=False)
-    nn.init.normal_(model[0].lam)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_leading_dimensions_strides_no_bias_and_strength(adapter: str, strength: float) -> None:
+    model = net(adapter, bias=False)
     qk.scale(model, strength)
     x = torch.randn(40, 6, 5).permute(1, 2, 0)
     want = step(model, x)
@@ -95,8 +97,9 @@ def test_leading_dimensions_strides_no_bias_and_strength(strength: float) -> Non
     assert model(x[:0]).shape == (0, 5, 48)
 
 
-def test_a_bias_that_trains() -> None:
-    model, x = net(), torch.randn(9, 40)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_bias_that_trains(adapter: str) -> None:
+    model, x = net(adapter), torch.randn(9, 40)
     model[0].bias.requires_grad_()
     want = step(model, x)
     qk.prepack(model, packed="both")
@@ -150,10 +153,17 @@ def test_no_answer_is_of_old_operands(how: str) -> None:
     assert how in ("double", "merge") or not torch.equal(found[0], before[0])
 
 
-@pytest.mark.parametrize("how", ["forced", "compiled", "dropout", "output", "off", "rows"])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout": 0.5},
+    "output": {"factors": "output"},
+    "fold": {"adapter": "ohora", "fold": True},
+    "materialised": {"adapter": "ohora", "product": "materialised"},
+}
+
+
+@pytest.mark.parametrize("how", [*OPTIONS, "forced", "compiled", "off", "rows"])
 def test_who_goes_without(how: str) -> None:
-    options = {"dropout": {"dropout": 0.5}, "output": {"factors": "output"}}.get(how, {})
-    model, x = net(**options), torch.randn(9, 40)
+    model, x = net(**OPTIONS.get(how, {})), torch.randn(9, 40)
     if how == "rows":
         qk.prepack(model)
     else:
@@ -216,24 +226,29 @@ def test_autocast_without_products_of_halves(monkeypatch: pytest.MonkeyPatch) ->
     assert used(model)
 
 
-def test_training_agrees_with_and_without() -> None:
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_training_agrees_with_and_without(adapter: str) -> None:
     x, target = torch.randn(60, 40), torch.randn(60, 48)
     trained = []
     for packed in (None, "both"):
-        model = net()
+        model = net(adapter)
         if packed:
             qk.prepack(model, packed="both")
-        optimizer = torch.optim.SGD([model[0].lam], 0.1)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(weights, 0.01)
         for _ in range(5):
             (model(x) - target).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained.append(model[0].lam.detach())
+        trained.append([p.detach() for p in weights])
     torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-5)
 
 
-def test_the_chooser_is_asked_and_tune_measures_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = net(n=96, k=64)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_chooser_is_asked_and_tune_measures_it(
+    adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net(adapter, 96, 64)
     qk.prepack(model, packed="both")
     layer = model[0]
     assert layer.explain(40).recipe == layer.explain(40, "bwd").recipe == "panels"
@@ -261,8 +276,9 @@ def test_autocast_around_the_backward_alone(adapter: str) -> None:
 
 
 @pytest.mark.parametrize("lead", [(6,), (2, 3)], ids=str)
-def test_y_may_be_written_in_place(lead: tuple[int, ...]) -> None:
-    model, x = net(), torch.randn(*lead, 40)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_y_may_be_written_in_place(adapter: str, lead: tuple[int, ...]) -> None:
+    model, x = net(adapter), torch.randn(*lead, 40)
     want = torch.relu(model(x))
     qk.prepack(model, packed="both")
     y = nn.Sequential(model, nn.ReLU(inplace=True))(x.requires_grad_())
@@ -278,3 +294,6 @@ def test_panels_refuse_rows_of_another_width_or_dtype() -> None:
     for wrong in ((x.double(), mid), (x[:, 1:], mid), (x, mid.bfloat16()), (x, mid[:, 1:])):
         with pytest.raises(ValueError, match="as the panels are, got"):
             kept.product(wrong[0], None, (wrong[1], beside))
+    for onto in (torch.zeros(3, 7), torch.zeros(2, 8), torch.zeros(3, 8).double()):
+        with pytest.raises(ValueError, match=r"onto must be \[3, 8\]"):
+            kept.product(x, onto=onto)

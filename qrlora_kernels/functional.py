@@ -8,7 +8,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .ops import kron, low_rank, onto
 from .ops import linear_add as sums
 from .ops.checks import asks_for_operators as asks_for_operators  # for the layers' own backward
-from .ops.kept import kept_low_rank as kept_low_rank  # for the layers that keep them
+from .ops.kept import kept_kron as kept_kron  # for the layers that keep them
+from .ops.kept import kept_low_rank as kept_low_rank
 
 __all__ = [
     "kron_linear", "linear_add", "lora_xs_linear", "low_rank_onto", "mixed_low_rank_linear",

@@ -7,6 +7,7 @@ count, whatever they hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -18,13 +19,20 @@ class Kept(Protocol):
     address: int
 
     def product(
-        self, x: Tensor, bias: Tensor | None = None, beside: tuple[Tensor, Any] | None = None
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        beside: tuple[Tensor, Any] | None = None,
+        onto: Tensor | None = None,
     ) -> Tensor:
-        """y [M, N] = x Wᵀ + mid Vᵀ + b, ``beside`` being mid [M, r] and V [N, r] kept likewise."""
+        """y [M, N] = x Wᵀ + mid Vᵀ + b, ``beside`` being mid [M, r] and V [N, r] kept likewise.
+
+        ``onto`` [M, N] is added too, and holds y then.
+        """
 
 
 class KeptOperands(NamedTuple):
-    """The frozen operands of a step as their products read them.
+    """The frozen operands of a low-rank step as their products read them.
 
     Forward W, down and up; backward, which is the same step on dy, Wᵀ, upᵀ and downᵀ.
     """
@@ -107,41 +115,57 @@ class LinearAdd(NamedTuple):
 
 
 class InPanels:
-    """What a record has more where its frozen operands are kept in panels as well."""
+    """A record whose frozen operands are kept in panels as well, see :func:`in_panels`."""
 
-    kept: KeptOperands
+    kept: Any
 
 
 class LowRankInPanels(InPanels, LowRank):
-    """See :func:`in_panels`."""
+    kept: KeptOperands
 
 
 class LowRankGradientInPanels(InPanels, LowRankGradient):
-    """See :func:`in_panels`."""
+    kept: KeptOperands
 
 
+class KronInPanels(InPanels, Kron):
+    kept: Kept  # W
+
+
+class KronGradientInPanels(InPanels, KronGradient):
+    kept: Kept  # Wᵀ
+
+
+_IN_PANELS = {
+    LowRank: LowRankInPanels,
+    LowRankGradient: LowRankGradientInPanels,
+    Kron: KronInPanels,
+    KronGradient: KronGradientInPanels,
+}
 Either = TypeVar("Either", LowRank, LowRankGradient)
+Step = TypeVar("Step", LowRank, LowRankGradient, Kron, KronGradient)
 
 
-def in_panels(p: Either, kept: KeptOperands) -> Either:
+def in_panels(p: Step, kept: KeptOperands | Kept) -> Step:
     """The same operands with what is kept of them; ``_replace`` gives a record without it."""
-    record: Any = (LowRankInPanels if isinstance(p, LowRank) else LowRankGradientInPanels)(*p)
+    record: Any = next(made for plain, made in _IN_PANELS.items() if isinstance(p, plain))(*p)
     record.kept = kept
     return record
 
 
-def low_rank(*operands: Any) -> LowRank:
-    """Those of :class:`LowRank`, and None or what is kept of them in panels."""
-    *own, kept = operands
-    p = LowRank(*own)
-    return p if kept is None else in_panels(p, kept)
+def _with_kept(record: Callable[..., Step]) -> Callable[..., Step]:
+    """``record``, taking behind its own operands None or what is kept of them in panels."""
+
+    def build(*operands: Any) -> Step:
+        *own, kept = operands
+        p = record(*own)
+        return p if kept is None else in_panels(p, kept)
+
+    return build
 
 
-def low_rank_gradient(*operands: Any) -> LowRankGradient:
-    """Those of :class:`LowRankGradient`, likewise."""
-    *own, kept = operands
-    p = LowRankGradient(*own)
-    return p if kept is None else in_panels(p, kept)
+low_rank, low_rank_gradient = _with_kept(LowRank), _with_kept(LowRankGradient)
+kron, kron_gradient = _with_kept(Kron), _with_kept(KronGradient)
 
 
 def is_core(p: LowRank | LowRankGradient) -> bool:

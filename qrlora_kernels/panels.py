@@ -54,10 +54,11 @@ class Panels:
         x: Tensor,
         bias: Tensor | None = None,
         beside: tuple[Tensor, Panels] | None = None,
+        onto: Tensor | None = None,
     ) -> Tensor:
         """y [M, N] = x Wᵀ + mid Vᵀ + b for x [M, K] and ``beside`` = mid [M, r] and V [N, r].
 
-        All are of the matrix's dtype.
+        ``onto`` [M, N], contiguous, is added too, and holds y then. All are of the matrix's dtype.
         """
         mid, other = beside or (None, None)
         (m, k), n = x.shape, self.rows
@@ -65,14 +66,19 @@ class Panels:
         if other is not None:
             assert mid is not None
             other._check(mid)
-        y = x.new_empty(m, n)
+        y = x.new_empty(m, n) if onto is None else onto
+        if y.shape != (m, n) or y.dtype != x.dtype:
+            raise ValueError(
+                f"onto must be [{m}, {n}] of {x.dtype}, got {list(y.shape)} of {y.dtype}"
+            )
         held, tokens = pointers.rows(x)
         also_held, (mid_at, bias_at) = pointers.dense(mid, bias)
         (result,) = pointers.out(y)
         native.core().times_panels(
             (m, n, k, DTYPES[x.dtype], torch.get_num_threads()),
             tokens, self.address, 0 if mid is None else mid.shape[1],
-            mid_at, 0 if other is None else other.address, bias_at, result,
+            mid_at, 0 if other is None else other.address, bias_at,
+            0 if onto is None else result, result,
         )  # fmt: skip
         del held, also_held
         return y

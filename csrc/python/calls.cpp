@@ -79,8 +79,8 @@ void forget_choices() {
 PyMethodDef methods[] = {
     {"low_rank_forward_call", fast<low_rank_forward_call, 10>(), METH_FASTCALL, nullptr},
     {"low_rank_backward_call", fast<low_rank_backward_call, 11>(), METH_FASTCALL, nullptr},
-    {"kron_forward_call", fast<kron_forward_call, 8>(), METH_FASTCALL, nullptr},
-    {"kron_backward_call", fast<kron_backward_call, 11>(), METH_FASTCALL, nullptr},
+    {"kron_forward_call", fast<kron_forward_call, 9>(), METH_FASTCALL, nullptr},
+    {"kron_backward_call", fast<kron_backward_call, 12>(), METH_FASTCALL, nullptr},
     {"are_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&are_plain)),
      METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};

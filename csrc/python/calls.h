@@ -14,11 +14,12 @@ pybind11::object low_rank_forward_call(PyObject* const* args);
 // None, dgate | None); for library products [choice].
 pybind11::object low_rank_backward_call(PyObject* const* args);
 
-// (x, weight, bias, a, b, a0, b0, scaling) -> (y, the choice where the base product is still to be
-// added to y, else None, whether autograd must record).
+// (x, weight, bias, a, b, a0, b0, scaling, None or W in panels, which the caller multiplies by) ->
+// (y, the choice where the base product is still to be added to y, else None, whether autograd must
+// record).
 pybind11::object kron_forward_call(PyObject* const* args);
-// (dy, x, weight, a, b, a0, b0, scaling, need_dx, need_da, need_db) -> (dx | None, da | None,
-// db | None, the choice where the base product is still to be added to dx, else None).
+// (dy, x, weight, a, b, a0, b0, scaling, need_dx, need_da, need_db, None or that) -> (dx | None,
+// da | None, db | None, the choice where the base product is still to be added to dx, else None).
 pybind11::object kron_backward_call(PyObject* const* args);
 
 inline pybind11::object not_told() {

@@ -67,12 +67,14 @@ struct Operands {
     Strided2d weight;
     KronShape shape;
     KronFactors factors;
+    bool panels;  // of W are kept too
 
     int64_t multiplications() const { return m * (n * k + shape.terms * shape.r * (n + k)); }
     std::optional<Plan> plan(Step step, int64_t needs, bool bias) const {
-        return plans->find({Operation::kron, step, dtype, m, n, k, shape.r, Gate::vector,
-                            weight.col != 1, needs, bias},
-                           shape.threads);
+        const int64_t layout = panels ? 2 : weight.col != 1;
+        return plans->find(
+            {Operation::kron, step, dtype, m, n, k, shape.r, Gate::vector, layout, needs, bias},
+            shape.threads);
     }
 };
 
@@ -107,6 +109,7 @@ py::object kron_forward_call(PyObject* const* args) {
     if (!given) return py::none();
     Operands p{};
     p.dtype = *dtype_of(*given);
+    p.panels = args[8] != Py_None;
     int64_t columns = 0;
     Strided2d tokens{};
     const void* b = nullptr;
@@ -140,6 +143,7 @@ py::object kron_backward_call(PyObject* const* args) {
     if (!given || !given_x) return py::none();
     Operands p{};
     p.dtype = *dtype_of(*given);
+    p.panels = args[11] != Py_None;
     int64_t tokens = 0, columns = 0, columns_of_x = 0;
     Strided2d rows_of_dy{}, rows_of_x{};
     if (dtype_of(*given_x) != p.dtype || !rows(*given, p.m, columns, rows_of_dy) ||

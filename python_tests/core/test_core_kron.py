@@ -33,7 +33,7 @@ class Kron(NamedTuple):
 
     def backward_operands(self, *needs: bool) -> tuple[Any, ...]:
         factors = (self.a, self.b, self.a0, self.b0)
-        return (self.dy, self.x, self.weight, *factors, self.scaling, *needs)
+        return (self.dy, self.x, self.weight, *factors, self.scaling, *needs, None)
 
 
 def kron(dtype: torch.dtype = torch.float64, m: int = 7, *, start: bool = True) -> Kron:
@@ -70,14 +70,14 @@ def test_kron_calls(core, column, start, alone, bias, m):
     p = kron(m=m, start=start)._replace(**({} if bias else {"bias": None}))
     want = kron_expected(p, base=not alone)
     code = core.code(column) + 16 * alone
-    assert core.c.kron_forward_call(*p[:8]) is NotImplemented
+    assert core.c.kron_forward_call(*p[:8], None) is NotImplemented
     core.c.tell(p.key(0), code, "kron", "forward")
     core.c.tell(p.key(1, 7), code, "kron", "backward")
-    y, base, record = core.c.kron_forward_call(*p[:8])
+    y, base, record = core.c.kron_forward_call(*p[:8], None)
     assert (base, record) == ("forward" if alone else None, False)
     assert core.last == {"kron": "forward"}
     torch.testing.assert_close(y, want["y"])
-    assert core.c.kron_forward_call(*p[:3], p.a.requires_grad_(), *p[4:8])[2] is True
+    assert core.c.kron_forward_call(*p[:3], p.a.requires_grad_(), *p[4:8], None)[2] is True
     *gradients, base = core.c.kron_backward_call(*p.backward_operands(True, True, True))
     assert base == ("backward" if alone else None)
     assert core.last == {"kron": "backward"}
@@ -105,11 +105,12 @@ def test_kron_of_somebody_else_and_in_another_layout(core):
     p = kron()
     core.c.tell(p.key(0), -1, "kron", "told")
     core.c.tell(p.key(1, 7), -1, "kron", "told")
-    assert core.c.kron_forward_call(*p[:8]) is None
+    assert core.c.kron_forward_call(*p[:8], None) is None
     assert core.c.kron_backward_call(*p.backward_operands(True, True, True)) is None
     turned = p._replace(weight=p.weight.t().contiguous().t())
-    assert core.c.kron_forward_call(*turned[:8]) is NotImplemented
-    assert core.c.kron_forward_call(p.x, p.weight, None, *p[3:8]) is NotImplemented
+    assert core.c.kron_forward_call(*turned[:8], None) is NotImplemented
+    assert core.c.kron_forward_call(p.x, p.weight, None, *p[3:8], None) is NotImplemented
+    assert core.c.kron_forward_call(*p[:8], object()) is NotImplemented, "W in panels too"
     assert core.last == {}
 
 
@@ -120,7 +121,7 @@ def test_kron_in_bf16_is_an_update(core, column):
     factors = {name: getattr(exact, name).float() for name in ("a", "b", "a0", "b0")}
     p = exact._replace(**half, **factors)
     core.c.tell(p.key(0), core.code(column) + 16, "kron", "told")
-    y, base, _ = core.c.kron_forward_call(*p[:8])
+    y, base, _ = core.c.kron_forward_call(*p[:8], None)
     assert (y.dtype, base) == (torch.bfloat16, "told")
     want = kron_expected(p, base=False)["y"]
     torch.testing.assert_close(y.double(), want, rtol=8e-3, atol=1e-5)

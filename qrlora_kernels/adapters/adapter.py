@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import functional
 from ..linalg import StartRunner
 from ..linalg.exponents import in_range, times_two_to
+from ..operands import Kept
 from ..reference import accumulation_dtype
 from .options import Options
 
@@ -158,6 +159,27 @@ class Adapter(Generic[Own]):
         cls, x: Tensor, weight: Tensor, bias: Tensor | None, tensors: Tensors, strength: float
     ) -> Tensor:
         """y [..., N] = x (W + ΔW)ᵀ + b by the fused operator, for x [..., K]."""
+        raise NotImplementedError
+
+    @classmethod
+    def frozen_of(cls, options: Own, step: str) -> tuple[str, ...] | None:
+        """Factors that the step multiplies by beside W, in order: a layer may keep them and W in
+        the layout of their products. None where :meth:`fused_of_kept` has no use for that."""
+        return None
+
+    @classmethod
+    def fused_of_kept(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: Tensors,
+        strength: float,
+        kept: Callable[[bool], tuple[Kept, ...] | None],
+    ) -> Tensor | None:
+        """:meth:`fused` by W and the factors of :meth:`frozen_of` in a layout that the layer keeps:
+        ``kept(False)`` for the forward, ``kept(True)`` for the backward, or None. None where it is
+        no gain."""
         raise NotImplementedError
 
     @classmethod

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from .. import functional
 from ..autocast import outside_autocast
-from ..operands import KeptOperands
+from ..operands import Kept
 from ..reference import accumulation_dtype, hidden_dtype, low_rank_delta_ref
 from .adapter import Adapter, Own, State, Tensors
 
@@ -33,6 +33,12 @@ class LowRank(Adapter[Own]):
         return cls.function(x, weight, bias, *of_three, strength)
 
     @classmethod
+    def frozen_of(cls, options: Own, step: str) -> tuple[str, ...] | None:
+        if options.form != "two_sided":
+            return None
+        return (cls.down, cls.up) if step == "fwd" else (cls.up, cls.down)
+
+    @classmethod
     def fused_of_kept(
         cls,
         x: Tensor,
@@ -40,9 +46,8 @@ class LowRank(Adapter[Own]):
         bias: Tensor | None,
         tensors: Tensors,
         strength: float,
-        kept: Callable[[bool], KeptOperands | None],
+        kept: Callable[[bool], tuple[Kept, ...] | None],
     ) -> Tensor | None:
-        """:meth:`fused` by operands in a layout that the layer keeps; None where it is no gain."""
         of_three = tensors[cls.up], tensors[cls.down], tensors[cls.gate]
         return functional.kept_low_rank(x, weight, bias, *of_three, strength, cls.square, kept)
 

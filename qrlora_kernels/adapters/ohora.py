@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from ..autocast import autocast_enabled, outside_autocast
 from ..linalg.checks import check_choice
 from ..linalg.exponents import rounded
 from ..linalg.kron import Columns, Start
+from ..operands import Kept
 from ..reference import HALF, accumulation_dtype, kron_delta_ref
 from .adapter import Adapter, State, Tensors, outlined
 from .options import AlphaOptions
@@ -137,6 +139,23 @@ class OHoRA(Adapter[OHoRAOptions]):
     ) -> Tensor:
         a, b, a0, b0 = tensors["a"], tensors["b"], tensors["a0"], tensors["b0"]
         return functional.kron_linear(x, weight, bias, a, b, a0, b0, strength)
+
+    @classmethod
+    def frozen_of(cls, options: OHoRAOptions, step: str) -> tuple[str, ...] | None:
+        return () if options.product == "kron" and not options.fold else None
+
+    @classmethod
+    def fused_of_kept(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: Tensors,
+        strength: float,
+        kept: Callable[[bool], tuple[Kept, ...] | None],
+    ) -> Tensor | None:
+        a, b, a0, b0 = tensors["a"], tensors["b"], tensors["a0"], tensors["b0"]
+        return functional.kept_kron(x, weight, bias, a, b, a0, b0, strength, kept)
 
     @classmethod
     def update(cls, x: Tensor, tensors: Tensors, options: OHoRAOptions, strength: float) -> Tensor:

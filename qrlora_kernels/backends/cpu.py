@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import native
 from ..dispatch.problem import ELSEWHERE, PANELS, Problem, Recipe
 from ..native import DTYPES
-from ..operands import InPanels, Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
+from ..operands import InPanels, Kept, Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
 from . import core_calls, in_panels, products
 
 NATIVE = "native"
@@ -56,7 +56,7 @@ def _kron_recipes(problem: Problem) -> list[Recipe] | str:
     ]
     if problem.dtype in DTYPES:
         recipes.insert(0, Recipe("cpu", NATIVE_BASE, reason, core_calls.code()))
-    return recipes
+    return [*in_panels.recipes(problem, update), *recipes]
 
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
@@ -86,17 +86,38 @@ def _addresses(p: LowRank | LowRankGradient) -> tuple[int, ...]:
 def kron_fwd(p: Kron, recipe: str) -> Tensor:
     """y [M, N]."""
     update = core_calls.kron_update(p, core_calls.code(update_alone=True))
-    return add_base(recipe, update, p.x, p.weight, p.bias)
+    kept = _kept(p) if recipe == PANELS else None
+    return add_base(recipe, update, p.x, p.weight, p.bias, kept)
 
 
 def kron_bwd(p: KronGradient, recipe: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx [M, K], dA and dB."""
     dx, da, db = core_calls.kron_gradients(p, core_calls.code(update_alone=True))
-    return None if dx is None else add_base(recipe, dx, p.dy, p.weight.mT, None), da, db
+    if dx is not None:
+        kept = _kept(p) if recipe == PANELS else None
+        dx = add_base(recipe, dx, p.dy, p.weight.mT, None, kept)
+    return dx, da, db
 
 
-def add_base(recipe: str, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b + update, in the update's place where the product allows it."""
+def _kept(p: Kron | KronGradient) -> Kept:
+    assert isinstance(p, InPanels)
+    kept: Kept = p.kept
+    return kept
+
+
+def add_base(
+    recipe: str,
+    update: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Kept | None = None,
+) -> Tensor:
+    """x Wᵀ + b + update, in the update's place where the product allows it; ``kept``: W in panels,
+    for the recipe that reads them."""
+    if recipe == PANELS:
+        assert kept is not None
+        return kept.product(x, bias, onto=update)
     if recipe == NATIVE_BASE:
         core_calls.linear_add(core_calls.code(), x, weight, bias, update, out=update)
         return update

@@ -15,7 +15,7 @@ from .products import times
 
 def recipes(problem: Problem, code: int = ELSEWHERE) -> list[Recipe]:
     """The one for operands in panels, where they are; the native core knows it by ``code``."""
-    if problem.layout != "panels" or problem.gate not in ("vector", "core"):
+    if problem.layout != "panels" or problem.gate.startswith("mixed"):
         return []
     return [Recipe("cpu", PANELS, "products by operands kept in panels", code)]
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..operands import (
     KeptOperands,
-    Kron,
-    KronGradient,
     LinearAdd,
-    LowRank,
-    LowRankGradient,
     Operands,
-    in_panels,
+    kron,
+    kron_gradient,
+    low_rank,
+    low_rank_gradient,
 )
 from ..panels import Panels
 from ..reference import accumulation_dtype
@@ -180,7 +179,7 @@ def _operands(p: Problem) -> Operands:
         t = torch.randn(shape, generator=generator, device=p.device, dtype=wide)
         return (size * t).to(dtype)
 
-    m, n, k, r = p.m, p.n, p.k, p.r
+    m, n, k, r, back = p.m, p.n, p.k, p.r, p.step == "bwd"
     x, dy, bias = draw(m, k), draw(m, n), draw(n) if p.bias else None
     weight = draw(n, k, size=k**-0.5)
     if p.layout == "columns":
@@ -192,17 +191,15 @@ def _operands(p: Problem) -> Operands:
     if p.op == "kron":
         rows = (n // r, k // r, n // r, k // r)
         a, b, a0, b0 = (draw(count, r, size=r**-0.5, dtype=wide) for count in rows)
-        if p.step == "fwd":
-            return Kron(x, weight, bias, a, b, a0, b0, 1.0)
-        return KronGradient(dy, x, weight, a, b, a0, b0, 1.0, *p.needs)
+        matrix = Panels(weight.mT if back else weight) if p.layout == "panels" else None
+        if back:
+            return kron_gradient(dy, x, weight, a, b, a0, b0, 1.0, *p.needs, matrix)
+        return kron(x, weight, bias, a, b, a0, b0, 1.0, matrix)
     up, down = draw(n, r, size=n**-0.5), draw(r, k, size=r**-0.5)
     gate = draw(r, dtype=wide) if p.gate == "vector" else draw(r, r, size=r**-0.5, dtype=wide)
-    back = p.step == "bwd"
     frozen = (weight.mT, up.mT, down.mT) if back else (weight, down, up)
     kept = KeptOperands(*map(Panels, frozen)) if p.layout == "panels" else None
     if not back:
-        forward = LowRank(x, weight, bias, up, down, gate, None, 1.0)
-        return in_panels(forward, kept) if kept else forward
+        return low_rank(x, weight, bias, up, down, gate, None, 1.0, kept)
     h = (x @ down.mT).to(p.dtype)
-    backward = LowRankGradient(dy, weight, up, down, gate, None, h, 1.0, *p.needs)
-    return in_panels(backward, kept) if kept else backward
+    return low_rank_gradient(dy, weight, up, down, gate, None, h, 1.0, *p.needs, kept)

@@ -132,13 +132,13 @@ def problem_of(p: Operands) -> Problem:
             gate = GATES[2 * (p.index is not None) + is_core(p)]
             if p.down is None:
                 form = "output"
-            match p:  # no call, each of which counts here
-                case InPanels():
-                    layout = "panels"
         case Kron() | KronGradient():
             op, r = "kron", p.a.shape[1]
         case LinearAdd():
             op, r = "linear_add", n
+    match p:  # no call, each of which counts here
+        case InPanels():
+            layout = "panels"
     step, bias = "bwd", False
     needs: tuple[bool, ...] = ()
     match p:

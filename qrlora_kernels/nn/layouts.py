@@ -15,7 +15,7 @@ from .. import packed, panels
 from ..adapters.low_rank import LowRank
 from ..dispatch.problem import PANELS
 from ..functional import asks_for_operators
-from ..operands import KeptOperands
+from ..operands import Kept as KeptMatrix
 from . import base_weight
 from .derived import Derived
 
@@ -63,7 +63,7 @@ def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
     """Whether this step of an adapted layer has its frozen operands in panels, in ``dtype``."""
     if layer._packed is None or (step == "bwd" and layer._packed == "forward"):
         return False
-    if not issubclass(layer.adapter, LowRank) or layer.options.form != "two_sided":
+    if layer.adapter.frozen_of(layer.options, step) is None:
         return False
     if layer._adds_update() or layer.weight.device.type != "cpu":
         return False
@@ -73,7 +73,7 @@ def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
 def may_pay(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether so much is multiplied that the chooser is worth asking, and takes what is kept."""
     adapter, tokens = layer.adapter, x.numel() // max(1, layer.in_features)
-    if not issubclass(adapter, LowRank) or getattr(layer, adapter.gate).ndim == 0:
+    if issubclass(adapter, LowRank) and getattr(layer, adapter.gate).ndim == 0:
         return False
     n, k = layer.out_features, layer.in_features
     half = dtype == torch.bfloat16 and panels.used(dtype)
@@ -85,15 +85,16 @@ def may_pay(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> bool:
 def adapted(layer: AdapterLinear, found: Kept) -> Tensor | None:
     """The adapted layer's y [..., N], likewise; ``found.tensors`` are in the product's dtype."""
     adapter, x = layer.adapter, found.x
-    if not (_fit(found) and keeps(layer, x.dtype, "fwd") and issubclass(adapter, LowRank)):
+    if not (_fit(found) and keeps(layer, x.dtype, "fwd")):
         return None
 
-    def laid(backward: bool) -> KeptOperands | None:
+    def laid(backward: bool) -> tuple[KeptMatrix, ...] | None:
         if backward and layer._packed == "forward":
             return None
-        order = (adapter.up, adapter.down) if backward else (adapter.down, adapter.up)
-        kept = _laid(layer, panels.Panels, found, backward, order)
-        return None if kept is None else KeptOperands(*kept)
+        factors = adapter.frozen_of(layer.options, "bwd" if backward else "fwd")
+        assert factors is not None  # as of the forward
+        kept = _laid(layer, panels.Panels, found, backward, factors)
+        return cast("tuple[KeptMatrix, ...] | None", kept)
 
     return adapter.fused_of_kept(x, found.matrix, found.bias, found.tensors, layer._strength, laid)
 

@@ -1,4 +1,4 @@
-"""Low rank over frozen operands that a layer keeps in the layout of its products as well."""
+"""The operations over frozen operands that a layer keeps in the layout of its products as well."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..autocast import outside_autocast
 from ..dispatch.chooser import choose, pinned_backend, run
 from ..dispatch.problem import PANELS, Choice, problem_of
 from ..operands import (
+    Kept,
     KeptOperands,
     LowRank,
     LowRankGradient,
@@ -21,7 +22,7 @@ from ..operands import (
 )
 from ..panels import pays_adapted
 from ..reference import accumulation_dtype
-from . import eager
+from . import eager, kron
 from .checks import (
     asks_for_operators,
     bias_gradient,
@@ -111,7 +112,7 @@ def kept_low_rank(
     gate: Tensor,
     scaling: float,
     square: bool,
-    kept: Callable[[bool], KeptOperands | None],
+    kept: Callable[[bool], tuple[Kept, ...] | None],
 ) -> Tensor | None:
     """y [..., N] by what is kept; None where another recipe is ahead, or the call is odd.
 
@@ -124,22 +125,51 @@ def kept_low_rank(
     backend, p = pinned_backend(), LowRank(x, weight, bias, up, down, gate, None, float(scaling))
     (n, k), tokens = weight.shape, x.numel() // max(1, x.shape[-1])
     if x.dtype == torch.bfloat16 and pays_adapted(tokens, n, k, x.dtype):
-        forward = kept(False)  # which the core reads by itself
+        forward = _operands(kept, False)  # which the core reads by itself
         made = forward and eager.ask(forward_call, low_rank, (*p, forward), backend, gate.ndim)
         if isinstance(made, Tensor):
             return made
         if type(made) is tuple:
-            recorded: Tensor = _record(x, bias, gate, p, forward, kept(True), backend, made)
+            back = _operands(kept, True)
+            recorded: Tensor = _record(x, bias, gate, p, forward, back, backend, made)
             return recorded
     choice = choose(problem_of(p._replace(x=flatten(x)))._replace(layout="panels"), backend)
-    forward = kept(False) if choice.recipe == PANELS else None
+    forward = _operands(kept, False) if choice.recipe == PANELS else None
     if forward is None:
         return None
     if not wants_gradient(x, bias, gate):
         return _made(p, forward, backend, choice)[0]
-    args = (x, bias, gate, p, forward, kept(True), backend, choice)
+    args = (x, bias, gate, p, forward, _operands(kept, True), backend, choice)
     y: Tensor = KeptLowRankFunction.apply(*args)
     return y
+
+
+def kept_kron(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor | None,
+    b0: Tensor | None,
+    scaling: float,
+    kept: Callable[[bool], tuple[Kept, ...] | None],
+) -> Tensor | None:
+    """y [..., N] by W in panels, likewise, of the operands of ``operands.Kron``."""
+
+    def matrix(backward: bool) -> Kept | None:
+        found = kept(backward)
+        return None if found is None else found[0]
+
+    operands = (x, weight, bias, a, b, a0, b0, float(scaling))
+    return kron.at_once(pinned_backend(), *operands, kept=matrix)
+
+
+def _operands(
+    kept: Callable[[bool], tuple[Kept, ...] | None], backward: bool
+) -> KeptOperands | None:
+    found = kept(backward)
+    return None if found is None else KeptOperands(*found)
 
 
 def _factors_fit(

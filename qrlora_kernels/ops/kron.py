@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autocast import autocast
-from ..dispatch.chooser import load, pinned_backend
+from ..autocast import autocast, outside_autocast
+from ..dispatch.chooser import load, pinned_backend, run
 from ..dispatch.problem import Choice
-from ..operands import Kron, KronGradient
+from ..operands import Kept, Kron, KronGradient, kron, kron_gradient
 from ..reference import kron_ref
 from . import eager, flops
 from .checks import (
+    asks_for_operators,
     autograd_reason,
     bias_gradient,
     by_autograd,
@@ -61,6 +63,11 @@ kron_bwd = Operator(
 _forward, _backward = attrgetter("kron_forward_call"), attrgetter("kron_backward_call")
 
 
+# What a native call has made: y, and who adds the base product to it if that is missing; and W and
+# Wᵀ in panels, where the layer keeps them.
+Made = tuple[Tensor, Choice | None, Kept | None, Kept | None]
+
+
 class KronFunction(torch.autograd.Function):
     """Autograd of the operation on x [M, K]; gradients for x, bias, a and b only."""
 
@@ -76,19 +83,18 @@ class KronFunction(torch.autograd.Function):
         b0: Tensor | None,
         scaling: float,
         backend: str | None,
-        made: tuple[Tensor, Choice | None] | None,
+        made: Made | None,
     ) -> Tensor:
-        """``made``: y of a native call, and who adds the base product to it if that is missing;
-        None where the operator does both."""
+        """``made``: None where the operator does both."""
         # The rows, whichever way the call goes: a checkpoint may go either way twice.
         ctx.save_for_backward(flatten(x), weight, a, b, a0, b0)
         ctx.scaling, ctx.backend = scaling, backend
-        ctx.shapes = weight.shape, a.shape, b.shape
+        ctx.shapes, ctx.back = (weight.shape, a.shape, b.shape), None
         if made is None:
             y: Tensor = kron_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
             return y
-        y, base = made
-        return y if base is None else _with_base(base, y, x, weight, bias)
+        y, base, there, ctx.back = made
+        return y if base is None else _with_base(base, y, x, weight, bias, there)
 
     @staticmethod
     @eager.backward
@@ -101,7 +107,7 @@ class KronFunction(torch.autograd.Function):
             if ctx.shapes != (weight.shape, a.shape, b.shape):
                 refuse_resize(ctx.shapes, weight=weight, a=a, b=b)
             operands = (*saved, ctx.scaling, need_dx, *needed)
-            dx, da, db = _gradients(dy, operands, ctx.backend)
+            dx, da, db = _gradients(dy, operands, ctx.back, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
         return dx, None, dbias, da, db, None, None, None, None, None
 
@@ -109,47 +115,66 @@ class KronFunction(torch.autograd.Function):
 _record = eager.apply_of(KronFunction)
 
 
-def _gradients(dy: Tensor, operands: tuple[Any, ...], backend: str | None) -> eager.Gradients:
+def _gradients(
+    dy: Tensor, operands: tuple[Any, ...], kept: Kept | None, backend: str | None
+) -> eager.Gradients:
     """dx [..., K], da and db; ``operands`` are those of the backward, but for dy [..., N]."""
-    done = eager.ask(_backward, KronGradient, (dy, *operands), backend)
+    done = eager.ask(_backward, kron_gradient, (dy, *operands, kept), backend)
     if done is None:
         x, weight, *_ = operands
         if not x.dtype == weight.dtype == dy.dtype:
             refuse_cast(dy, x=x, weight=weight)
-        found = kron_bwd(flatten(dy, "dy"), *operands, backend)
+        rows = flatten(dy, "dy")
+        if kept is None or asks_for_operators(dy):
+            found = kron_bwd(rows, *operands, backend)
+        else:
+            with outside_autocast(dy.device.type):  # which is the caller's, not the forward's
+                found = run(kron_gradient(rows, *operands, kept), backend)
         dx, *rest = (t if need else None for t, need in zip(found, operands[-3:], strict=True))
         return None if dx is None else restore(dx, dy), *rest
     dx, da, db, base = done
     if dx is not None and base is not None:
-        dx = _with_base(base, dx, dy, operands[1].mT, None)
+        dx = _with_base(base, dx, dy, operands[1].mT, None, kept)
     return dx, da, db
 
 
 def _with_base(
-    choice: Choice, update: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+    choice: Choice,
+    update: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Kept | None,
 ) -> Tensor:
     """x Wᵀ + b onto the ``update`` [..., N] of a native call, in its place or in a new tensor."""
     rows = flatten(update)
-    whole = load(choice.backend).add_base(choice.recipe, rows, flatten(x), weight, bias)
+    whole = load(choice.backend).add_base(choice.recipe, rows, flatten(x), weight, bias, kept)
     # No view: one that is made within an autograd.Function may not be written in place.
     return update if whole is rows else torch.ops.aten._unsafe_view(whole, update.shape)
 
 
-def at_once(backend: str | None, *operands: Any) -> Tensor | None:
+def at_once(
+    backend: str | None,
+    *operands: Any,
+    kept: Callable[[bool], Kept | None] | None = None,
+) -> Tensor | None:
     """y by the one native call, or None where the operation has to go its own way.
 
-    ``operands`` are those of ``Kron``, unchecked, with x [..., K].
+    ``operands`` are those of ``Kron``, unchecked, with x [..., K]. ``kept(False)`` is W in panels,
+    ``kept(True)`` Wᵀ, or None.
     """
-    done = eager.ask(_forward, Kron, operands, backend)
+    there = None if kept is None else kept(False)
+    done = eager.ask(_forward, kron, (*operands, there), backend)
     if done is None:
         return None
     y: Tensor
     y, base, record = done
     x, weight, bias, *_, scaling = operands
     if record:
-        y = _record(*operands[:-1], float(scaling), None, (y, base))
+        made = (y, base, there, None if kept is None else kept(True))
+        y = _record(*operands[:-1], float(scaling), None, made)
     elif base is not None:
-        y = _with_base(base, y, x, weight, bias)
+        y = _with_base(base, y, x, weight, bias, there)
     return y
 
 

@@ -27,11 +27,21 @@ void pack(const PackPanels& d) {
     });
 }
 
+// The addend, and with a bias their sum in C.
+template <typename T>
+Start<T> start_of(const T* addend, const T* bias, int64_t rows, int64_t columns, T* c, int64_t ld) {
+    if (!bias) return {addend, ld};
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) c[i * ld + j] = addend[i * ld + j] + bias[j];
+    return {c, ld};
+}
+
 template <typename T>
 void times(const TimesPanels& d) {
     const auto x = layout<T>(d.x);
     const auto *panels = static_cast<const T*>(d.panels), *bias = static_cast<const T*>(d.bias);
     const auto *mid = static_cast<const T*>(d.mid), *beside = static_cast<const T*>(d.mid_panels);
+    const auto* addend = static_cast<const T*>(d.addend);
     auto* y = static_cast<T*>(d.y);
     const int threads = useful_threads(d.threads, d.m, d.n, d.k);
     // A thread that has columns of its own reads its own panels only.
@@ -40,8 +50,10 @@ void times(const TimesPanels& d) {
     const auto block = [&](Team team, int64_t i, int64_t rows, int64_t j, int64_t columns) {
         auto* part = reinterpret_cast<T*>(team.scratch());
         T* out = y + i * d.n + j;
-        times_panels<T>(rows, x.data + i * x.row, x.row, d.k, panels + j * d.k, columns,
-                        {bias ? bias + j : nullptr, 0}, out, d.n, part);
+        Start<T> start{bias ? bias + j : nullptr, 0};
+        if (addend) start = start_of(addend + i * d.n + j, start.data, rows, columns, out, d.n);
+        times_panels<T>(rows, x.data + i * x.row, x.row, d.k, panels + j * d.k, columns, start, out,
+                        d.n, part);
         if (d.r)
             times_panels<T>(rows, mid + i * d.r, d.r, d.r, beside + j * d.r, columns, {out, d.n},
                             out, d.n, part);

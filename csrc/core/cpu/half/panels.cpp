@@ -39,6 +39,7 @@ void times(const TimesPanels& d) {
                                  d.r,
                                  static_cast<const bf16*>(d.mid_panels)};
     g.bias = static_cast<const bf16*>(d.bias);
+    g.addend = static_cast<const bf16*>(d.addend);
     g.c = d.y;
     g.ldc = d.n;
     g.threads = d.threads;
