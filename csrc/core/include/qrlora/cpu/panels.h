@@ -18,8 +18,8 @@ struct PackPanels {
     int threads;
 };
 
-// y [m, n] = x [m, k] B + mid [m, r] B' + bias + addend. Rows of x are contiguous, mid, addend and y
-// are; bias [n] and addend, which may be y itself, may be null, and without mid r is 0.
+// y [m, n] = x [m, k] B + mid [m, r] B' + bias + addend. Rows of x are contiguous, mid, addend and
+// y are; bias [n] and addend, which may be y itself, may be null, and without mid r is 0.
 struct TimesPanels {
     int64_t m, n, k, r;
     DType dtype;
