@@ -13,7 +13,7 @@ import qrlora_kernels as qk
 from qrlora_kernels import native, panels
 from qrlora_kernels.dispatch import chooser
 from qrlora_kernels.nn import layouts, prepacked
-from qrlora_kernels.ops import eager, kept
+from qrlora_kernels.ops import eager
 
 pytestmark = pytest.mark.skipif(not eager.AVAILABLE, reason=native.REASON)
 BF16 = torch.bfloat16
@@ -30,8 +30,7 @@ def for_every_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(panels, "used", lambda dtype: True)
     monkeypatch.setattr(prepacked, "multiplies", lambda device, dtype: True)
     monkeypatch.setattr(layouts, "LEAST_WORK", 0)
-    for module in (panels, kept):
-        monkeypatch.setattr(module, "pays_adapted", lambda *shape: True)
+    monkeypatch.setattr(panels, "pays_adapted", lambda *shape: True)
     chooser.forget()
     yield
     chooser.forget()
@@ -122,8 +121,7 @@ def test_no_answer_is_of_old_operands(name: str) -> None:
 @every_adapter
 def test_a_small_layer_makes_no_panels(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would be memory for nothing: the chooser takes the operands where they lie."""
-    for module in (panels, kept):
-        monkeypatch.setattr(module, "pays_adapted", PAYS)
+    monkeypatch.setattr(panels, "pays_adapted", PAYS)
     chooser.forget()
     model, x = net(adapter), torch.randn(5, 45).to(BF16)
     qk.prepack(model, packed="both")

@@ -18,17 +18,8 @@ class Kept(Protocol):
 
     address: int
 
-    def product(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        beside: tuple[Tensor, Any] | None = None,
-        onto: Tensor | None = None,
-    ) -> Tensor:
-        """y [M, N] = x Wᵀ + mid Vᵀ + b, ``beside`` being mid [M, r] and V [N, r] kept likewise.
-
-        ``onto`` [M, N] is added too, and holds y then.
-        """
+    def product(self, x: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """y [M, N] = x Wᵀ + b, and ``onto`` [M, N], which holds y then."""
 
 
 class KeptOperands(NamedTuple):

@@ -16,13 +16,14 @@ from torch import Tensor
 from . import native
 from .native import DTYPES, pointers
 
-# Tokens to which the panels of AVX2 are ahead; WIDE: in fp64, ADAPTED: with an adapter.
-FEW, MANY, MOST, MOST_WIDE, MOST_WIDE_ADAPTED = 4, 256, 512, 16, 128
+# Tokens from which and to which the panels of AVX2 are ahead; WIDE: in fp64.
+FEW, MANY, MOST, MOST_WIDE = 4, 256, 512, 16
 LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
 MANY_FOR_ONE = 1024
-# Multiplications, below which asking for panels takes longer than they save; ADAPTED: with AVX-512,
-# whose one native call takes few tokens as fast.
-WORK, WORK_ADAPTED = 1 << 25, 1 << 26
+WORK = 1 << 25  # multiplications, below which asking for panels takes longer than they save
+# With an adapter: tokens to which one native call over operands where they lie is ahead of the
+# library; it takes more work to be ahead of that (with AVX-512 WORK_FEW) than of the library.
+FEW_ADAPTED, WORK_FEW, WORK_ADAPTED = 32, 1 << 26, 1 << 22
 WIDE = (torch.float32, torch.float64)
 
 
@@ -53,43 +54,33 @@ class Panels:
         self,
         x: Tensor,
         bias: Tensor | None = None,
-        beside: tuple[Tensor, Panels] | None = None,
         onto: Tensor | None = None,
     ) -> Tensor:
-        """y [M, N] = x Wᵀ + mid Vᵀ + b for x [M, K] and ``beside`` = mid [M, r] and V [N, r].
+        """y [M, N] = x Wᵀ + b for x [M, K], all of the matrix's dtype.
 
-        ``onto`` [M, N], contiguous, is added too, and holds y then. All are of the matrix's dtype.
+        ``onto`` [M, N], contiguous, is added too, and holds y then.
         """
-        mid, other = beside or (None, None)
         (m, k), n = x.shape, self.rows
-        self._check(x)
-        if other is not None:
-            assert mid is not None
-            other._check(mid)
+        # A kernel reads as many rows of its dtype as it is told.
+        if k != self.depth or x.dtype != self.panels.dtype:
+            raise ValueError(
+                f"x must be [M, {self.depth}] of {self.panels.dtype} as the panels are, got "
+                f"{list(x.shape)} of {x.dtype}"
+            )
         y = x.new_empty(m, n) if onto is None else onto
         if y.shape != (m, n) or y.dtype != x.dtype:
             raise ValueError(
                 f"onto must be [{m}, {n}] of {x.dtype}, got {list(y.shape)} of {y.dtype}"
             )
         held, tokens = pointers.rows(x)
-        also_held, (mid_at, bias_at) = pointers.dense(mid, bias)
+        also_held, (bias_at,) = pointers.dense(bias)
         (result,) = pointers.out(y)
         native.core().times_panels(
             (m, n, k, DTYPES[x.dtype], torch.get_num_threads()),
-            tokens, self.address, 0 if mid is None else mid.shape[1],
-            mid_at, 0 if other is None else other.address, bias_at,
-            0 if onto is None else result, result,
+            tokens, self.address, bias_at, 0 if onto is None else result, result,
         )  # fmt: skip
         del held, also_held
         return y
-
-    def _check(self, rows: Tensor) -> None:
-        """A kernel reads as many rows of its dtype as it is told."""
-        if rows.shape[1] != self.depth or rows.dtype != self.panels.dtype:
-            raise ValueError(
-                f"x must be [M, {self.depth}] of {self.panels.dtype} as the panels are, got "
-                f"{list(rows.shape)} of {rows.dtype}"
-            )
 
 
 @functools.cache
@@ -114,24 +105,19 @@ def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
         return False
     if _instructions() != "avx2":
         return tokens >= FEW and (n * k >= LARGE or tokens * n * k >= WORK)
-    return n * k >= LARGE and FEW <= tokens <= _most(n, k, dtype, MOST_WIDE)
+    most = MOST_WIDE if dtype == torch.float64 else MOST if n * k >= LARGER else MANY
+    return n * k >= LARGE and FEW <= tokens <= most
 
 
 def pays_adapted(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """The same of a layer with its adapter, where the update meets the base product."""
     if dtype == torch.bfloat16:
         return n * k >= LARGE
-    if _instructions() != "avx2":
-        return tokens * n * k >= WORK_ADAPTED
-    return tokens * n * k >= WORK and tokens <= _most(n, k, dtype, MOST_WIDE_ADAPTED)
+    work = tokens * n * k
+    least = WORK if _instructions() == "avx2" else WORK_FEW
+    return work >= least or (tokens > FEW_ADAPTED and work > WORK_ADAPTED)
 
 
 def least_for_one() -> float:
     """From how many tokens of fp32 and fp64 on it is faster even where panels serve one product."""
     return MANY_FOR_ONE if _instructions() == "avx512_bf16" else math.inf
-
-
-def _most(n: int, k: int, dtype: torch.dtype, wide: int) -> int:
-    if dtype == torch.float64:
-        return wide
-    return MOST if n * k >= LARGER else MANY

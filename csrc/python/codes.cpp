@@ -7,7 +7,7 @@ namespace qrlora {
 
 namespace {
 
-constexpr int64_t update_alone = 16;  // in a code, beside the column
+constexpr int64_t update_alone = 16, by_panels = 32;  // in a code, beside the column
 
 const char* name_of(Operation operation) {
     const char* const names[] = {"low_rank", "kron", "linear_add"};
@@ -39,14 +39,19 @@ Recipe recipe_of(int64_t code, const Demand& demand) {
     if (code == -1) return {Recipe::elsewhere, nullptr};
     if (code == 0 && kron) return refuse("kron has no step of library products alone");
     if (code == 0) return {Recipe::library, nullptr};
-    const bool alone = code > update_alone;
-    const int64_t at = code - 1 - (alone ? update_alone : 0);
+    const int64_t beside = code > by_panels ? by_panels : code > update_alone ? update_alone : 0;
+    const int64_t at = code - 1 - beside;
     if (at < 0 || at >= static_cast<int64_t>(columns().size())) return refuse("no such column");
-    if (alone && !kron) return refuse("only kron has an update alone");
+    if (beside == update_alone && !kron) return refuse("only kron has an update alone");
+    if (beside == by_panels && demand.operation != Operation::low_rank)
+        return refuse("only low_rank is a step by panels");
     const Column& column = columns()[static_cast<size_t>(at)];
     const std::string reason = obstacle(column, demand);
     if (!reason.empty()) return refuse(reason);
-    return {alone ? Recipe::update : Recipe::whole, &column};
+    const auto runs = beside == by_panels ? Recipe::by_panels
+                      : beside            ? Recipe::update
+                                          : Recipe::whole;
+    return {runs, &column};
 }
 
 const Column& column_of(int64_t code, const Demand& demand) {

@@ -15,10 +15,11 @@ enum class Gate : int64_t { vector, core, mixed_vector, mixed_core };
 inline bool is_mixed(Gate gate) { return gate >= Gate::mixed_vector; }
 
 // A code is -1 for what somebody else runs, 0 for library products, 1 + column for the whole step,
-// 17 + column for the Kronecker update alone, whose base product is the caller's.
+// 17 + column for the Kronecker update alone, whose base product is the caller's, 33 + column for
+// the whole low-rank step by operands in panels.
 struct Recipe {
-    enum Runs { elsewhere, library, update, whole } runs;
-    const Column* column;  // of update and whole
+    enum Runs { elsewhere, library, update, whole, by_panels } runs;
+    const Column* column;  // of the last three
 };
 
 // What has to be computed.

@@ -102,9 +102,9 @@ bool read_factors(PyObject* weight, PyObject* up, PyObject* down, LowRank& d) {
            matrix(*u, d.dtype, d.up) && matrix(*v, d.dtype, d.down);
 }
 
-// The frozen operands in panels, which are those of bf16 here.
+// The frozen operands in panels, of which those of a mixed batch have no kernel.
 bool read_panels(PyObject* kept, LowRank& d) {
-    return kept == Py_None || (d.dtype == DType::bf16 && panels(kept, d.panels));
+    return panels(kept, d.panels) && !(d.panels.base && d.index);
 }
 
 Gate gate_of(const LowRank& d) {
@@ -149,6 +149,7 @@ py::object low_rank_forward_call(PyObject* const* args) {
     if (!plan) return not_told();
     if (plan->recipe.runs == Recipe::elsewhere) return py::none();
     if (plan->recipe.runs == Recipe::library) return library({plan->choice, py::bool_(record)});
+    if (plan->recipe.runs != Recipe::by_panels) d.panels = {};
     const py::object y = new_like(x, *given, d.n);
     io.y = data(y);
     py::object h;
@@ -188,6 +189,7 @@ py::object low_rank_backward_call(PyObject* const* args) {
     if (!plan) return not_told();
     if (plan->recipe.runs == Recipe::elsewhere) return py::none();
     if (plan->recipe.runs == Recipe::library) return library({plan->choice});
+    if (plan->recipe.runs != Recipe::by_panels) d.panels = {};
     io.h = h->data;
     py::object dx = py::none();
     if (need_dx) {

@@ -30,18 +30,15 @@ void pack_panels(const Shape& shape, const Numbers& b, int64_t panels) {
     panel_kernels(d.dtype).pack(d);
 }
 
-void times_panels(const Shape& shape, const Numbers& x, int64_t panels, int64_t r, int64_t mid,
-                  int64_t mid_panels, int64_t bias, int64_t addend, int64_t y) {
+void times_panels(const Shape& shape, const Numbers& x, int64_t panels, int64_t bias,
+                  int64_t addend, int64_t y) {
     const auto [m, n, k, number, threads] = shape;
     const TimesPanels d{m,
                         n,
                         k,
-                        r,
                         checked_dtype(number),
                         matrix(x),
                         pointer(panels),
-                        pointer(mid),
-                        pointer(mid_panels),
                         pointer(bias),
                         pointer(addend),
                         pointer(y),
@@ -55,7 +52,7 @@ void times_panels(const Shape& shape, const Numbers& x, int64_t panels, int64_t 
 void bind_panels(py::module_& m) {
     m.def("panel_elements", &panel_elements, "(dtype, depth, columns) -> elements of the panels");
     m.def("pack_panels", &pack_panels, "B [depth, columns] into panels; see qrlora/cpu/panels.h");
-    m.def("times_panels", &times_panels, "y = x B + mid B' + b + addend by panels of B and B'");
+    m.def("times_panels", &times_panels, "y = x B + b + addend by panels of B");
 }
 
 }  // namespace qrlora

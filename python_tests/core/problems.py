@@ -159,3 +159,11 @@ def strided(p: LowRank, columns: int) -> LowRank:
         name: torch.cat([t, t], 1)[:, : t.shape[1]] for name, t in (("x", p.x), ("dy", p.dy))
     }
     return p._replace(**turned, **with_gaps)
+
+
+def in_panels(core: Core, frozen: Tensor) -> Tensor:
+    """[N, K] as the product by its transpose reads it."""
+    (n, k), number = frozen.shape, NUMBERS[frozen.dtype]
+    panels = frozen.new_full((core.c.panel_elements(number, k, n),), torch.nan)
+    core.c.pack_panels((0, n, k, number, 1), matrix(frozen.mT), panels.data_ptr())
+    return panels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import low_rank, matrix
+from problems import in_panels, low_rank, matrix
 from torch import Tensor
 
 BF16 = torch.bfloat16
@@ -74,14 +74,6 @@ def test_what_is_not_finite_stays_so(core, column):
     assert y[3].tolist() == [1.0, -2.0]
 
 
-def in_panels(core, frozen: Tensor) -> Tensor:
-    """[N, K] as the product by its transpose reads it."""
-    n, k = frozen.shape
-    panels = torch.full((core.c.panel_elements(2, k, n),), torch.nan, dtype=BF16)
-    core.c.pack_panels((0, n, k, 2, 1), matrix(frozen.mT), panels.data_ptr())
-    return panels
-
-
 @pytest.mark.parametrize("gate", ["vector", "core"])
 @pytest.mark.parametrize(
     ("m", "n", "k", "r"), [(1, 70, 40, 3), (33, 384, 130, 21), (300, 45, 515, 64)]
@@ -111,28 +103,3 @@ def test_panels_and_threads_change_no_bit(core, gate, m, n, k, r):
         results.append((y, h, dx, dgate))
     for others in results[1:]:
         assert all(map(torch.equal, results[0], others))
-
-
-def test_panels_of_a_call_on_tensors(core):
-    """They are read where a plan is told for them, and refused in another type."""
-
-    class Kept:
-        def __init__(self, t: Tensor) -> None:
-            self.panels = in_panels(core, t)
-            self.address = self.panels.data_ptr()
-
-    p = low_rank("vector", BF16, 9)
-    kept = tuple(map(Kept, (p.weight, p.down, p.up)))
-    *operands, _ = p.forward_operands()
-    key = list(p.forward_key())
-    core.c.tell(tuple(key), core.code(), "op", "choice")
-    y = core.c.low_rank_forward_call(*operands, None)
-    assert core.c.low_rank_forward_call(*operands, kept) is NotImplemented
-    key[8] = 2
-    core.c.tell(tuple(key), core.code(), "op", "choice")
-    by_panels = core.c.low_rank_forward_call(*operands, kept)
-    assert torch.equal(by_panels, y)
-    for wrong in (kept[:2], list(kept), 7):
-        assert core.c.low_rank_forward_call(*operands, wrong) is None
-    *wide, _ = low_rank("vector", torch.float32, 9).forward_operands()
-    assert core.c.low_rank_forward_call(*wide, kept) is None

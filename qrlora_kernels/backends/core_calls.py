@@ -19,15 +19,16 @@ from ..operands import Kron, KronGradient, LowRank, LowRankGradient, is_core
 from ..reference import accumulation_dtype
 
 NO_PANELS = (0, 0, 0)
-_UPDATE_ALONE = 16  # added to the code of a column: the base product is the caller's
+# Added to the code of a column: the base product is the caller's; the operands are in panels.
+_UPDATE_ALONE, _BY_PANELS = 16, 32
 
 
 @functools.cache
-def code(column: str | None = None, update_alone: bool = False) -> int:
+def code(column: str | None = None, update_alone: bool = False, by_panels: bool = False) -> int:
     """The code of a column of kernels; without a name that of the instruction set in use."""
     core = native.core()
     at = core.best_column() if column is None else core.columns.index(column)
-    return int(1 + at + _UPDATE_ALONE * update_alone)
+    return int(1 + at + _UPDATE_ALONE * update_alone + _BY_PANELS * by_panels)
 
 
 # --- low rank -----------------------------------------------------------------------------------
@@ -36,7 +37,7 @@ def code(column: str | None = None, update_alone: bool = False) -> int:
 def low_rank_fwd(
     p: LowRank, code: int, panels: tuple[int, ...] = NO_PANELS
 ) -> tuple[Tensor, Tensor]:
-    """y [M, N] and h [M, r]; ``panels``: where bf16 operands are kept so, in their order."""
+    """y [M, N] and h [M, r]; ``panels``: where the frozen operands are kept so, in their order."""
     m, r = p.x.shape[0], p.gate.shape[-1]
     held, (tokens, *frozen, (gate_at, bias_at, index_at)) = _read(p, p.x, p.bias)
     # On the device of x: the default device may be another.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch.problem import ELSEWHERE, PANELS, Problem, Recipe
+from ..dispatch.problem import PANELS, Problem, Recipe
 from ..native import DTYPES
 from ..operands import InPanels, Kept, Kron, KronGradient, LinearAdd, LowRank, LowRankGradient
-from . import core_calls, in_panels, products
+from . import core_calls, products
 
 NATIVE = "native"
 NATIVE_BASE = "native base"
@@ -41,9 +41,8 @@ def supports(problem: Problem) -> list[Recipe] | str:
     if half and problem.gate.startswith("mixed"):
         return "no native kernel for mixed gates in bf16"
     reason = "base and update in one sum" if half else "one native call for a few tokens"
-    native_call = Recipe("cpu", NATIVE, reason, core_calls.code())
-    kept = in_panels.recipes(problem, native_call.code if half else ELSEWHERE)
-    return [*kept, native_call]
+    kept = _by_panels(problem, core_calls.code(by_panels=True))
+    return [*kept, Recipe("cpu", NATIVE, reason, core_calls.code())]
 
 
 def _kron_recipes(problem: Problem) -> list[Recipe] | str:
@@ -56,29 +55,30 @@ def _kron_recipes(problem: Problem) -> list[Recipe] | str:
     ]
     if problem.dtype in DTYPES:
         recipes.insert(0, Recipe("cpu", NATIVE_BASE, reason, core_calls.code()))
-    return [*in_panels.recipes(problem, update), *recipes]
+    return [*_by_panels(problem, update), *recipes]
+
+
+def _by_panels(problem: Problem, code: int) -> list[Recipe]:
+    """The recipe for frozen operands in panels, where they are, and ``code`` knows it."""
+    if problem.layout != "panels" or problem.gate.startswith("mixed"):
+        return []
+    return [Recipe("cpu", PANELS, "products by operands kept in panels", code)]
 
 
 def low_rank_fwd(p: LowRank, recipe: str) -> tuple[Tensor, Tensor]:
     """y [M, N] and h [M, r]."""
-    if recipe != PANELS:
-        return core_calls.low_rank_fwd(p, core_calls.code())
-    if p.x.dtype != torch.bfloat16:
-        return in_panels.low_rank_fwd(p)
-    return core_calls.low_rank_fwd(p, core_calls.code(), _addresses(p))
+    panels = _addresses(p) if recipe == PANELS else core_calls.NO_PANELS
+    return core_calls.low_rank_fwd(p, core_calls.code(), panels)
 
 
 def low_rank_bwd(p: LowRankGradient, recipe: str) -> tuple[Tensor | None, Tensor | None]:
     """dx [M, K] and the gate's gradient."""
-    if recipe != PANELS:
-        return core_calls.low_rank_bwd(p, core_calls.code())
-    if p.dy.dtype != torch.bfloat16:
-        return in_panels.low_rank_bwd(p)
-    return core_calls.low_rank_bwd(p, core_calls.code(), _addresses(p))
+    panels = _addresses(p) if recipe == PANELS else core_calls.NO_PANELS
+    return core_calls.low_rank_bwd(p, core_calls.code(), panels)
 
 
 def _addresses(p: LowRank | LowRankGradient) -> tuple[int, ...]:
-    """Of the operands in panels, all of which a call in bf16 reads by itself."""
+    """Of the operands in panels."""
     assert isinstance(p, InPanels)
     return tuple(matrix.address for matrix in p.kept)
 

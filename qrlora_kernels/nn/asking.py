@@ -33,15 +33,19 @@ def explain(layer: Adapted, tokens: int, step: str) -> Choice:
 def problem(layer: Adapted, tokens: int, step: str) -> Problem:
     if step not in steps(layer):
         raise ValueError(f"step must be one of {steps(layer)} for this layer, got {step!r}")
-    n, k = layer.out_features, layer.in_features
-    asked = Problem("linear_add", layer.weight.device, _dtype(layer), tokens, n, k, n, step)
-    if not layer._adds_update():
-        asked = asked._replace(op=layer.operation, r=layer.rank, form=layer.options.form)
-    if layouts.keeps(layer, asked.dtype, step):
-        asked = asked._replace(layout="panels")
-    elif not layer._quantised:  # else it is dequantised in rows
-        asked = asked._replace(layout=layout_of(layer.matrix()))
-    return joined(asked._replace(bias=layer.bias is not None))
+    n, k, dtype = layer.out_features, layer.in_features, _dtype(layer)
+    op, r, form = layer.operation, layer.rank, layer.options.form
+    if layer._adds_update():
+        op, r, form = "linear_add", n, "two_sided"
+    layout = "rows"  # a quantised weight is dequantised so
+    if layouts.keeps(layer, dtype, step):
+        layout = "panels"
+    elif not layer._quantised:
+        layout = layout_of(layer.matrix())
+    device, bias = layer.weight.device, layer.bias is not None
+    return joined(
+        Problem(op, device, dtype, tokens, n, k, r, step, form=form, layout=layout, bias=bias)
+    )
 
 
 def steps(layer: Adapted) -> tuple[str, ...]:

@@ -63,6 +63,10 @@ class Derived:
         self._kept[name] = _Kept(tuple(map(_seen, sources)), value)
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether a value is kept, of whichever state of its sources."""
+        return name in self._kept
+
     def drop(self, *names: str) -> None:
         """Forget the named values, all if none is named."""
         for name in names or [*self._kept]:

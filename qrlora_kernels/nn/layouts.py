@@ -70,16 +70,20 @@ def keeps(layer: Adapted, dtype: torch.dtype, step: str) -> bool:
     return panels.used(dtype) and not layer._quantised
 
 
-def may_pay(layer: AdapterLinear, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether so much is multiplied that the chooser is worth asking, and takes what is kept."""
-    adapter, tokens = layer.adapter, x.numel() // max(1, layer.in_features)
+def may_pay(layer: AdapterLinear, x: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+    """Whether so much is multiplied that the chooser is worth asking, and takes what is kept.
+
+    Where something is kept already the native call is told whether to take it.
+    """
+    adapter, (n, k) = layer.adapter, (layer.out_features, layer.in_features)
     if issubclass(adapter, LowRank) and getattr(layer, adapter.gate).ndim == 0:
         return False
-    n, k = layer.out_features, layer.in_features
-    half = dtype == torch.bfloat16 and panels.used(dtype)
-    if half and panels.pays_adapted(tokens, n, k, dtype):
-        return True  # the call is told what to take
-    return tokens * n * k >= LEAST_WORK and layer.explain(tokens).recipe == PANELS
+    dtype, wide = dtypes
+    tokens = x.numel() // max(1, k)
+    if tokens * n * k < LEAST_WORK and not panels.pays_adapted(tokens, n, k, wide):
+        return False
+    kept = layer.derived.has(_name(dtype, wide, False))
+    return kept or layer.explain(tokens).recipe == PANELS
 
 
 def adapted(layer: AdapterLinear, found: Kept) -> Tensor | None:

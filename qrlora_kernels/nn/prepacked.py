@@ -106,14 +106,13 @@ def forward(layer: AdapterLinear, x: Tensor) -> Tensor | None:
     """The adapted layer's y by what it keeps; None where there is nothing to gain."""
     if torch.compiler.is_compiling():  # before the chooser is asked, which is not to be traced
         return None
-    wide = dtypes(layer.weight)[1]
-    packed = layer._packed is not None and layouts.may_pay(layer, x, wide)
+    packed = layer._packed is not None and layouts.may_pay(layer, x, dtypes(layer.weight))
     found = operands(layer, x, layout=packed)
     if found is None:
         return None
     found = found._replace(tensors=layer._tensors())
     x, matrix, bias, tensors, dtype = found
-    adapter = layer.adapter
+    adapter, wide = layer.adapter, x.dtype
     for name in tensors.keys() - {*adapter.trainables, *adapter.kept_fp32}:
         if tensors[name].dtype == dtype == wide:
             continue

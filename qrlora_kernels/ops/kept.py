@@ -20,7 +20,6 @@ from ..operands import (
     low_rank,
     low_rank_gradient,
 )
-from ..panels import pays_adapted
 from ..reference import accumulation_dtype
 from . import eager, kron
 from .checks import (
@@ -123,19 +122,18 @@ def kept_low_rank(
     if not _factors_fit(x, weight, up, down, gate, square):
         return None
     backend, p = pinned_backend(), LowRank(x, weight, bias, up, down, gate, None, float(scaling))
-    (n, k), tokens = weight.shape, x.numel() // max(1, x.shape[-1])
-    if x.dtype == torch.bfloat16 and pays_adapted(tokens, n, k, x.dtype):
-        forward = _operands(kept, False)  # which the core reads by itself
-        made = forward and eager.ask(forward_call, low_rank, (*p, forward), backend, gate.ndim)
-        if isinstance(made, Tensor):
-            return made
-        if type(made) is tuple:
-            back = _operands(kept, True)
-            recorded: Tensor = _record(x, bias, gate, p, forward, back, backend, made)
-            return recorded
-    choice = choose(problem_of(p._replace(x=flatten(x)))._replace(layout="panels"), backend)
-    forward = _operands(kept, False) if choice.recipe == PANELS else None
+    forward = _operands(kept, False)
     if forward is None:
+        return None
+    made = eager.ask(forward_call, low_rank, (*p, forward), backend, gate.ndim)
+    if isinstance(made, Tensor):
+        return made
+    if type(made) is tuple:
+        back = _operands(kept, True)
+        recorded: Tensor = _record(x, bias, gate, p, forward, back, backend, made)
+        return recorded
+    choice = choose(problem_of(p._replace(x=flatten(x)))._replace(layout="panels"), backend)
+    if choice.recipe != PANELS:
         return None
     if not wants_gradient(x, bias, gate):
         return _made(p, forward, backend, choice)[0]

@@ -1,11 +1,11 @@
-// Few tokens in fp32 and fp64.
+// In fp32 and fp64: few tokens over operands where they lie, any number over panels.
 #include "qrlora/cpu/low_rank.h"
 
 #include <algorithm>
-#include <numeric>
-#include <vector>
 
 #include "columns.h"
+#include "gate_gradient.h"
+#include "panels.h"
 #include "qrlora/cpu/buffer.h"
 
 namespace qrlora::QRLORA_ISA {
@@ -22,18 +22,14 @@ void start_columns(int64_t m, const T* bias, int64_t first, int64_t last, T* c, 
     }
 }
 
-// Each adapter's rows in their order, those of adapter a at rows[starts[a]] to rows[starts[a + 1]].
-struct RowsByAdapter {
-    std::vector<int64_t> starts, rows;
+// A frozen matrix where it lies, and in panels, which are read in its place; null: there are none.
+template <typename T>
+struct Factor {
+    Layout<T> lies;
+    const T* panels;
 
-    void sort(const LowRank& d) {
-        starts.assign(d.adapters + 1, 0);
-        for (int64_t i = 0; i < d.m; ++i) ++starts[d.index[i] + 1];
-        std::partial_sum(starts.begin(), starts.end(), starts.begin());
-        rows.resize(d.m);
-        std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-        for (int64_t i = 0; i < d.m; ++i) rows[next[d.index[i]]++] = i;
-    }
+    Factor(const Strided2d& b, const void* in_panels)
+        : lies(layout<T>(b)), panels(static_cast<const T*>(in_panels)) {}
 };
 
 // One pass in a team of threads: what forward and backward have in common.
@@ -48,10 +44,13 @@ struct Pass {
           scaling(static_cast<T>(shape.scaling)),
           threads(useful_threads(d.threads, d.m, d.n, d.k)) {}
 
-    int64_t gate_size() const { return d.core ? d.r * d.r : d.r; }
+    bool by_panels() const { return d.panels.base; }
+    // Elements of `packed` below.
+    int64_t packed_core() const { return by_panels() && d.core ? whole_panels<T>(d.r) * d.r : 0; }
     // The gate of row i; as a core, transposed where `turned`.
     const T* gate(int64_t i) const {
-        return static_cast<const T*>(d.gate) + (d.index ? d.index[i] * gate_size() : 0);
+        const int64_t size = d.core ? d.r * d.r : d.r;
+        return static_cast<const T*>(d.gate) + (d.index ? d.index[i] * size : 0);
     }
     Layout<T> core(int64_t i, bool turned) const {
         return {gate(i), turned ? 1 : d.r, turned ? d.r : 1};
@@ -60,26 +59,50 @@ struct Pass {
     // Calls body(team) on every thread.
     template <typename Body>
     void run(const Body& body) const {
-        in_parallel(threads, part_bytes<T>(d.m), body);
+        const int64_t room = panel_room<T> * static_cast<int64_t>(sizeof(T));
+        in_parallel(threads, by_panels() ? room : part_bytes<T>(d.m), body);
+    }
+
+    // Calls body(block) for blocks of C [m, columns] = A B, shared among the threads of the team.
+    template <typename Body>
+    void over(Team team, const Factor<T>& b, int64_t columns, const Body& body) const {
+        if (b.panels) return over_shares<T>(team, d.m, columns, threads, body);
+        over_blocks(team, columns, block_columns(d.m, b.lies, columns, threads),
+                    [&](int64_t first, int64_t last) { body(Block{0, d.m, first, last - first}); });
+    }
+
+    // A block of C = bias + A B, or of C + A B where `onto`.
+    void product(Team team, Block p, Layout<T> a, const Factor<T>& b, int64_t depth, const T* bias,
+                 bool onto, T* c, int64_t ldc) const {
+        a.data += p.i * a.row;
+        c += p.i * ldc;
+        if (b.panels) {
+            Start<T> start{bias ? bias + p.j : nullptr, 0};
+            if (onto) start = {c + p.j, ldc};
+            return times_panels<T>(p.rows, a.data, a.row, depth, b.panels + p.j * depth, p.columns,
+                                   start, c + p.j, ldc, part(team));
+        }
+        if (!onto) start_columns(p.rows, bias, p.j, p.j + p.columns, c, ldc);
+        add_product(p.rows, a, b.lies, depth, p.j, p.j + p.columns, c, ldc, part(team));
     }
 
     // inner [m, r] = rows B, and with a diagonal gate mid = s inner ∘ λ.
-    void into_rank(Team team, Layout<T> rows, Layout<T> b, int64_t depth, T* inner, T* mid) const {
-        over_blocks(team, d.r, block_columns(d.m, b, d.r, threads),
-                    [&](int64_t first, int64_t last) {
-                        start_columns<T>(d.m, nullptr, first, last, inner, d.r);
-                        add_product(d.m, rows, b, depth, first, last, inner, d.r, part(team));
-                        if (d.core) return;
-                        for (int64_t i = 0; i < d.m; ++i) {
-                            const T* lam = gate(i);
-                            for (int64_t j = first; j < last; ++j)
-                                mid[i * d.r + j] = scaling * lam[j] * inner[i * d.r + j];
-                        }
-                    });
+    void into_rank(Team team, Layout<T> rows, const Factor<T>& b, int64_t depth, T* inner,
+                   T* mid) const {
+        over(team, b, d.r, [&](Block p) {
+            product(team, p, rows, b, depth, nullptr, false, inner, d.r);
+            if (d.core) return;
+            for (int64_t i = p.i; i < p.i + p.rows; ++i) {
+                const T* lam = gate(i);
+                for (int64_t j = p.j; j < p.j + p.columns; ++j)
+                    mid[i * d.r + j] = scaling * lam[j] * inner[i * d.r + j];
+            }
+        });
     }
 
     // mid [m, r] = s inner G, or s inner Gᵀ where `turned`, for cores G.
-    void through_core(Team team, const T* inner, bool turned, T* mid) const {
+    void through_core(Team team, const T* inner, bool turned, T* packed, T* mid) const {
+        if (by_panels()) return through_packed_core(team, inner, turned, packed, mid);
         const auto some_rows = [&](int64_t row, int64_t rows, int64_t first, int64_t last) {
             T* to = mid + row * d.r;
             start_columns<T>(rows, nullptr, first, last, to, d.r);
@@ -99,102 +122,49 @@ struct Pass {
         });
     }
 
-    // out [m, columns] = bias + rows B + mid B'.
-    void out_of_rank(Team team, Layout<T> rows, Layout<T> b, int64_t depth, const T* mid,
-                     Layout<T> up, const T* bias, int64_t columns, T* out) const {
-        over_blocks(team, columns, block_columns(d.m, b, columns, threads),
-                    [&](int64_t first, int64_t last) {
-                        start_columns(d.m, bias, first, last, out, columns);
-                        add_product(d.m, rows, b, depth, first, last, out, columns, part(team));
-                        add_product(d.m, {mid, d.r, 1}, up, d.r, first, last, out, columns,
-                                    part(team));
-                    });
-    }
-
-    void gather(Team team, const std::vector<int64_t>& numbers, const T* rows, T* out) const {
-        team.for_static(
-            d.m, [&](int64_t i) { std::copy_n(rows + numbers[i] * d.r, d.r, out + i * d.r); });
-    }
-
-    // dG of each gate, from its rows starts[a] to starts[a + 1] of h and g.
-    void gate_gradient(Team team, const int64_t* starts, const T* h, const T* g, T* dgate) const {
-        const bool shared = d.core && !d.index && d.m <= chunk;  // so small that all take a part
-        const int64_t block = shared ? (d.r + threads - 1) / threads : core_block;
-        const int64_t blocks = (d.r + block - 1) / block;
-        team.for_static(d.adapters * blocks, [&](int64_t task) {
-            const int64_t a = task / blocks, first = task % blocks * block;
-            const int64_t last = std::min(d.r, first + block), from = starts[a] * d.r;
-            const int64_t rows = starts[a + 1] - starts[a];
-            T* out = dgate + a * gate_size();
-            if (d.core)
-                core_gradient(h + from, g + from, rows, first, last, out);
-            else
-                diagonal_gradient(h + from, g + from, rows, first, last, out);
+    // The same by panels of s G, which is one for all rows.
+    void through_packed_core(Team team, const T* inner, bool turned, T* packed, T* mid) const {
+        over_blocks(team, d.r, panel_width<T>, [&](int64_t first, int64_t last) {
+            T* panel = packed + first * d.r;
+            pack_panels(core(0, turned), d.r, first, last, panel);
+            for (int64_t i = 0; i < panel_width<T> * d.r; ++i) panel[i] *= scaling;
+        });
+        team.barrier();
+        const Factor<T> gate({}, packed);
+        over(team, gate, d.r, [&](Block p) {
+            product(team, p, {inner, d.r, 1}, gate, d.r, nullptr, false, mid, d.r);
         });
     }
 
-    // Elements [first, last) of dλ = s Σ_m h ∘ g, over so many rows.
-    void diagonal_gradient(const T* h, const T* g, int64_t rows, int64_t first, int64_t last,
-                           T* dlam) const {
-        if (rows == 0) return std::fill(dlam + first, dlam + last, T(0));
-        double sum[core_block] = {};
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = first; j < last; ++j)
-                sum[j - first] += static_cast<double>(h[i * d.r + j]) * g[i * d.r + j];
-        for (int64_t j = first; j < last; ++j) dlam[j] = static_cast<T>(d.scaling * sum[j - first]);
-    }
-
-    // Rows [first, last) of dC = s hᵀ g: threads that share one would write to the same cache
-    // lines.
-    void core_gradient(const T* h, const T* g, int64_t rows, int64_t first, int64_t last,
-                       T* dcore) const {
-        T* out = dcore + first * d.r;
-        const int64_t size = (last - first) * d.r;
-        std::fill(out, out + size, T(0));
-        if (rows <= chunk)
-            add_rows<T>(last - first, {h + first, 1, d.r}, {g, d.r, 1}, rows, 0, d.r, out, d.r);
-        else
-            add_chunks(h + first, g, rows, last - first, out);
-        if (scaling == 1 || rows == 0) return;
-        for (int64_t i = 0; i < size; ++i) out[i] *= scaling;
-    }
-
-    // `height` rows of dC += hᵀ g over many tokens, which are summed in chunks and the chunks in
-    // order: a long sum is made of short ones, which keeps its error low.
-    void add_chunks(const T* h, const T* g, int64_t rows, int64_t height, T* out) const {
-        for (int64_t j0 = 0; j0 < d.r; j0 += core_block) {
-            const int64_t columns = std::min(core_block, d.r - j0);
-            for (int64_t m0 = 0; m0 < rows; m0 += chunk) {
-                T part[core_block * core_block] = {};
-                add_rows<T>(height, {h + m0 * d.r, 1, d.r}, {g + m0 * d.r + j0, d.r, 1},
-                            std::min(chunk, rows - m0), 0, columns, part, core_block);
-                for (int64_t i = 0; i < height; ++i)
-                    for (int64_t j = 0; j < columns; ++j)
-                        out[i * d.r + j0 + j] += part[i * core_block + j];
-            }
-        }
+    // out [m, columns] = bias + rows B + mid B'.
+    void out_of_rank(Team team, Layout<T> rows, const Factor<T>& b, int64_t depth, const T* mid,
+                     const Factor<T>& other, const T* bias, int64_t columns, T* out) const {
+        over(team, b, columns, [&](Block p) {
+            product(team, p, rows, b, depth, bias, false, out, columns);
+            product(team, p, {mid, d.r, 1}, other, d.r, nullptr, true, out, columns);
+        });
     }
 
     static T* part(Team team) { return reinterpret_cast<T*>(team.scratch()); }
-
-    static constexpr int64_t chunk = 1024, core_block = 64;
 };
 
 template <typename T>
 void forward(const LowRank& d, const LowRankForward& io) {
-    AlignedBuffer<T> large;
-    T *mid = scratch(large, d.m * d.r).reserve(d.m * d.r), *h = static_cast<T*>(io.h);
     const Pass<T> pass(d);
+    const int64_t size = d.m * d.r, taken = size + pass.packed_core();
+    AlignedBuffer<T> large;
+    T *mid = scratch(large, taken).reserve(taken), *h = static_cast<T*>(io.h);
     const auto x = layout<T>(io.x);
+    const Factor<T> base(transposed(d.weight), d.panels.base);
+    const Factor<T> into(transposed(d.down), d.panels.into), out(transposed(d.up), d.panels.out);
     pass.run([&](Team team) {
-        pass.into_rank(team, x, transposed_layout<T>(d.down), d.k, h, mid);
+        pass.into_rank(team, x, into, d.k, h, mid);
         team.barrier();
         if (d.core) {
-            pass.through_core(team, h, false, mid);
+            pass.through_core(team, h, false, mid + size, mid);
             team.barrier();
         }
-        pass.out_of_rank(team, x, transposed_layout<T>(d.weight), d.k, mid,
-                         transposed_layout<T>(d.up), static_cast<const T*>(io.bias), d.n,
+        pass.out_of_rank(team, x, base, d.k, mid, out, static_cast<const T*>(io.bias), d.n,
                          static_cast<T*>(io.y));
     });
 }
@@ -203,35 +173,25 @@ template <typename T>
 void backward(const LowRank& d, const LowRankBackward& io) {
     auto *dgate = static_cast<T*>(io.dgate), *dx = static_cast<T*>(io.dx);
     const auto* h = static_cast<const T*>(io.h);
-    // Without a token there is no index to point to, and still a gradient for each adapter.
-    const bool sorts = dgate && (d.index || d.adapters > 1);
-    const int64_t size = d.m * d.r, taken = (sorts ? 4 : 2) * size;
+    const Pass<T> pass(d);
+    const GateGradient<T> gradient(d, dgate != nullptr, pass.threads);
+    const int64_t size = d.m * d.r, sorted = gradient.sorts() ? 2 * size : 0;
+    const int64_t taken = 2 * size + sorted + pass.packed_core();
     AlignedBuffer<T> large;
     T *g = scratch(large, taken).reserve(taken), *mid = g + size;
-    RowsByAdapter by_adapter;
-    if (sorts) by_adapter.sort(d);
-    const Pass<T> pass(d);
     const auto dy = layout<T>(io.dy);
+    const Factor<T> base(d.weight, d.panels.base);
+    const Factor<T> into(d.up, d.panels.into), out(d.down, d.panels.out);
     pass.run([&](Team team) {
-        pass.into_rank(team, dy, layout<T>(d.up), d.n, g, mid);
+        pass.into_rank(team, dy, into, d.n, g, mid);
         team.barrier();
-        if (sorts) {
-            T *sorted_h = mid + size, *sorted_g = sorted_h + size;
-            pass.gather(team, by_adapter.rows, h, sorted_h);
-            pass.gather(team, by_adapter.rows, g, sorted_g);
-            team.barrier();
-            pass.gate_gradient(team, by_adapter.starts.data(), sorted_h, sorted_g, dgate);
-        } else if (dgate) {
-            const int64_t all_rows[] = {0, d.m};
-            pass.gate_gradient(team, all_rows, h, g, dgate);
-        }
+        if (dgate) gradient.compute(team, h, g, mid + size, dgate);
         if (!dx) return;
         if (d.core) {
-            pass.through_core(team, g, true, mid);
+            pass.through_core(team, g, true, mid + size + sorted, mid);
             team.barrier();
         }
-        pass.out_of_rank(team, dy, layout<T>(d.weight), d.n, mid, layout<T>(d.down), nullptr, d.k,
-                         dx);
+        pass.out_of_rank(team, dy, base, d.n, mid, out, nullptr, d.k, dx);
     });
 }
 

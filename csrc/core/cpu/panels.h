@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "columns.h"
 #include "skinny.h"
 #include "small_gemm.h"
 
@@ -29,6 +30,29 @@ constexpr int64_t cached_depth = CACHED_SUMS * PANEL_SUM * sizeof(float) / sizeo
 template <typename T>
 constexpr int64_t whole_panels(int64_t columns) {
     return (columns + panel_width<T> - 1) / panel_width<T> * panel_width<T>;
+}
+
+// A block of C [m, n]: rows from i on, columns from j on.
+struct Block {
+    int64_t i, rows, j, columns;
+};
+
+// Calls body(block) for blocks of C [m, n], shared among the threads of the team. A thread that has
+// columns of its own reads its own panels only.
+template <typename T, typename Body>
+void over_shares(Team team, int64_t m, int64_t n, int threads, const Body& body) {
+    // The size of parts of `count`, each of whole units, so that every thread has one.
+    const auto share = [&](int64_t count, int64_t unit) {
+        const int64_t units = (count + unit - 1) / unit;
+        return std::max<int64_t>(1, (units + threads - 1) / threads) * unit;
+    };
+    const int64_t count = whole_panels<T>(n) / panel_width<T>;
+    if (count >= 4 * threads || count % threads == 0)
+        over_blocks(team, n, share(n, panel_width<T>),
+                    [&](int64_t j, int64_t end) { body(Block{0, m, j, end - j}); });
+    else
+        over_blocks(team, m, share(m, PANEL_ROWS),
+                    [&](int64_t i, int64_t end) { body(Block{i, end - i, 0, n}); });
 }
 
 // Columns [first, last) of B, of all its `depth` rows, in panels one after the other; what the last

@@ -33,11 +33,6 @@ void times(const TimesPanels& d) {
     g.m = d.m;
     g.n = d.n;
     g.products[g.count++] = {matrix(d.x), {}, d.k, static_cast<const bf16*>(d.panels)};
-    if (d.r)
-        g.products[g.count++] = {{static_cast<const bf16*>(d.mid), d.r, 1},
-                                 {},
-                                 d.r,
-                                 static_cast<const bf16*>(d.mid_panels)};
     g.bias = static_cast<const bf16*>(d.bias);
     g.addend = static_cast<const bf16*>(d.addend);
     g.c = d.y;

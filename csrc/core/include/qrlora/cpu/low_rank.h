@@ -13,8 +13,8 @@
 
 namespace qrlora {
 
-// In bf16: the frozen operands of a step in panels (panels.h), which are read in their place; null
-// where there are none. Forward Wᵀ, downᵀ and upᵀ, backward W, up and down.
+// Without an index: the frozen operands of a step in panels (panels.h), which are read in their
+// place; null where there are none. Forward Wᵀ, downᵀ and upᵀ, backward W, up and down.
 struct LowRankPanels {
     const void *base, *into, *out;
 };

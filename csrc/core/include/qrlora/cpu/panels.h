@@ -18,13 +18,13 @@ struct PackPanels {
     int threads;
 };
 
-// y [m, n] = x [m, k] B + mid [m, r] B' + bias + addend. Rows of x are contiguous, mid, addend and
-// y are; bias [n] and addend, which may be y itself, may be null, and without mid r is 0.
+// y [m, n] = x [m, k] B + bias + addend. Rows of x are contiguous, addend and y are; bias [n] and
+// addend, which may be y itself, may be null.
 struct TimesPanels {
-    int64_t m, n, k, r;
+    int64_t m, n, k;
     DType dtype;
     Strided2d x;
-    const void *panels, *mid, *mid_panels, *bias, *addend;
+    const void *panels, *bias, *addend;
     void* y;
     int threads;
 };
