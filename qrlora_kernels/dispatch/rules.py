@@ -18,10 +18,11 @@ from .problem import PANELS, Problem
 FEW_TOKENS = 32
 MORE_TOKENS, LIGHT_WEIGHT, LIGHT_RANK = 64, 1 << 16, 64
 MANY_TOKENS, SMALL_WEIGHT = 2048, 1 << 20
-EFFECTIVE_TOKENS = 2
+EFFECTIVE_TOKENS, EFFECTIVE_AHEAD = 2, 3
 KEPT_WEIGHT, KEPT_RANK = 1 << 16, 0.25
 CAST_TOKENS = 4
 HALF_TOKENS = 64
+PANELS_MADE, PANELS_WIDE = 33, 512
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
 
@@ -45,9 +46,26 @@ def _few(p: Problem) -> float:
     return MORE_TOKENS if light else FEW_TOKENS
 
 
+def _makes_panels(p: Problem) -> bool:
+    """Whether a native call that brings a weight into panels is ahead of library products."""
+    if not panels.used(p.dtype) or p.gate.startswith("mixed"):
+        return False
+    return p.m >= (PANELS_WIDE if p.dtype == torch.float64 else PANELS_MADE)
+
+
+def _native_is_ahead(p: Problem) -> bool:
+    if p.m <= _few(p):
+        return True
+    if p.op == "low_rank" and (p.m >= EFFECTIVE_AHEAD * _tokens_side(p) or _keeps_effective(p)):
+        return False
+    return _makes_panels(p)
+
+
 def _streams_base(p: Problem) -> bool:
     if p.dtype == torch.bfloat16:
         return p.m <= _few(p)
+    if _makes_panels(p):
+        return True
     if p.step == "fwd":
         return p.m <= STREAMED_FORWARD
     return p.m <= STREAMED_BACKWARD and p.n * p.k >= STREAMED_WEIGHT
@@ -69,7 +87,7 @@ def _keeps_effective(p: Problem) -> bool:
 RULES = (
     Rule(
         1, "cpu", "native", "",
-        lambda p: p.m > _few(p),
+        lambda p: not _native_is_ahead(p),
         lambda p: f"library products measure better from {_few(p) + 1} tokens",
         "fp32 and fp64, one native call over four library products: ahead to 32 tokens; for 64 to "
         "256 features 0.80 to 1.07 of an addmm expression at 33 to 64 tokens and r = 16 to 64, "

@@ -44,7 +44,10 @@ struct Pass {
           scaling(static_cast<T>(shape.scaling)),
           threads(useful_threads(d.threads, d.m, d.n, d.k)) {}
 
-    bool by_panels() const { return d.panels.base; }
+    // Whether products read panels: those that are given, or for many tokens some that are made of
+    // the operands, a few at a time.
+    bool by_panels() const { return d.panels.base || makes_panels(); }
+    bool makes_panels() const { return !d.panels.base && !d.index && d.m >= MANY_ROWS; }
     // Elements of `packed` below.
     int64_t packed_core() const { return by_panels() && d.core ? whole_panels<T>(d.r) * d.r : 0; }
     // The gate of row i; as a core, transposed where `turned`.
@@ -59,14 +62,17 @@ struct Pass {
     // Calls body(team) on every thread.
     template <typename Body>
     void run(const Body& body) const {
-        const int64_t room = panel_room<T> * static_cast<int64_t>(sizeof(T));
-        in_parallel(threads, by_panels() ? room : part_bytes<T>(d.m), body);
+        constexpr int64_t size = sizeof(T);
+        const int64_t room = makes_panels() ? made_panels_room<T>(std::max({d.n, d.k, d.r})) * size
+                             : by_panels()  ? panel_room<T> * size
+                                            : part_bytes<T>(d.m);
+        in_parallel(threads, room, body);
     }
 
     // Calls body(block) for blocks of C [m, columns] = A B, shared among the threads of the team.
     template <typename Body>
     void over(Team team, const Factor<T>& b, int64_t columns, const Body& body) const {
-        if (b.panels) return over_shares<T>(team, d.m, columns, threads, body);
+        if (by_panels()) return over_shares<T>(team, d.m, columns, threads, body);
         over_blocks(team, columns, block_columns(d.m, b.lies, columns, threads),
                     [&](int64_t first, int64_t last) { body(Block{0, d.m, first, last - first}); });
     }
@@ -76,12 +82,14 @@ struct Pass {
                  bool onto, T* c, int64_t ldc) const {
         a.data += p.i * a.row;
         c += p.i * ldc;
-        if (b.panels) {
-            Start<T> start{bias ? bias + p.j : nullptr, 0};
-            if (onto) start = {c + p.j, ldc};
-            return times_panels<T>(p.rows, a.data, a.row, depth, b.panels + p.j * depth, p.columns,
-                                   start, c + p.j, ldc, part(team));
-        }
+        Start<T> start{bias ? bias + p.j : nullptr, 0};
+        if (onto) start = {c + p.j, ldc};
+        if (b.panels)
+            return times_panels(p.rows, a.data, a.row, depth, b.panels + p.j * depth, p.columns,
+                                start, c + p.j, ldc, part(team));
+        if (makes_panels())
+            return times_made_panels(p.rows, a.data, a.row, depth, b.lies, p.j, p.columns, start,
+                                     c + p.j, ldc, part(team));
         if (!onto) start_columns(p.rows, bias, p.j, p.j + p.columns, c, ldc);
         add_product(p.rows, a, b.lies, depth, p.j, p.j + p.columns, c, ldc, part(team));
     }

@@ -21,15 +21,6 @@ void pack(const PackPanels& d) {
     });
 }
 
-// The addend, and with a bias their sum in C.
-template <typename T>
-Start<T> start_of(const T* addend, const T* bias, int64_t rows, int64_t columns, T* c, int64_t ld) {
-    if (!bias) return {addend, ld};
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) c[i * ld + j] = addend[i * ld + j] + bias[j];
-    return {c, ld};
-}
-
 template <typename T>
 void times(const TimesPanels& d) {
     const auto x = layout<T>(d.x);

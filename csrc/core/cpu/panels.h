@@ -59,7 +59,7 @@ void over_shares(Team team, int64_t m, int64_t n, int threads, const Body& body)
 // one has no columns for is zero.
 template <typename T>
 inline void pack_panels(Layout<T> b, int64_t depth, int64_t first, int64_t last, T* panels) {
-    constexpr int64_t width = panel_width<T>, stretch = 16;
+    constexpr int64_t width = panel_width<T>, lanes = Vec<T>::lanes, stretch = 16;
     for (int64_t j = first; j < last; j += width, panels += depth * width) {
         const int64_t columns = std::min(width, last - j);
         const T* from = b.data + j * b.col;
@@ -69,12 +69,25 @@ inline void pack_panels(Layout<T> b, int64_t depth, int64_t first, int64_t last,
                 std::copy_n(from + p * b.row, columns, panels + p * width);
             continue;
         }
-        for (int64_t p = 0; p < depth; p += stretch) {
-            const int64_t end = std::min(depth, p + stretch);
-            for (int64_t c = 0; c < columns; ++c)
-                for (int64_t q = p; q < end; ++q)
-                    panels[q * width + c] = from[q * b.row + c * b.col];
-        }
+        // Columns are contiguous: whole squares are turned.
+        const bool turns = b.row == 1;
+        const int64_t deep = turns ? depth / lanes * lanes : 0;
+        const int64_t wide = turns ? columns / lanes * lanes : 0;
+        for (int64_t p = 0; p < deep; p += lanes)
+            for (int64_t c = 0; c < wide; c += lanes) {
+                typename Vec<T>::type square[lanes];
+                for (int64_t i = 0; i < lanes; ++i) square[i] = load(from + (c + i) * b.col + p);
+                transpose<T>(square);
+                for (int64_t i = 0; i < lanes; ++i) store(panels + (p + i) * width + c, square[i]);
+            }
+        const auto one_by_one = [&](int64_t low, int64_t high, int64_t c0) {
+            for (int64_t p = low; p < high; p += stretch)
+                for (int64_t c = c0; c < columns; ++c)
+                    for (int64_t q = p; q < std::min(high, p + stretch); ++q)
+                        panels[q * width + c] = from[q * b.row + c * b.col];
+        };
+        one_by_one(0, deep, wide);
+        one_by_one(deep, depth, 0);
     }
 }
 
@@ -84,6 +97,16 @@ struct Start {
     const T* data;
     int64_t ld;
 };
+
+// An addend, and with a bias their sum in C.
+template <typename T>
+inline Start<T> start_of(const T* addend, const T* bias, int64_t rows, int64_t columns, T* c,
+                         int64_t ld) {
+    if (!bias) return {addend, ld};
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) c[i * ld + j] = addend[i * ld + j] + bias[j];
+    return {c, ld};
+}
 
 // ROWS rows of C by the first `columns` of one panel, which are in VECTORS vectors, over up to
 // PANEL_SUM of its rows.
@@ -179,6 +202,31 @@ inline void times_panels(int64_t m, const T* a, int64_t lda, int64_t depth, cons
         start = {c, ldc};
         p += steps;
     } while (p < depth);
+}
+
+// From so many rows on it pays to bring B into panels for one product.
+constexpr int64_t MANY_ROWS = 33;
+// Elements of such panels at a time: what stays near a core, but at least one.
+constexpr int64_t CACHED_PANELS = 1 << 19;
+
+// Elements of `part` below.
+template <typename T>
+int64_t made_panels_room(int64_t depth) {
+    return panel_room<T> + std::max(CACHED_PANELS, depth * panel_width<T>);
+}
+
+// times_panels by panels that are made of columns [first, first + columns) of B, a few at a time.
+template <typename T>
+void times_made_panels(int64_t m, const T* a, int64_t lda, int64_t depth, Layout<T> b,
+                       int64_t first, int64_t columns, Start<T> start, T* c, int64_t ldc, T* part) {
+    const int64_t most = std::max(CACHED_PANELS / depth / panel_width<T>, int64_t{1});
+    T* panels = part + panel_room<T>;
+    for (int64_t j = 0; j < columns; j += most * panel_width<T>) {
+        const int64_t some = std::min(most * panel_width<T>, columns - j);
+        pack_panels(b, depth, first + j, first + j + some, panels);
+        const Start<T> from{start.data ? start.data + j : nullptr, start.ld};
+        times_panels(m, a, lda, depth, panels, some, from, c + j, ldc, part);
+    }
 }
 
 }  // namespace qrlora::QRLORA_ISA

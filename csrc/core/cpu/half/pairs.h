@@ -39,7 +39,7 @@ inline void pack_pairs(Matrix b, int64_t depth, int64_t columns, int64_t width, 
                 Words r[lanes];
                 for (int64_t i = 0; i < lanes; ++i)
                     std::memcpy(&r[i], b.data + (j + i) * b.col + 2 * p, sizeof r[i]);
-                transpose(r);
+                transpose<uint32_t>(r);
                 for (int64_t i = 0; i < lanes; ++i)
                     std::memcpy(words + ((p + i) * width + j) * 2, &r[i], sizeof r[i]);
             }

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "../vec.h"
 #include "qrlora/dtype.h"
@@ -75,32 +74,6 @@ inline void store_some(bf16* p, Halves v, int64_t count) {
     bf16 some[lanes];
     store_halves(some, v);
     copy_some(some, count, p);
-}
-
-// a0 b0 a1 b1 ... of the lower halves of two vectors, or the upper ones.
-template <int FIRST, int... I>
-inline Words zipped(Words a, Words b, std::integer_sequence<int, I...>) {
-    constexpr int L = lanes;
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-    return __builtin_shufflevector(a, b, (FIRST + I / 2 + (I % 2) * L)...);
-#else
-    return Words{(I % 2 ? b : a)[FIRST + I / 2]...};
-#endif
-}
-
-// r[i] holds row i of a square of words; on return it holds column i.
-inline void transpose(Words (&r)[lanes]) {
-    constexpr std::make_integer_sequence<int, lanes> indices;
-    for (int64_t distance = 1; distance < lanes; distance *= 2) {
-        Words t[lanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes / 2; ++i) {
-            t[2 * i] = zipped<0>(r[i], r[i + lanes / 2], indices);
-            t[2 * i + 1] = zipped<lanes / 2>(r[i], r[i + lanes / 2], indices);
-        }
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) r[i] = t[i];
-    }
 }
 
 }  // namespace qrlora::QRLORA_ISA::half
