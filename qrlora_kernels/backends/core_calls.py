@@ -104,10 +104,7 @@ def _read(
 def linear_add(
     code: int, x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor, out: Tensor
 ) -> None:
-    """out = x Wᵀ + b + addend on x [M, K]; addend and out [M, N] may be the same.
-
-    fp32 and fp64, for few tokens; bf16 where there is AMX.
-    """
+    """out = x Wᵀ + b + addend on x [M, K]; addend and out [M, N] may be the same."""
     held, (tokens, w, vectors) = zip(
         pointers.rows(x, "x"), pointers.matrix(weight, "weight"), pointers.dense(bias, addend),
         strict=True,

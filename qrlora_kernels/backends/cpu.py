@@ -1,5 +1,5 @@
 """Native CPU kernels (``qrlora_kernels._C``) for what library products do badly: few tokens, many
-small products, and base and update in one sum of bf16.
+small products, and base and update in one sum.
 
 The Kronecker update is many small products per token: the kernels keep them in the L1 cache, read x
 and dy once and write the update once; the base product then accumulates onto it, in one rounding.
@@ -34,13 +34,13 @@ def supports(problem: Problem) -> list[Recipe] | str:
     if problem.op == "kron":
         return _kron_recipes(problem)
     half = problem.dtype == torch.bfloat16
-    if problem.dtype not in DTYPES or (problem.op == "linear_add" and not half):
+    if problem.dtype not in DTYPES:
         return f"no native {problem.op} kernel for {problem.dtype}"
     if problem.form == "output":
         return "no native kernel for the output form"
     if half and problem.gate.startswith("mixed"):
         return "no native kernel for mixed gates in bf16"
-    reason = "base and update in one sum" if half else "one native call for a few tokens"
+    reason = "base and update in one sum, in one native call"
     kept = _by_panels(problem, core_calls.code(by_panels=True))
     return [*kept, Recipe("cpu", NATIVE, reason, core_calls.code())]
 
@@ -125,7 +125,7 @@ def add_base(
 
 
 def linear_add_fwd(p: LinearAdd, recipe: str) -> Tensor:
-    """y [M, N] = x Wᵀ + b + addend, in bf16."""
+    """y [M, N] = x Wᵀ + b + addend."""
     y = p.x.new_empty(p.addend.shape)
     core_calls.linear_add(core_calls.code(), p.x, p.weight, p.bias, p.addend, out=y)
     return y
