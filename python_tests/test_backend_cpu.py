@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import helpers
@@ -19,15 +20,16 @@ from backend_contract import (
 from cases import CORE, KRON, MIXED_CORE, MIXED_VECTOR, VECTOR, Kind, draw, step
 from torch import Tensor
 
-from qrlora_kernels import native
+from qrlora_kernels import native, panels
 from qrlora_kernels.backends import Problem, amx, choose, core_calls, cpu
+from qrlora_kernels.dispatch import chooser
 from qrlora_kernels.operands import LowRank, LowRankGradient
 
 needs_core = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
 
 
 class TestCPU(Contract):
-    """The low-rank kernels are right for any number of tokens; the chooser sends them few."""
+    """The low-rank kernels are right for any number of tokens; the chooser may send them few."""
 
     backend = cpu
 
@@ -39,6 +41,9 @@ class TestCPU(Contract):
         (cpu, CORE, torch.float64, (20, 768, 1030)),
         (cpu, MIXED_VECTOR, torch.float32, (20, 768, 1030)),
         (cpu, MIXED_CORE, torch.float64, (20, 768, 1030)),
+        (cpu, VECTOR, torch.float32, (300, 96, 1100)),
+        (cpu, CORE, torch.float32, (1100, 130, 160)),
+        (cpu, CORE, torch.float64, (40, 4630, 768)),
         (amx, VECTOR, torch.bfloat16, (300, 96, 160)),
         (amx, CORE, torch.bfloat16, (300, 96, 160)),
         (amx, KRON, torch.bfloat16, (300, 96, 160)),
@@ -104,7 +109,21 @@ def test_lesser_instruction_sets(isa: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def _who(op: str, dtype: torch.dtype, m: int, side: int, r: int) -> str:
+    return choose(Problem(op, torch.device("cpu"), dtype, m, side, side, r)).name
+
+
+@pytest.fixture
+def amd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whether the native product is ahead of the library's on this processor."""
+    monkeypatch.setattr(panels, "used", lambda dtype: request.param)
+    chooser.forget()
+    yield
+    chooser.forget()
+
+
 @needs_core
+@pytest.mark.parametrize("amd", [False], indirect=True)
 @pytest.mark.parametrize(
     ("m", "side", "r", "name"),
     [
@@ -115,10 +134,48 @@ def test_lesser_instruction_sets(isa: str) -> None:
         (65, 64, 16, "composed"),
     ],
 )
-def test_how_many_tokens_in_fp32_are_one_native_call(m: int, side: int, r: int, name: str) -> None:
+def test_how_many_tokens_are_one_native_call(
+    amd: None, m: int, side: int, r: int, name: str
+) -> None:
     for op in ("qr_linear", "lora_xs_linear"):
-        problem = Problem(op, torch.device("cpu"), torch.float32, m, side, side, r)
-        assert choose(problem).name == name
+        assert _who(op, torch.float32, m, side, r) == name
+
+
+@needs_core
+@pytest.mark.parametrize("amd", [True], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "m", "side", "r", "name"),
+    [
+        (torch.float32, 33, 257, 16, "cpu"),
+        (torch.float32, 1151, 384, 16, "cpu"),
+        (torch.float32, 1152, 384, 16, "composed"),  # W + ΔW
+        (torch.float32, 383, 384, 147, "cpu"),
+        (torch.float32, 384, 384, 147, "composed"),  # W + ΔW, kept
+        (torch.float64, 32, 1024, 64, "cpu"),
+        (torch.float64, 511, 1024, 64, "composed"),
+        (torch.float64, 512, 1024, 64, "cpu"),
+    ],
+)
+def test_how_many_are_where_the_call_makes_panels(
+    amd: None, dtype: torch.dtype, m: int, side: int, r: int, name: str
+) -> None:
+    for op in ("qr_linear", "lora_xs_linear"):
+        assert _who(op, dtype, m, side, r) == name
+
+
+@needs_core
+@pytest.mark.parametrize("amd", [True], indirect=True)
+def test_a_mixed_batch_makes_no_panels(amd: None) -> None:
+    assert _who("mixed_low_rank_linear", torch.float32, 33, 384, 16) == "composed"
+
+
+@needs_core
+@pytest.mark.parametrize("kind", [VECTOR, CORE, KRON], ids=str)
+@pytest.mark.parametrize("shape", [(33, 128, 192), (100, 256, 1088), (257, 640, 384)], ids=str)
+def test_many_tokens_are_no_worse_than_eager(kind: Kind, shape: tuple[int, int, int]) -> None:
+    """By panels that the call makes, around a tile of rows and of columns."""
+    cases = [draw(kind, *shape, 64, torch.float32, seed=seed) for seed in range(8)]
+    check_no_worse_than_eager(cpu, *cases)
 
 
 @needs_core
@@ -193,7 +250,7 @@ def test_long_sums_are_no_worse_than_eager(m, n, k, r):
 
 
 @needs_core
-@pytest.mark.parametrize("m", [1, 9, 32])
+@pytest.mark.parametrize("m", [1, 9, 32, 33, 200])
 def test_the_streamed_base_product_has_the_same_bits_for_every_number_of_threads(m):
     operands = helpers.operands("kron_linear", m, 1024, 1032, 4)
     found = []
@@ -201,7 +258,7 @@ def test_the_streamed_base_product_has_the_same_bits_for_every_number_of_threads
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            found.append(helpers.call("kron_linear", operands, backend="cpu"))
+            found.append(helpers.call("kron_linear", operands, backend="cpu:native base"))
     finally:
         torch.set_num_threads(before)
     assert all(helpers.same_bits(y, found[0]) for y in found)

@@ -70,40 +70,68 @@ def test_an_unreachable_tolerance_ends_at_the_full_svd(monkeypatch: pytest.Monke
     assert (weight @ vh.mT - u * s).norm() < 1e-12 * s[0]
 
 
-def test_rank_that_costs_an_eigenproblem_takes_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_that_costs_a_full_svd_takes_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(krylov._Basis, "grow", lambda *_: pytest.fail("started a Krylov basis"))
-    for shape, rank in (((300, 400), 10), ((1100, 1000), 111), ((384, 1536), 8)):
+    for shape, rank in (((300, 400), 40), ((1100, 1000), 160)):
         assert krylov.top_triplets(gaussian(*shape), rank, 0, 1e-3) is None
 
 
+def test_an_eigenproblem_comes_first_where_it_is_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape, rank in (((300, 400), 10), ((1100, 1000), 84), ((384, 1536), 8)):
+        assert not krylov.is_ahead(gaussian(*shape), rank)
+    assert krylov.is_ahead(gaussian(1100, 1000), 64)
+    taken = []
+    krylov_way = svd_module.top_triplets
+    monkeypatch.setattr(svd_module, "top_triplets", lambda *a: taken.append(1) or krylov_way(*a))
+    monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
+    truncated_svd(gaussian(384, 384), 16)
+    assert not taken
+    truncated_svd(decaying(384, 384), 16)  # whose squares the Gram matrix would lose
+    assert taken == [1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(90, 200), (200, 90), (120, 120)], ids=str)
+@pytest.mark.parametrize("shape", [(260, 400), (400, 260), (300, 300)], ids=str)
 def test_triplets_of_the_gram_matrix_are_the_full_svds(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = gaussian(*shape).to(dtype)
     rank = min(shape) // 2
-    want = svd_module._canonical(*(full := svd_module._full(weight.double(), rank, "top"))[::2])
+    full = svd_module._full(weight.double(), rank, "top")
     monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
     u, s, vh = truncated_svd(weight, rank)
     rounding = 1e3 * torch.finfo(dtype).eps
     torch.testing.assert_close(s.double(), full.s, rtol=rounding, atol=0)
     # Where a gap is narrow single vectors turn: the spaces are compared, weighted by σ.
-    product = (u * s).double() @ vh.double()
     torch.testing.assert_close(
-        product, (want[0] * full.s) @ want[1], rtol=0, atol=rounding * float(full.s[0])
+        (u * s).double() @ vh.double(),
+        (full.u * full.s) @ full.vh,
+        rtol=0,
+        atol=rounding * float(full.s[0]),
     )
+    assert (u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all()
 
 
-def test_what_the_squares_lose_is_taken_from_the_full_svd() -> None:
-    """σ_30 = 1e-5 σ_1: its square is far under the rounding of a Gram matrix in fp32."""
-    left, right = (torch.linalg.qr(gaussian(100, 100, seed)).Q for seed in (1, 2))
-    values = 10.0 ** torch.linspace(0, -5, 30, dtype=torch.float64)
-    values = torch.cat([values, torch.full((70,), 1e-6, dtype=torch.float64)])
+def test_a_lower_rank_is_the_beginning_of_a_higher_one() -> None:
+    """An adapter is resized where the factors begin with those that it has."""
+    weight = gaussian(300, 280).float()
+    high = ritz.dense_triplets(weight, 140, 1e-3)
+    for rank in (20, 32, 77):
+        low = ritz.dense_triplets(weight, rank, 1e-3)
+        assert torch.equal(low[0], high[0][:, :rank])
+        assert torch.equal(low[1], high[1][:rank])
+        assert torch.equal(low[2], high[2][:rank])
+
+
+@pytest.mark.parametrize("rank", [3, 130])
+def test_what_the_squares_lose_is_taken_from_the_full_svd(rank: int) -> None:
+    """σ_i = 1e-5 σ_1 at half of them: its square is far under a Gram matrix's rounding in fp32."""
+    left, right = (torch.linalg.qr(gaussian(300, 300, seed)).Q for seed in (1, 2))
+    values = 10.0 ** torch.linspace(0, -10, 300, dtype=torch.float64)
     weight = ((left * values) @ right.mT).float()
-    assert ritz.dense_triplets(weight, 30, 1e-3) is None
-    _, s, _ = truncated_svd(weight, 30)
-    torch.testing.assert_close(s.double(), values[:30], rtol=2e-2, atol=0)
+    assert ritz.dense_triplets(weight, rank, 1e-3) is None
+    _, s, _ = truncated_svd(weight, 130)
+    torch.testing.assert_close(s.double(), values[:130], rtol=0, atol=2e-6)
 
 
 def _rows_only(count: int) -> Tensor:

@@ -66,7 +66,7 @@ def test_large_cores_and_many_rows(core):
 @of_both_dtypes
 @pytest.mark.parametrize("m", [13, 5300])
 def test_nobody_feels_who_else_is_in_the_batch(core, column, gate, dtype, m):
-    """Rows and gradients have the bits of the adapter's batch alone, of few tokens without a mix."""
+    """Rows and gradients have the bits of the adapter's batch alone; of few tokens, unmixed too."""
     code = core.code(column)
     p = low_rank(gate, dtype, m, n=24, k=36, r=17)
     all_ = by_addresses(core, p, code, 2)

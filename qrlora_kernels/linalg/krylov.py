@@ -7,22 +7,30 @@ import math
 import torch
 from torch import Tensor
 
-from .ritz import Triplets, top_of_images
+from .ritz import Triplets, is_orthogonal, top_of_images
 from .ritz import residual as residual_of
 
 BLOCK = 16
-# Measured on Gaussian matrices, one thread: beyond a rank of MOST_RANK * side, or of side³ over
-# COST_PER_RANK * the longer side, the basis costs as much as an eigenproblem of the whole matrix.
-# At MOST_BASIS * side the search ends.
-MOST_RANK = 0.11
-COST_PER_RANK = 12000
+# Measured on Gaussian matrices, one thread: beyond a rank of MOST_RANK * side, or of
+# side² / SIDE2_PER_RANK, the basis costs about as much as a full SVD. At MOST_BASIS * side the
+# search ends.
+MOST_RANK = 0.15
+SIDE2_PER_RANK = 6500
 MOST_BASIS = 0.75
+# Likewise beyond a rank of AHEAD_RANK * side, or of side³ over COST_PER_RANK * the longer side, as
+# an eigenproblem of the whole matrix.
+AHEAD_RANK = 0.11
+COST_PER_RANK = 12000
 # Between two checks the basis grows by these factors.
 LEAST_GROWTH, MOST_GROWTH = 1.1, 1.3
 PROBE_STEPS = 3
-# Share of a block's norm under which nothing but rounding is left of it, and the largest accepted
-# entry of UᵀU - I.
-EXHAUSTED, ORTHOGONAL = 1e-5, 1e-4
+EXHAUSTED = 1e-5  # share of a block's norm under which nothing but rounding is left of it
+
+
+def is_ahead(weight: Tensor, rank: int) -> bool:
+    """Whether the iteration is quicker than an eigenproblem of the shorter side."""
+    side, other = sorted(weight.shape)
+    return rank <= min(AHEAD_RANK * side, side**3 / (COST_PER_RANK * other))
 
 
 def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets | None:
@@ -37,7 +45,7 @@ def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets |
         found = top_triplets(weight.mT, rank, seed, tol)
         return found and (found[2].mT, found[1], found[0].mT)
     side = weight.shape[0]
-    if rank > min(MOST_RANK * side, side**3 / (COST_PER_RANK * weight.shape[1])):
+    if rank > min(MOST_RANK * side, side**2 / SIDE2_PER_RANK):
         return None
     limit = int(MOST_BASIS * side) // BLOCK * BLOCK
     generator = torch.Generator().manual_seed(seed)
@@ -103,8 +111,7 @@ class _Basis:
         left, s, vh = found
         u = self._columns[: self.size].mT @ left
         # Part of a block may have been rounding: its directions are not orthogonal to the others.
-        error = (u.mT @ u - torch.eye(rank).to(u)).abs().max()
-        return (u, s, vh) if float(error) < ORTHOGONAL else None
+        return (u, s, vh) if is_orthogonal(u) else None
 
 
 def _draw(weight: Tensor, generator: torch.Generator) -> Tensor:

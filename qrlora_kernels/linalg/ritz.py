@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Share of the shorter side from which the triplets cost as much as a full SVD.
-MOST_RANK = 0.5
-# Largest accepted residual over σ_1, by dtype: ten times what Gaussian matrices leave. A triplet is
-# lost to the squares of the Gram matrix where σ_r falls under some 1e-3 (fp64: 1e-7) of σ_1.
-EXACT = {torch.float32: 1e-5, torch.float64: 1e-13}
+# A shorter side to which a full SVD is quick; the share of it from which triplets cost as much.
+SMALL, MOST_RANK = 256, 0.5
+# The least σ at that share over σ_1: the squares of a Gram matrix lose small ones to rounding. And
+# the largest accepted residual over σ_1, by dtype, ten times what Gaussian matrices leave.
+LEAST, EXACT = 0.05, {torch.float32: 1e-5, torch.float64: 1e-13}
+ORTHOGONAL = 1e-4  # the largest accepted entry of UᵀU - I
+BLOCK = 32
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -17,19 +19,56 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 def dense_triplets(weight: Tensor, rank: int, tol: float) -> Triplets | None:
     """u [N, r], s [r], vh [r, K] of ``weight`` [N, K], or None where only a full SVD has them.
 
-    An eigenproblem of the shorter side is half of what a full SVD costs. Taken where the residual
-    ‖W v - σu‖ / σ_1 is at most ``tol`` and as small as rounding leaves it.
+    An eigenproblem of the shorter side is half of what a full SVD costs. Taken for ranks to half of
+    it where the residual ‖W v - σu‖ / σ_1 is at most ``tol`` and as small as rounding leaves it.
+    Whether that can be is asked of the spectrum, not of the rank: a lower rank's triplets are the
+    first of a higher rank's, to the bit.
     """
     if weight.shape[0] > weight.shape[1]:  # the eigenproblem has the shorter side's order
         found = dense_triplets(weight.mT, rank, tol)
         return found and (found[2].mT, found[1], found[0].mT)
-    if rank > MOST_RANK * weight.shape[0]:
+    most = int(MOST_RANK * weight.shape[0])
+    gram = _gram(weight) if weight.shape[0] > SMALL and rank <= most else None
+    if gram is None:
         return None
-    found = top_of_images(weight, rank)
+    squares, left = (t.flip(-1) for t in torch.linalg.eigh(gram))
+    if not float(squares[most - 1]) >= LEAST**2 * float(squares[0]):
+        return None
+    right, s = left.new_empty(weight.shape[1], 0), left.new_empty(0, dtype=torch.float64)
+    while right.shape[1] < rank:  # by blocks of one size, whatever the rank
+        block = slice(right.shape[1], right.shape[1] + BLOCK)
+        image = weight.mT @ left[:, block]
+        right = torch.cat([right, _outside(right, image)], 1)
+        s = torch.cat([s, image.double().norm(dim=0)])
+    triplets = (
+        left[:, :rank].contiguous(),
+        s[:rank].cummin(0).values.to(weight),  # those of equal vectors differ by rounding
+        right[:, :rank].mT.contiguous(),
+    )
     accepted = min(tol, EXACT[weight.dtype])
-    if found is None or not residual(weight, found) <= accepted:  # NaN included
-        return None
-    return found
+    exact = residual(weight, triplets) <= accepted and is_orthogonal(right[:, :rank])
+    return triplets if exact else None  # of NaN neither holds
+
+
+def _outside(known: Tensor, image: Tensor) -> Tensor:
+    """Orthonormal columns that span those of ``image`` and are orthogonal to ``known``."""
+    block = image
+    for _ in range(2):
+        # QR and not a division by the norms, which may be zero.
+        block = torch.linalg.qr(block - known @ (known.mT @ block)).Q
+    return block * torch.where((block * image).sum(0) < 0, -1.0, 1.0).to(block)
+
+
+def is_orthogonal(columns: Tensor) -> bool:
+    """Whether the columns are orthonormal to what rounding allows."""
+    error = columns.mT @ columns - torch.eye(columns.shape[1]).to(columns)
+    return float(error.abs().max()) < ORTHOGONAL
+
+
+def _gram(images: Tensor) -> Tensor | None:
+    """The Gram matrix of the rows, or None where their squares overflow."""
+    gram = images @ images.mT
+    return gram if bool(torch.isfinite(gram).all()) else None
 
 
 def top_of_images(images: Tensor, rank: int) -> Triplets | None:
@@ -43,8 +82,8 @@ def top_of_images(images: Tensor, rank: int) -> Triplets | None:
     -------
     u [n, r], s [r], vh [r, K]
     """
-    gram = images @ images.mT
-    if not bool(torch.isfinite(gram).all()):
+    gram = _gram(images)
+    if gram is None:
         return None
     left = torch.linalg.eigh(gram)[1][:, -rank:]
     image = (images.mT @ left).double()

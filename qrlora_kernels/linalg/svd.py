@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import Named, check_choice, check_out_dtype, check_rank_fits
 from .exponents import in_range, rounded, times_two_to
 from .factorisation import factorisation
-from .krylov import top_triplets
+from .krylov import is_ahead, top_triplets
 from .parallel import map_matrices
 from .products import work_dtype
 from .ritz import Triplets, dense_triplets
@@ -98,7 +98,10 @@ def truncated_svd(
 
 
 def _top(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets | None:
-    return top_triplets(weight, rank, seed, tol) or dense_triplets(weight, rank, tol)
+    first = is_ahead(weight, rank)
+    found = top_triplets(weight, rank, seed, tol) if first else None
+    found = found or dense_triplets(weight, rank, tol)
+    return found if found or first else top_triplets(weight, rank, seed, tol)
 
 
 def _full(weight: Tensor, rank: int, which: Which) -> TruncatedSVD:
