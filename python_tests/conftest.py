@@ -11,6 +11,7 @@ import emulated
 import pytest
 import torch
 
+from qrlora_kernels import panels
 from qrlora_kernels.dispatch import chooser, tuning
 
 if not torch.cuda.is_available():
@@ -32,6 +33,24 @@ def no_measurements_left() -> Iterator[None]:
     if tuning.table:
         tuning.clear()
         chooser.forget()
+
+
+@pytest.fixture
+def native_products_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of the library's, whatever they are on this processor."""
+    monkeypatch.setattr(panels, "used", lambda dtype: True)
+    chooser.forget()
+    yield
+    chooser.forget()
+
+
+@pytest.fixture
+def native_products_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The library's, whatever they are on this processor."""
+    monkeypatch.setattr(panels, "used", lambda dtype: False)
+    chooser.forget()
+    yield
+    chooser.forget()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import helpers
@@ -20,9 +19,8 @@ from backend_contract import (
 from cases import CORE, KRON, MIXED_CORE, MIXED_VECTOR, VECTOR, Kind, draw, step
 from torch import Tensor
 
-from qrlora_kernels import native, panels
+from qrlora_kernels import native
 from qrlora_kernels.backends import Problem, amx, choose, core_calls, cpu
-from qrlora_kernels.dispatch import chooser
 from qrlora_kernels.operands import LowRank, LowRankGradient
 
 needs_core = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
@@ -113,17 +111,8 @@ def _who(op: str, dtype: torch.dtype, m: int, side: int, r: int) -> str:
     return choose(Problem(op, torch.device("cpu"), dtype, m, side, side, r)).name
 
 
-@pytest.fixture
-def amd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whether the native product is ahead of the library's on this processor."""
-    monkeypatch.setattr(panels, "used", lambda dtype: request.param)
-    chooser.forget()
-    yield
-    chooser.forget()
-
-
 @needs_core
-@pytest.mark.parametrize("amd", [False], indirect=True)
+@pytest.mark.usefixtures("native_products_behind")
 @pytest.mark.parametrize(
     ("m", "side", "r", "name"),
     [
@@ -134,15 +123,13 @@ def amd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         (65, 64, 16, "composed"),
     ],
 )
-def test_how_many_tokens_are_one_native_call(
-    amd: None, m: int, side: int, r: int, name: str
-) -> None:
+def test_how_many_tokens_are_one_native_call(m: int, side: int, r: int, name: str) -> None:
     for op in ("qr_linear", "lora_xs_linear"):
         assert _who(op, torch.float32, m, side, r) == name
 
 
 @needs_core
-@pytest.mark.parametrize("amd", [True], indirect=True)
+@pytest.mark.usefixtures("native_products_ahead")
 @pytest.mark.parametrize(
     ("dtype", "m", "side", "r", "name"),
     [
@@ -157,15 +144,15 @@ def test_how_many_tokens_are_one_native_call(
     ],
 )
 def test_how_many_are_where_the_call_makes_panels(
-    amd: None, dtype: torch.dtype, m: int, side: int, r: int, name: str
+    dtype: torch.dtype, m: int, side: int, r: int, name: str
 ) -> None:
     for op in ("qr_linear", "lora_xs_linear"):
         assert _who(op, dtype, m, side, r) == name
 
 
 @needs_core
-@pytest.mark.parametrize("amd", [True], indirect=True)
-def test_a_mixed_batch_makes_no_panels(amd: None) -> None:
+@pytest.mark.usefixtures("native_products_ahead")
+def test_a_mixed_batch_makes_no_panels() -> None:
     assert _who("mixed_low_rank_linear", torch.float32, 33, 384, 16) == "composed"
 
 

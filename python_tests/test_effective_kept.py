@@ -29,6 +29,7 @@ def recipe(**change: Any) -> str:
     return backends.choose(problem._replace(**change)).recipe
 
 
+@pytest.mark.usefixtures("native_products_behind")
 @pytest.mark.parametrize("gate", ["vector", "core"])
 def test_it_is_taken_for_a_large_rank_from_as_many_tokens_as_features(gate: str) -> None:
     assert recipe(gate=gate) == composed.KEPT
@@ -38,6 +39,7 @@ def test_it_is_taken_for_a_large_rank_from_as_many_tokens_as_features(gate: str)
     assert recipe(gate=gate, r=R - 1, m=2 * M) == composed.EFFECTIVE
 
 
+@pytest.mark.usefixtures("native_products_behind")
 @pytest.mark.parametrize(
     ("n", "k", "least"), [(512, 256, 342), (256, 512, 512), (128, 1024, 1024), (1024, 128, 228)]
 )

@@ -21,6 +21,7 @@ def recipe(m: int, step: str, **change: object) -> str:
     return backends.choose(problem._replace(**change), "composed").recipe
 
 
+@pytest.mark.usefixtures("native_products_behind")
 @pytest.mark.parametrize("gate", ["vector", "core"])
 @pytest.mark.parametrize(("step", "features"), [("fwd", K), ("bwd", N)])
 def test_it_is_taken_from_twice_as_many_tokens_as_features(

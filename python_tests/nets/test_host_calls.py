@@ -30,6 +30,7 @@ TABLE: dict[tuple[torch.dtype, int], Limits] = {
     (torch.float32, FEW): NATIVE,
     (torch.float64, FEW): NATIVE,
     (torch.float32, MANY): {
+        **NATIVE,
         ("qr", "composed"): 59,
         ("lora_xs", "composed"): 63,
         ("ohora", "cpu"): 42,
