@@ -137,8 +137,8 @@ def test_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert panels.pays_adapted(2048, 1024, 1024, torch.float64)
     assert panels.pays_adapted(32, 1024, 1024, torch.float64)
     assert not panels.pays_adapted(31, 1024, 1024, torch.float64)
-    assert panels.pays_adapted(33, 384, 384, torch.float32)
-    assert not panels.pays_adapted(64, 256, 256, torch.float32)
+    assert panels.pays_adapted(33, 1536, 384, torch.float32)
+    assert not panels.pays_adapted(2048, 384, 384, torch.float32)
     assert panels.least_for_one() == math.inf
     halves = {(1, 1024, 512): True, (2048, 4096, 4096): True, (128, 384, 384): False}
     assert {size: panels.pays(*size, torch.bfloat16) for size in halves} == halves
@@ -179,8 +179,8 @@ def test_where_they_pay_with_avx512_on_amd(monkeypatch: pytest.MonkeyPatch) -> N
     assert not panels.pays(16, 384, 384, F32)
     assert panels.pays_adapted(4096, 1024, 1024, F64)
     assert panels.pays_adapted(4, 4096, 4096, F32)
-    assert panels.pays_adapted(33, 384, 384, F32)
+    assert panels.pays_adapted(33, 1536, 384, F32)
     assert not panels.pays_adapted(32, 1024, 1024, F32)
-    assert not panels.pays_adapted(64, 256, 256, F32)
+    assert not panels.pays_adapted(2048, 384, 384, F32)
     assert not panels.pays(2048, 1024, 1024, F16)
     assert panels.least_for_one() == 1024

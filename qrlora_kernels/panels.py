@@ -21,9 +21,9 @@ FEW, MANY, MOST, MOST_WIDE = 4, 256, 512, 16
 LARGE, LARGER = 1 << 19, 1 << 20  # numbers of a weight
 MANY_FOR_ONE = 1024
 WORK = 1 << 25  # multiplications, below which asking for panels takes longer than they save
-# With an adapter: tokens to which one native call over operands where they lie is ahead of the
-# library; it takes more work to be ahead of that (with AVX-512 WORK_FEW) than of the library.
-FEW_ADAPTED, WORK_FEW, WORK_ADAPTED = 32, 1 << 26, 1 << 22
+# With an adapter: to FEW_ADAPTED tokens, where one native call reads operands as they lie, it takes
+# so much (with AVX-512 WORK_FEW); from there on that call brings them into panels every time.
+FEW_ADAPTED, WORK_FEW = 32, 1 << 26
 WIDE = (torch.float32, torch.float64)
 
 
@@ -111,11 +111,10 @@ def pays(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
 
 def pays_adapted(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """The same of a layer with its adapter, where the update meets the base product."""
-    if dtype == torch.bfloat16:
+    if n * k < LARGE or dtype == torch.bfloat16:
         return n * k >= LARGE
-    work = tokens * n * k
     least = WORK if _instructions() == "avx2" else WORK_FEW
-    return work >= least or (tokens > FEW_ADAPTED and work > WORK_ADAPTED)
+    return tokens > FEW_ADAPTED or tokens * n * k >= least
 
 
 def least_for_one() -> float:

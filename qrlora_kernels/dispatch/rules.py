@@ -92,7 +92,11 @@ RULES = (
         "fp32 and fp64, one native call over four library products: ahead to 32 tokens; for 64 to "
         "256 features 0.80 to 1.07 of an addmm expression at 33 to 64 tokens and r = 16 to 64, "
         "where library products take 1.08 to 1.29 at r = 16; mostly behind for larger weights or "
-        "ranks. bf16, AMD EPYC, over addmm onto an update: with AVX512-BF16 0.62 to 0.95 at 16 to "
+        "ranks. AMD EPYC, where it brings operands into panels from 33 tokens on, two threads, 384 "
+        "to 4,096 features, 33 to 1,024 tokens: fp32 with AVX-512 0.67 to 0.93, told of AVX2 alone "
+        "0.73 to 1.01, one thread 0.87 to 1.10; fp64 from 512 tokens 0.81 to 1.00, below 0.73 to "
+        "1.05, its forward to 1.2; over W + ΔW from three times as many tokens as features 0.95 to "
+        "1.11. bf16, AMD EPYC, over addmm onto an update: with AVX512-BF16 0.62 to 0.95 at 16 to "
         "2,048 tokens, with AVX-512 alone 0.34 to 0.45, with AVX2 alone 0.09 to 0.80 to 16 tokens, "
         "1.0 to 1.3 from 128 on",
     ),
@@ -102,7 +106,8 @@ RULES = (
         lambda p: "the library's base product measures better here",
         "fp32 and fp64, the base product streamed over that of addmm, 128 to 4,096 features: 0.4 "
         "to 1.1 to 32 tokens; dx, which adds rows of W up, 0.5 to 1.2 to 16 tokens of a weight "
-        "that comes from memory (1,024 features and more), mostly 1.1 to 2 below. bf16 with "
+        "that comes from memory (1,024 features and more), mostly 1.1 to 2 below. AMD EPYC, panels "
+        "as in rule 1: fp32 from 33 tokens 0.71 to 0.99, fp64 from 512 0.91 to 0.98. bf16 with "
         "AVX512-BF16, 384 to 2,048 features: 0.69 to 0.98, with the backward 0.79 to 1.00",
     ),
     Rule(
@@ -137,8 +142,8 @@ RULES = (
         9, "cpu", PANELS, "",
         lambda p: not panels.pays_adapted(p.m, p.n, p.k, p.dtype)
         or (p.op == "low_rank" and _keeps_effective(p)),
-        lambda p: "panels measure better where much is multiplied, with AVX2 for few tokens, and "
-        "W + ΔW is not kept",
+        lambda p: "panels that are kept measure better for weights from half a million numbers, "
+        "and where W + ΔW is not kept",
         "fp32, forward and backward of the layer with its operands in panels over its own way, "
         "AMD EPYC with AVX2. Two threads, three recordings: 4096² r = 64 0.60 to 0.65 (16 "
         "tokens), 0.64 to 0.82 (128), 1024² 1.15 (16; one recording), r = 16 0.73 to 0.80 "
