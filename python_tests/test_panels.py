@@ -145,10 +145,10 @@ def test_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not panels.pays(16, 4096, 4096, torch.float16)
 
 
-@pytest.mark.parametrize("tiles", [False, True], ids=["", "with AMX"])
+@pytest.mark.parametrize("amd", [False, True], ids=["", "AMD"])
 @pytest.mark.parametrize("column", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_they_are_used_where_they_were_measured(
-    column: str, tiles: bool, monkeypatch: pytest.MonkeyPatch
+    column: str, amd: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Core:
         columns = (column,)
@@ -156,18 +156,22 @@ def test_they_are_used_where_they_were_measured(
         def best_column(self) -> int:
             return 0
 
-        def amx_obstacle(self) -> str:
-            return "" if tiles else "the CPU lacks it"
+        def made_by_amd(self) -> bool:
+            return amd
 
     monkeypatch.setattr(native, "CORE", Core())
-    panels._instructions.cache_clear()
+    for known in (panels._instructions, panels.amd):
+        known.cache_clear()
     try:
-        half = column == "avx512_bf16" and not tiles
-        wide = half or (column == "avx2" and not tiles)
+        half = column == "avx512_bf16" and amd
+        wide = half or column == "avx2"
         for dtype, used in {F32: wide, F64: wide, torch.bfloat16: half, F16: False}.items():
             assert panels.used(dtype) == used
+        assert panels.made_pays(33, F32) == panels.made_pays(512, F64) == (wide and amd)
+        assert not any(panels.made_pays(*few) for few in ((32, F32), (511, F64), (512, F16)))
     finally:
-        panels._instructions.cache_clear()
+        for known in (panels._instructions, panels.amd):
+            known.cache_clear()
 
 
 def test_where_they_pay_with_avx512_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:

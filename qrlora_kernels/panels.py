@@ -24,6 +24,7 @@ WORK = 1 << 25  # multiplications, below which asking for panels takes longer th
 # With an adapter: to FEW_ADAPTED tokens, where one native call reads operands as they lie, it takes
 # so much (with AVX-512 WORK_FEW); from there on that call brings them into panels every time.
 FEW_ADAPTED, WORK_FEW = 32, 1 << 26
+MADE, MADE_WIDE = 33, 512  # tokens from which that is ahead; WIDE: in fp64
 WIDE = (torch.float32, torch.float64)
 
 
@@ -85,9 +86,18 @@ class Panels:
 
 @functools.cache
 def _instructions() -> str:
-    """Those of the products here; "" where there are none, or have not been compared."""
-    there = native.CORE is not None and native.CORE.amx_obstacle()  # with AMX it is an Intel CPU
-    return native.instructions() if there else ""
+    """Those of the products here; "" where there are none, or have not been compared.
+
+    MKL takes AVX-512 on Intel's processors, on AMD's AVX2.
+    """
+    name = native.instructions()
+    return name if name == "avx2" or amd() else ""
+
+
+@functools.cache
+def amd() -> bool:
+    """Whether this is a processor of AMD, on which most of this was measured."""
+    return native.CORE is not None and bool(native.CORE.made_by_amd())
 
 
 def used(dtype: torch.dtype) -> bool:
@@ -115,6 +125,13 @@ def pays_adapted(tokens: int, n: int, k: int, dtype: torch.dtype) -> bool:
         return n * k >= LARGE
     least = WORK if _instructions() == "avx2" else WORK_FEW
     return tokens > FEW_ADAPTED or tokens * n * k >= least
+
+
+def made_pays(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether a native call that brings its operands into panels is ahead of library products."""
+    if dtype not in WIDE or not (used(dtype) and amd()):
+        return False
+    return tokens >= (MADE_WIDE if dtype == torch.float64 else MADE)
 
 
 def least_for_one() -> float:

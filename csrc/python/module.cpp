@@ -79,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
     py::list names;
     for (const qrlora::Column& column : qrlora::columns()) names.append(column.name);
     m.attr("columns") = py::tuple(names);
+    m.def("made_by_amd", &qrlora::made_by_amd, "Whether the CPU is an AMD");
     m.def("best_column", &qrlora::best_column,
           "Where in columns the instruction set in use stands; QRLORA_ISA may ask for less");
     qrlora::bind_calls(m);

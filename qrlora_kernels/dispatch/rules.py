@@ -22,7 +22,6 @@ EFFECTIVE_TOKENS, EFFECTIVE_AHEAD = 2, 3
 KEPT_WEIGHT, KEPT_RANK = 1 << 16, 0.25
 CAST_TOKENS = 4
 HALF_TOKENS = 64
-PANELS_MADE, PANELS_WIDE = 33, 512
 STREAMED_FORWARD, STREAMED_BACKWARD, STREAMED_WEIGHT = 32, 16, 1 << 20
 
 
@@ -46,25 +45,18 @@ def _few(p: Problem) -> float:
     return MORE_TOKENS if light else FEW_TOKENS
 
 
-def _makes_panels(p: Problem) -> bool:
-    """Whether a native call that brings a weight into panels is ahead of library products."""
-    if not panels.used(p.dtype) or p.gate.startswith("mixed"):
-        return False
-    return p.m >= (PANELS_WIDE if p.dtype == torch.float64 else PANELS_MADE)
-
-
 def _native_is_ahead(p: Problem) -> bool:
     if p.m <= _few(p):
         return True
     if p.op == "low_rank" and (p.m >= EFFECTIVE_AHEAD * _tokens_side(p) or _keeps_effective(p)):
         return False
-    return _makes_panels(p)
+    return panels.made_pays(p.m, p.dtype) and not p.gate.startswith("mixed")
 
 
 def _streams_base(p: Problem) -> bool:
     if p.dtype == torch.bfloat16:
         return p.m <= _few(p)
-    if _makes_panels(p):
+    if panels.made_pays(p.m, p.dtype):
         return True
     if p.step == "fwd":
         return p.m <= STREAMED_FORWARD

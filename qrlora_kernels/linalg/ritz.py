@@ -8,8 +8,8 @@ from torch import Tensor
 # A shorter side to which a full SVD is quick; the share of it from which triplets cost as much.
 SMALL, MOST_RANK = 256, 0.5
 # The least σ at that share over σ_1: the squares of a Gram matrix lose small ones to rounding. And
-# the largest accepted residual over σ_1, by dtype, ten times what Gaussian matrices leave.
-LEAST, EXACT = 0.05, {torch.float32: 1e-5, torch.float64: 1e-13}
+# the largest accepted residual over σ_1, by dtype: twice what is left there.
+LEAST, EXACT = 0.02, {torch.float32: 3e-5, torch.float64: 3e-13}
 ORTHOGONAL = 1e-4  # the largest accepted entry of UᵀU - I
 BLOCK = 32
 

@@ -54,6 +54,15 @@ Isa best_isa() {
     return isa;
 }
 
+bool made_by_amd() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+#else
+    return false;
+#endif
+}
+
 const std::string& obstacle(Isa isa) {
     static const auto reasons = [] {
         std::array<std::string, 4> all;

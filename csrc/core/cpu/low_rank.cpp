@@ -130,17 +130,17 @@ struct Pass {
         });
     }
 
-    // The same by panels of s G, which is one for all rows.
+    // The same by panels of G, which is one for all rows.
     void through_packed_core(Team team, const T* inner, bool turned, T* packed, T* mid) const {
         over_blocks(team, d.r, panel_width<T>, [&](int64_t first, int64_t last) {
-            T* panel = packed + first * d.r;
-            pack_panels(core(0, turned), d.r, first, last, panel);
-            for (int64_t i = 0; i < panel_width<T> * d.r; ++i) panel[i] *= scaling;
+            pack_panels(core(0, turned), d.r, first, last, packed + first * d.r);
         });
         team.barrier();
         const Factor<T> gate({}, packed);
         over(team, gate, d.r, [&](Block p) {
             product(team, p, {inner, d.r, 1}, gate, d.r, nullptr, false, mid, d.r);
+            for (int64_t i = p.i; i < p.i + p.rows; ++i)
+                for (int64_t j = p.j; j < p.j + p.columns; ++j) mid[i * d.r + j] *= scaling;
         });
     }
 

@@ -20,5 +20,7 @@ std::string lacking(const Features& features);
 Isa best_isa();
 // Why the kernels of this set do not run here; empty if they could.
 const std::string& obstacle(Isa isa);
+// Whether the CPU is an AMD.
+bool made_by_amd();
 
 }  // namespace qrlora
