@@ -86,7 +86,8 @@ def test_an_eigenproblem_comes_first_where_it_is_quicker(monkeypatch: pytest.Mon
     monkeypatch.setattr(svd_module, "_full", lambda *_: pytest.fail("took the full SVD"))
     truncated_svd(gaussian(384, 384), 16)
     assert not taken
-    truncated_svd(decaying(384, 384), 16)  # whose squares the Gram matrix would lose
+    steep = decaying(384, 384) * torch.logspace(0, -3, 384, dtype=torch.float64)
+    truncated_svd(steep, 16)  # whose squares the Gram matrix would lose
     assert taken == [1]
 
 
