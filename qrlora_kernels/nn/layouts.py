@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Directions = Literal["forward", "both"]
 Layout = panels.Panels | packed.Packed
-LEAST_WORK = 1 << 24  # multiplications: below, what the layer asks takes longer than it saves
+LEAST_WORK = 1 << 25  # multiplications: below, what the layer asks takes longer than it saves
 
 
 def _layout(m: int, n: int, k: int, dtype: torch.dtype) -> type[Layout] | None:
