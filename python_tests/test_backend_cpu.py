@@ -19,9 +19,9 @@ from backend_contract import (
 from cases import CORE, KRON, MIXED_CORE, MIXED_VECTOR, VECTOR, Kind, draw, step
 from torch import Tensor
 
-from qrlora_kernels import native
+from qrlora_kernels import native, reference
 from qrlora_kernels.backends import Problem, amx, choose, core_calls, cpu
-from qrlora_kernels.operands import LowRank, LowRankGradient
+from qrlora_kernels.operands import LinearAdd, LowRank, LowRankGradient
 
 needs_core = pytest.mark.skipif(native.CORE is None, reason=native.REASON)
 
@@ -249,3 +249,23 @@ def test_the_streamed_base_product_has_the_same_bits_for_every_number_of_threads
     finally:
         torch.set_num_threads(before)
     assert all(helpers.same_bits(y, found[0]) for y in found)
+
+
+@needs_core
+@pytest.mark.parametrize("m", [5, 33, 100])
+@pytest.mark.parametrize(("n", "k", "r"), [(8, 0, 2), (0, 8, 2), (0, 0, 2), (8, 8, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_without_a_feature_or_a_rank(dtype: torch.dtype, n: int, k: int, r: int, m: int) -> None:
+    """A division by a sum's length ended the process."""
+    x, weight = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    down, up = torch.ones(r, k, dtype=dtype), torch.ones(n, r, dtype=dtype)
+    for gate, index in ((torch.ones(r), None), (torch.ones(r, r), None)):
+        p = LowRank(x, weight, None, up, down, gate.to(dtype), index, 1.0)
+        y, h = cpu.low_rank_fwd(p, "native")
+        torch.testing.assert_close(y.double(), reference.low_rank_ref(p).double())
+        gradient = LowRankGradient(y, weight, up, down, p.gate, None, h, 1.0)
+        dx, dgate = cpu.low_rank_bwd(gradient, "native")
+        assert dx.shape == x.shape
+        assert dgate.shape == gate.shape
+    y = cpu.linear_add_fwd(LinearAdd(x, weight, None, torch.ones(m, n, dtype=dtype)), "native")
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T + 1)

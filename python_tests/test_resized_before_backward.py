@@ -1,4 +1,4 @@
-"""An operand that is resized between the forward and the backward is named, and never read."""
+"""An operand that is resized or cast between forward and backward is named, and never read."""
 
 from __future__ import annotations
 
@@ -37,13 +37,17 @@ def ohora(dtype: torch.dtype) -> tuple[Callable[..., Tensor], dict[str, Tensor]]
     return functional.kron_linear, {
         "weight": drawn(dtype, N, K), "a": drawn(dtype, N // R, R).requires_grad_(),
         "b": drawn(dtype, K // R, R).requires_grad_(),
+        "a0": drawn(dtype, N // R, R), "b0": drawn(dtype, K // R, R),
     }  # fmt: skip
+
+
+every_adapter = pytest.mark.parametrize("adapter", [qr, lora_xs, ohora])
 
 
 @pytest.mark.parametrize("tokens", [3, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("larger", [True, False])
-@pytest.mark.parametrize("adapter", [qr, lora_xs, ohora])
+@every_adapter
 def test_it_is_named(
     adapter: Callable[..., tuple[Callable[..., Tensor], dict[str, Tensor]]],
     larger: bool,
@@ -64,6 +68,41 @@ def test_it_is_named(
             y.sum().backward()
         ours = f"must be of the forward's shape, {before}, got {shape}: it was resized"
         assert ours in str(error.value), name
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [(torch.float32, torch.float64), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.half)],
+    ids=str,
+)
+@every_adapter
+def test_what_is_cast_through_data_is_named(
+    adapter: Callable[..., tuple[Callable[..., Tensor], dict[str, Tensor]]],
+    dtype: torch.dtype,
+    other: torch.dtype,
+    tokens: int,
+) -> None:
+    """λ in fp64 was read as twice as many numbers of fp32, in bf16 behind its end."""
+    function, named = adapter(dtype)
+    for name in named:
+        _, operands = adapter(dtype)
+        y = function(drawn(dtype, tokens, K).requires_grad_(), bias=None, **operands)
+        operands[name].data = operands[name].data.to(other)
+        with pytest.raises(RuntimeError) as error:
+            y.sum().backward()
+        assert f"must be of the forward's dtype, {dtype}, got {other}: it" in str(error.value), name
+
+
+@pytest.mark.parametrize("tokens", [1, 3000])
+def test_an_input_that_ohora_keeps(tokens: int) -> None:
+    """More rows ended the process."""
+    function, operands = ohora(torch.float32)
+    x = drawn(torch.float32, 40, K).requires_grad_()
+    y = function(x, bias=None, **operands)
+    x.data = torch.zeros(tokens, K)
+    with pytest.raises(RuntimeError, match=r"x must be of the forward's shape, \[40, 48\]"):
+        y.sum().backward()
 
 
 @pytest.mark.skipif(native.CORE is None, reason=native.REASON)

@@ -80,6 +80,7 @@ def test_an_eigenproblem_comes_first_where_it_is_quicker(monkeypatch: pytest.Mon
     for shape, rank in (((300, 400), 10), ((1100, 1000), 84), ((384, 1536), 8)):
         assert not krylov.is_ahead(gaussian(*shape), rank)
     assert krylov.is_ahead(gaussian(1100, 1000), 64)
+    assert krylov.is_ahead(decaying(300, 400), 10)
     taken = []
     krylov_way = svd_module.top_triplets
     monkeypatch.setattr(svd_module, "top_triplets", lambda *a: taken.append(1) or krylov_way(*a))

@@ -17,10 +17,13 @@ BLOCK = 16
 MOST_RANK = 0.15
 SIDE2_PER_RANK = 6500
 MOST_BASIS = 0.75
-# Likewise beyond a rank of AHEAD_RANK * side, or of side³ over COST_PER_RANK * the longer side, as
-# an eigenproblem of the whole matrix.
-AHEAD_RANK = 0.11
+# Likewise beyond a rank of FLAT_RANK * side, or of side³ over COST_PER_RANK * the longer side, as
+# an eigenproblem of the whole matrix. The values of a Gaussian square lie flat: their mean square
+# is a quarter of σ_1²; where it is under FLAT of it they fall, and the basis ends early.
+FLAT_RANK = 0.11
 COST_PER_RANK = 12000
+FLAT = 0.1
+POWER_STEPS = 6
 # Between two checks the basis grows by these factors.
 LEAST_GROWTH, MOST_GROWTH = 1.1, 1.3
 PROBE_STEPS = 3
@@ -30,7 +33,20 @@ EXHAUSTED = 1e-5  # share of a block's norm under which nothing but rounding is 
 def is_ahead(weight: Tensor, rank: int) -> bool:
     """Whether the iteration is quicker than an eigenproblem of the shorter side."""
     side, other = sorted(weight.shape)
-    return rank <= min(AHEAD_RANK * side, side**3 / (COST_PER_RANK * other))
+    if rank <= min(FLAT_RANK * side, side**3 / (COST_PER_RANK * other)):
+        return True
+    if rank > _most_rank(side):
+        return False
+    vector = weight.new_ones(weight.shape[1])
+    for _ in range(POWER_STEPS):
+        vector = weight.mT @ (weight @ vector)
+        vector /= vector.norm()
+    largest = float((weight @ vector).double().square().sum())  # at most σ_1²
+    return float(weight.double().square().mean()) * other < FLAT * largest  # not for NaN
+
+
+def _most_rank(side: int) -> float:
+    return min(MOST_RANK * side, side**2 / SIDE2_PER_RANK)
 
 
 def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets | None:
@@ -45,7 +61,7 @@ def top_triplets(weight: Tensor, rank: int, seed: int, tol: float) -> Triplets |
         found = top_triplets(weight.mT, rank, seed, tol)
         return found and (found[2].mT, found[1], found[0].mT)
     side = weight.shape[0]
-    if rank > min(MOST_RANK * side, side**2 / SIDE2_PER_RANK):
+    if rank > _most_rank(side):
         return None
     limit = int(MOST_BASIS * side) // BLOCK * BLOCK
     generator = torch.Generator().manual_seed(seed)

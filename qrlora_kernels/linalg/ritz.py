@@ -12,6 +12,7 @@ SMALL, MOST_RANK = 256, 0.5
 LEAST, EXACT = 0.02, {torch.float32: 3e-5, torch.float64: 3e-13}
 ORTHOGONAL = 1e-4  # the largest accepted entry of UᵀU - I
 BLOCK = 32
+POWER_STEPS = 8
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -31,6 +32,8 @@ def dense_triplets(weight: Tensor, rank: int, tol: float) -> Triplets | None:
     gram = _gram(weight) if weight.shape[0] > SMALL and rank <= most else None
     if gram is None:
         return None
+    if weight.device.type == "cpu" and _falls_away(gram, most):
+        return None
     squares, left = (t.flip(-1) for t in torch.linalg.eigh(gram))
     if not float(squares[most - 1]) >= LEAST**2 * float(squares[0]):
         return None
@@ -48,6 +51,20 @@ def dense_triplets(weight: Tensor, rank: int, tol: float) -> Triplets | None:
     accepted = min(tol, EXACT[weight.dtype])
     exact = residual(weight, triplets) <= accepted and is_orthogonal(right[:, :rank])
     return triplets if exact else None  # of NaN neither holds
+
+
+def _falls_away(gram: Tensor, most: int) -> bool:
+    """Whether fewer than ``most`` eigenvalues are LEAST² of the largest, as the signs of LDLᵀ tell
+    (Sylvester) at a tenth of an eigenproblem's price."""
+    vector = gram.sum(1)
+    for _ in range(POWER_STEPS):
+        vector = gram @ (vector / vector.norm().clamp(min=1e-30))
+    least = LEAST**2 * vector.norm()  # at most LEAST² λ_1
+    shifted = gram - least * torch.eye(gram.shape[0]).to(gram)
+    factors, pivots, _ = torch.linalg.ldl_factor_ex(shifted)
+    pairs = pivots < 0  # rows of blocks of two, which have a value of each sign
+    positive = int((factors.diagonal()[~pairs] > 0).sum()) + int(pairs.sum()) // 2
+    return positive < most
 
 
 def _outside(known: Tensor, image: Tensor) -> Tensor:

@@ -127,31 +127,29 @@ def asks_for_gradient(*operands: Tensor | None) -> bool:
     return False
 
 
-def refuse_resize(before: tuple[torch.Size | None, ...], **now: Tensor | None) -> None:
-    """Name what was resized between the forward and this backward, which a kernel would read as
-    what it was. The caller compares the shapes, for the reason below."""
-    for shape, (name, t) in zip(before, now.items(), strict=True):
-        found = None if t is None else t.shape
-        if found != shape:
-            raise RuntimeError(
-                f"{name} must be of the forward's shape, {shape and list(shape)}, got "
-                f"{found and list(found)}: it was resized before the backward"
-            )
+Form = tuple[torch.Size, torch.dtype] | None  # of an operand that may be missing
 
 
-def refuse_cast(dy: Tensor, **frozen: Tensor | None) -> None:
-    """Name what was cast between the forward and this backward.
+def refuse_change(before: tuple[Form, ...], **now: Tensor | None) -> None:
+    """Name what was resized or cast between the forward and this backward.
 
-    ``model.half()`` writes through ``.data``, which PyTorch's count of writes does not see; a
-    kernel would read the new numbers as the old dtype. The caller compares dtypes, since each call
-    of a backward counts.
+    ``tensor.data = other`` and ``model.half()``, which writes so, are not seen by PyTorch's count
+    of writes; a kernel would read the new numbers as what was there. The caller compares, since
+    each call of a backward counts.
     """
-    for name, t in frozen.items():
-        if t is not None and t.dtype != dy.dtype:
+    for form, (name, t) in zip(before, now.items(), strict=True):
+        found = None if t is None else (t.shape, t.dtype)
+        if found == form:
+            continue
+        if found is None or form is None or found[0] != form[0]:
             raise RuntimeError(
-                f"{name} must be of the forward's dtype, {dy.dtype}, got {t.dtype}: it was cast "
-                "before the backward"
+                f"{name} must be of the forward's shape, {form and list(form[0])}, got "
+                f"{found and list(found[0])}: it was resized before the backward"
             )
+        raise RuntimeError(
+            f"{name} must be of the forward's dtype, {form[1]}, got {found[1]}: it was cast before "
+            "the backward"
+        )
 
 
 def asks_for_operators(dy: Tensor) -> bool:

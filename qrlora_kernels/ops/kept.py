@@ -26,8 +26,7 @@ from .checks import (
     asks_for_operators,
     bias_gradient,
     flatten,
-    refuse_cast,
-    refuse_resize,
+    refuse_change,
     restore,
     wants_gradient,
 )
@@ -57,7 +56,10 @@ class KeptLowRankFunction(torch.autograd.Function):
         ctx.save_for_backward(p.weight, p.up, p.down, gate, h)
         ctx.scaling, ctx.backend, ctx.back = p.scaling, backend, back
         assert p.down is not None
-        ctx.shapes = p.weight.shape, p.up.shape, p.down.shape, gate.shape
+        ctx.forms = (
+            (p.weight.shape, p.weight.dtype), (p.up.shape, p.up.dtype),
+            (p.down.shape, p.down.dtype), (gate.shape, gate.dtype),
+        )  # fmt: skip
         return y
 
     @staticmethod
@@ -67,8 +69,11 @@ class KeptLowRankFunction(torch.autograd.Function):
         dx = dgate = None
         if need_dx or need_dgate:
             weight, up, down, gate, h = ctx.saved_tensors
-            if ctx.shapes != (weight.shape, up.shape, down.shape, gate.shape):
-                refuse_resize(ctx.shapes, weight=weight, up=up, down=down, gate=gate)
+            if ctx.forms != (
+                (weight.shape, weight.dtype), (up.shape, up.dtype),
+                (down.shape, down.dtype), (gate.shape, gate.dtype),
+            ):  # fmt: skip
+                refuse_change(ctx.forms, weight=weight, up=up, down=down, gate=gate)
             operands = (dy, weight, up, down, gate, None, h, ctx.scaling, need_dx, need_dgate)
             kept = (*operands, ctx.back)
             done = eager.ask(backward_call, low_rank_gradient, kept, ctx.backend)
@@ -77,8 +82,6 @@ class KeptLowRankFunction(torch.autograd.Function):
             elif ctx.back is None or asks_for_operators(dy):
                 dx, dgate = by_step(done, operands, ctx.backend)
             else:
-                if not weight.dtype == up.dtype == down.dtype == dy.dtype:
-                    refuse_cast(dy, weight=weight, up=up, down=down)
                 p = LowRankGradient(*operands)._replace(dy=flatten(dy, "dy"))
                 with outside_autocast(dy.device.type):  # which is the caller's, not the forward's
                     dx, dgate = run(in_panels(p, ctx.back), ctx.backend)

@@ -26,8 +26,7 @@ from .checks import (
     check_scaling,
     check_tensor,
     flatten,
-    refuse_cast,
-    refuse_resize,
+    refuse_change,
     restore,
     wants_gradient,
 )
@@ -87,9 +86,15 @@ class KronFunction(torch.autograd.Function):
     ) -> Tensor:
         """``made``: None where the operator does both."""
         # The rows, whichever way the call goes: a checkpoint may go either way twice.
-        ctx.save_for_backward(flatten(x), weight, a, b, a0, b0)
-        ctx.scaling, ctx.backend = scaling, backend
-        ctx.shapes, ctx.back = (weight.shape, a.shape, b.shape), None
+        rows = flatten(x)
+        ctx.save_for_backward(rows, weight, a, b, a0, b0)
+        ctx.scaling, ctx.backend, ctx.back = scaling, backend, None
+        ctx.forms = (
+            (rows.shape, rows.dtype), (weight.shape, weight.dtype),
+            (a.shape, a.dtype), (b.shape, b.dtype),
+            None if a0 is None else (a0.shape, a0.dtype),
+            None if b0 is None else (b0.shape, b0.dtype),
+        )  # fmt: skip
         if made is None:
             y: Tensor = kron_fwd(x, weight, bias, a, b, a0, b0, scaling, backend)
             return y
@@ -103,9 +108,14 @@ class KronFunction(torch.autograd.Function):
         dx = da = db = None
         if need_dx or any(needed):
             saved = ctx.saved_tensors  # once: a checkpoint unpacks them no second time
-            _, weight, a, b, *_ = saved
-            if ctx.shapes != (weight.shape, a.shape, b.shape):
-                refuse_resize(ctx.shapes, weight=weight, a=a, b=b)
+            x, weight, a, b, a0, b0 = saved
+            if ctx.forms != (
+                (x.shape, x.dtype), (weight.shape, weight.dtype),
+                (a.shape, a.dtype), (b.shape, b.dtype),
+                None if a0 is None else (a0.shape, a0.dtype),
+                None if b0 is None else (b0.shape, b0.dtype),
+            ):  # fmt: skip
+                refuse_change(ctx.forms, x=x, weight=weight, a=a, b=b, a0=a0, b0=b0)
             operands = (*saved, ctx.scaling, need_dx, *needed)
             dx, da, db = _gradients(dy, operands, ctx.back, ctx.backend)
         dbias = bias_gradient(dy) if need_dbias else None
@@ -121,9 +131,6 @@ def _gradients(
     """dx [..., K], da and db; ``operands`` are those of the backward, but for dy [..., N]."""
     done = eager.ask(_backward, kron_gradient, (dy, *operands, kept), backend)
     if done is None:
-        x, weight, *_ = operands
-        if not x.dtype == weight.dtype == dy.dtype:
-            refuse_cast(dy, x=x, weight=weight)
         rows = flatten(dy, "dy")
         if kept is None or asks_for_operators(dy):
             found = kron_bwd(rows, *operands, backend)

@@ -30,8 +30,7 @@ from .checks import (
     check_scaling,
     check_tensor,
     flatten,
-    refuse_cast,
-    refuse_resize,
+    refuse_change,
     restore,
     wants_gradient,
 )
@@ -125,7 +124,10 @@ class LowRankFunction(torch.autograd.Function):
             handed_on = []  # it is for dx
         ctx.save_for_backward(weight, up, down, gate, index, h, *handed_on)
         ctx.scaling, ctx.backend, ctx.made = scaling, backend, made if handed_on else None
-        ctx.shapes = weight.shape, up.shape, down if down is None else down.shape, gate.shape
+        ctx.forms = (
+            (weight.shape, weight.dtype), (up.shape, up.dtype),
+            None if down is None else (down.shape, down.dtype), (gate.shape, gate.dtype),
+        )  # fmt: skip
         return y
 
     @staticmethod
@@ -135,9 +137,11 @@ class LowRankFunction(torch.autograd.Function):
         dx = dgate = None
         if need_dx or need_dgate:
             weight, up, down, gate, index, h, *handed_on = ctx.saved_tensors
-            of_down = down if down is None else down.shape
-            if ctx.shapes != (weight.shape, up.shape, of_down, gate.shape):
-                refuse_resize(ctx.shapes, weight=weight, up=up, down=down, gate=gate)
+            if ctx.forms != (
+                (weight.shape, weight.dtype), (up.shape, up.dtype),
+                None if down is None else (down.shape, down.dtype), (gate.shape, gate.dtype),
+            ):  # fmt: skip
+                refuse_change(ctx.forms, weight=weight, up=up, down=down, gate=gate)
             frozen = (weight, up, down, gate, index, h)
             operands = (dy, *frozen, ctx.scaling, need_dx, need_dgate)
             done = eager.ask(backward_call, low_rank_gradient, (*operands, None), ctx.backend)
@@ -159,9 +163,6 @@ def by_step(
     dy, *rest = operands
     rows = flatten(dy, "dy")
     if done is None:
-        weight, up, down, *_ = rest
-        if not weight.dtype == up.dtype == (up if down is None else down).dtype == dy.dtype:
-            refuse_cast(dy, weight=weight, up=up, down=down)
         dx, dgate = low_rank_bwd(rows, *rest, backend)
     else:
         choice, *handed_on = done

@@ -219,7 +219,8 @@ int64_t made_panels_room(int64_t depth) {
 template <typename T>
 void times_made_panels(int64_t m, const T* a, int64_t lda, int64_t depth, Layout<T> b,
                        int64_t first, int64_t columns, Start<T> start, T* c, int64_t ldc, T* part) {
-    const int64_t most = std::max(CACHED_PANELS / depth / panel_width<T>, int64_t{1});
+    const int64_t most =
+        std::max(CACHED_PANELS / std::max(depth, int64_t{1}) / panel_width<T>, int64_t{1});
     T* panels = part + panel_room<T>;
     for (int64_t j = 0; j < columns; j += most * panel_width<T>) {
         const int64_t some = std::min(most * panel_width<T>, columns - j);
