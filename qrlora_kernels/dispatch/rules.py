@@ -136,16 +136,13 @@ RULES = (
         or (p.op == "low_rank" and _keeps_effective(p)),
         lambda p: "panels that are kept measure better for weights from half a million numbers, "
         "and where W + ΔW is not kept",
-        "fp32, forward and backward of the layer with its operands in panels over its own way, "
-        "AMD EPYC with AVX2. Two threads, three recordings: 4096² r = 64 0.60 to 0.65 (16 "
-        "tokens), 0.64 to 0.82 (128), 1024² 1.15 (16; one recording), r = 16 0.73 to 0.80 "
-        "(128), r = 64 0.75 to 0.87, 384 × 1536 r = 147 0.81 to 0.92. One: 4096² 0.99 (2), 0.76 "
-        "(16), 0.86 (128), 1024² r = 16 0.94 (16), 0.82 (32), 0.97 (128), 384² r = 147 1.22 "
-        "(32), 1.00 (64), 0.99 (256). fp64, 1024² and 2048², one thread beside other work: 0.84 "
-        "to 0.86 (16), 0.72 to 0.76 (32), 0.89 to 0.99 (64 to 128), 1.07 (256). AMD EPYC with "
-        "AVX512-BF16, 1024² and 4096² at 16 to 2,048 tokens, over the frozen layer by F.linear: "
-        "fp32 0.45 to 1.08, bf16 0.53 to 1.12; OHoRA 0.50 to 1.06 and 0.77 to 1.27, without panels "
-        "0.64 to 1.17 and 1.16 to 1.29",
+        "forward and backward of the layer by kept panels over its own native call, AMD EPYC with "
+        "AVX512-BF16, two threads, 16, 33, 64, 128, 512 tokens: fp32 4096² 0.80 (16), 2048² 0.67 "
+        "to 0.98, 1024² 1.1 (16), 0.79 to 0.97, 768² 0.93 to 1.00, 512² 0.98 to 1.09, 384² 1.08 "
+        "to 1.29, 384 × 1536 r = 147 0.84 to 1.00; fp64 1024² 0.67, 0.77, 0.96 (33, 128, 512); "
+        "OHoRA fp32 1024² 0.79 to 0.98, 384² 1.14 to 1.36, bf16 4096² 0.66 to 0.99; bf16 of QR-LoRA "
+        "4096² 0.62 to 0.95, 1024² 0.86 to 1.01. Told of AVX2 alone, over library products: 0.73 to "
+        "0.99",
     ),
     *(
         Rule(
