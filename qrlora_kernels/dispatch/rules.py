@@ -140,9 +140,9 @@ RULES = (
         "AVX512-BF16, two threads, 16, 33, 64, 128, 512 tokens: fp32 4096² 0.80 (16), 2048² 0.67 "
         "to 0.98, 1024² 1.1 (16), 0.79 to 0.97, 768² 0.93 to 1.00, 512² 0.98 to 1.09, 384² 1.08 "
         "to 1.29, 384 × 1536 r = 147 0.84 to 1.00; fp64 1024² 0.67, 0.77, 0.96 (33, 128, 512); "
-        "OHoRA fp32 1024² 0.79 to 0.98, 384² 1.14 to 1.36, bf16 4096² 0.66 to 0.99; bf16 of QR-LoRA "
-        "4096² 0.62 to 0.95, 1024² 0.86 to 1.01. Told of AVX2 alone, over library products: 0.73 to "
-        "0.99",
+        "OHoRA fp32 1024² 0.79 to 0.98, 384² 1.14 to 1.36, bf16 4096² 0.66 to 0.99; bf16 of "
+        "QR-LoRA 4096² 0.62 to 0.95, 1024² 0.86 to 1.01. Told of AVX2 alone, over library "
+        "products: 0.73 to 0.99",
     ),
     *(
         Rule(
