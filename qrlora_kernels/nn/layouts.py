@@ -79,6 +79,8 @@ def may_pay(layer: AdapterLinear, x: Tensor, dtypes: tuple[torch.dtype, torch.dt
     if issubclass(adapter, LowRank) and getattr(layer, adapter.gate).ndim == 0:
         return False
     dtype, wide = dtypes
+    if not panels.used(wide):
+        return False
     tokens = x.numel() // max(1, k)
     if tokens * n * k < LEAST_WORK and not panels.pays_adapted(tokens, n, k, wide):
         return False
