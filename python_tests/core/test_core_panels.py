@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import NUMBERS, Core, LowRank, in_panels, low_rank, matrix
+from problems import NUMBERS, Core, LowRank, expected, in_panels, low_rank, matrix
 from torch import Tensor
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -45,13 +45,15 @@ def drawn_step(core: Core, p: LowRank, threads: int, by_panels: bool) -> list[Te
 def test_a_step_in_full_precision(core, gate, dtype, m, n, k, r):
     """To rounding; on any number of threads with the same bits."""
     p = low_rank(gate, dtype, m, n=n, k=k, r=r)
-    found = drawn_step(core, p, 1, by_panels=True)
-    want = drawn_step(core, p, 1, by_panels=False)
-    for got, expected in zip(found, want, strict=True):
-        bound = 200 * torch.finfo(dtype).eps * float(expected.abs().max())
-        torch.testing.assert_close(got, expected, rtol=0, atol=bound)
-    for threads in (2, 3):
-        assert all(map(torch.equal, found, drawn_step(core, p, threads, by_panels=True)))
+    want = expected(p)
+    for by_panels in (True, False):  # of many tokens the call makes its own
+        found = drawn_step(core, p, 1, by_panels)
+        for got, exact in zip(found, (want.y, want.h, want.dx, want.dgate), strict=True):
+            exact = exact.view(got.shape)
+            bound = 200 * torch.finfo(dtype).eps * float(exact.abs().max())
+            torch.testing.assert_close(got.double(), exact, rtol=0, atol=bound)
+        for threads in (2, 3):
+            assert all(map(torch.equal, found, drawn_step(core, p, threads, by_panels)))
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32, torch.float64], ids=str)

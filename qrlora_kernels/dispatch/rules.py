@@ -80,7 +80,9 @@ RULES = (
     Rule(
         1, "cpu", "native", "",
         lambda p: not _native_is_ahead(p),
-        lambda p: f"library products measure better from {_few(p) + 1} tokens",
+        lambda p: "W + ΔW measures better for so many tokens"
+        if panels.made_pays(p.m, p.dtype) and not p.gate.startswith("mixed")
+        else f"library products measure better from {_few(p) + 1} tokens",
         "fp32 and fp64, one native call over four library products: ahead to 32 tokens; for 64 to "
         "256 features 0.80 to 1.07 of an addmm expression at 33 to 64 tokens and r = 16 to 64, "
         "where library products take 1.08 to 1.29 at r = 16; mostly behind for larger weights or "
